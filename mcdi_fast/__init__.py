@@ -1,0 +1,1 @@
+"""mcdi_fast: neural-network weights by local consistency diffusion."""

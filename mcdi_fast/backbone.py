@@ -1,0 +1,174 @@
+"""Conv4-64: the frozen feature extractor whose classification heads are generated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
+from mcdi_fast.config import BackboneConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.store import load_tensors, save_tensors
+from mcdi_fast.tasks import ClassImages, FewShotData
+
+FEATURE_WIDTH = 64
+
+
+def conv4() -> nn.Sequential:
+    """Conv4-64 (Vinyals et al., 2016): four of conv 3x3 of 64 channels, batch norm, ReLU, max-pool 2. [B, 1, 28, 28] -> [B, 64]."""
+    layers: list[nn.Module] = []
+    for channels in (1, 64, 64, 64):
+        layers += [nn.Conv2d(channels, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)]
+    # channels-last is 1.8 times faster to train on two CPU cores (705 against 1242 images/s in float32)
+    return nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (there autocast trains 2.9 times faster, elsewhere slower)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Small random affine maps: turn, shear, scale and shift within what drawers differ by. float32 [B, 1, 28, 28] in and out."""
+    n = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(n, *shape).uniform_(low, high, generator=generator)
+
+    angle, shear, scale, shift = (
+        uniform(-0.17, 0.17),
+        uniform(-0.15, 0.15),
+        uniform(0.88, 1.14, 2),
+        uniform(-0.12, 0.12, 2),
+    )
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack([cos * scale[:, 0], shear - sin, shift[:, 0], sin, cos * scale[:, 1], shift[:, 1]], 1)
+    grid = F.affine_grid(theta.view(n, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 [..., H, W] -> float32 [prod, 1, H, W], ink = 1."""
+    return torch.from_numpy(images).reshape(-1, 1, *images.shape[-2:]).float().div_(255)
+
+
+def fingerprint(data: FewShotData, config: BackboneConfig) -> str:
+    """16 hex digits that change with the training images, the recipe and its precision."""
+    text = json.dumps([data.name, data.fingerprint, asdict(config), native_bfloat16()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    images: ClassImages,
+    augment_seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Features of every image: float32 [classes, drawers, 64]; of one augmented copy of each where `augment_seed` is given."""
+    backbone.eval()
+    classes, drawers = images.images.shape[:2]
+    generator = torch.Generator().manual_seed(augment_seed or 0)
+    out = []
+    for start in range(0, classes, 64):
+        x = to_float(images.images[start : start + 64])
+        if augment_seed is not None:
+            x = augment(x, generator)
+        out.append(backbone(x.to(memory_format=torch.channels_last)))
+        if progress:
+            progress(len(x))
+    return torch.cat(out).view(classes, drawers, -1)
+
+
+def train_backbone(
+    data: FewShotData,
+    config: BackboneConfig,
+    folder: Path,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+) -> nn.Sequential:
+    """Train on the training classes only, as a prototypical network (Snell et al., 2017), or load the same one made before.
+
+    Prototypical episodes got further than a cosine classifier in the same time (98.3 against 94.4 % nearest prototype on validation
+    characters after 4 and 1.7 minutes; the classifier was stopped there).
+
+    Args:
+        folder: where `<fingerprint>.safetensors` is kept; an interrupted training goes on from `<fingerprint>.partial.safetensors`,
+            to the same result bit for bit.
+        on_start: called with the steps already done. on_step: called as on_step(step, loss).
+    """
+    name = fingerprint(data, config)
+    final, partial = folder / f"{name}.safetensors", folder / f"{name}.partial.safetensors"
+    backbone = conv4()
+    if final.exists():
+        tensors, _ = load_tensors(final, "backbone")
+        backbone.load_state_dict(tensors)
+        return backbone.eval()
+
+    images = data.train.images
+    classes, drawers = images.shape[:2]
+    ways, per_class = min(config.ways, classes), min(config.images_per_class, drawers)
+    if ways < 2 or per_class < 2:
+        raise McdiError(
+            f"backbone episodes of {ways} ways x {per_class} images: expected at least 2 of each; the data has {classes} classes x {drawers} drawers"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=config.learning_rate)
+    first = 0
+    if partial.exists():
+        tensors, meta = load_tensors(partial, "backbone-checkpoint")
+        first = meta["step"]
+        generator.set_state(tensors.pop("generator"))
+        restore_optimizer(optimizer, tensors)
+        backbone.load_state_dict(tensors)
+    if on_start:
+        on_start(first)
+
+    def save() -> None:
+        tensors = {**backbone.state_dict(), **optimizer_tensors(optimizer), "generator": generator.get_state()}
+        save_tensors(partial, tensors, {"step": step}, "backbone-checkpoint")
+
+    backbone.train()
+    step = first
+    label = torch.arange(ways).repeat_interleave(per_class - 1)
+    for step in range(first + 1, config.steps + 1):
+        rate = config.learning_rate * 0.5 * (1 + np.cos(np.pi * (step - 1) / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.randperm(classes, generator=generator)[:ways]
+        drawer = torch.rand(ways, drawers, generator=generator).argsort(1)[:, :per_class]
+        x = augment(to_float(images[chosen[:, None].numpy(), drawer.numpy()]), generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
+            features = backbone(x.to(memory_format=torch.channels_last)).float().view(ways, per_class, -1)
+        prototype, query = features[:, 0], features[:, 1:].flatten(0, 1)
+        loss = F.cross_entropy(-torch.cdist(query, prototype).square(), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not loss.isfinite():
+            raise McdiError(
+                f"backbone training: loss {loss.item()} at step {step}; lower --backbone.learning-rate (now {config.learning_rate})"
+            )
+        if on_step:
+            on_step(step, loss.item())
+        if step % config.checkpoint_every == 0 and step < config.steps:
+            save()
+    backbone.eval()
+    save_tensors(final, dict(backbone.state_dict()), {"data": data.name, "config": asdict(config)}, "backbone")
+    partial.unlink(missing_ok=True)
+    return backbone

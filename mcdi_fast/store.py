@@ -1,0 +1,326 @@
+"""The one way to and from the disk: atomic writes, strict JSON, safetensors files with a header of ours.
+
+No pickle anywhere. A file from a stranger can at worst be refused: what its header declares is checked against the
+file's size and a limit before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from mcdi_fast.errors import McdiError
+
+FORMAT_VERSION = 1
+# Largest JSON (a file, or the header of a safetensors file) that is read. Our own are a few kilobytes; parsed JSON
+# takes some 30 times its size in memory, so a stranger's file costs half a gigabyte at worst.
+MAX_JSON_BYTES = 16 * 2**20
+_HEADER_KEY = "mcdi_fast"
+
+_FREE_SPACE = "free space and run the same command again: nothing made so far is lost"
+_WRITE_ADVICE = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: "make the folder writable or choose another one",
+    errno.EPERM: "make the folder writable or choose another one",
+    errno.EROFS: "choose a folder that is writable",
+    errno.ENOENT: "make the folder first or choose another one",
+    errno.ENOTDIR: "part of the path is a file: choose another folder",
+    errno.EISDIR: "the path is a folder: choose another name",
+}
+
+
+def show_path(path: str | os.PathLike[str]) -> str:
+    """The path for a one-line message: as it is where printable, else escaped."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _cannot_write(path: Path, error: BaseException) -> NoReturn:
+    advice = _WRITE_ADVICE.get(getattr(error, "errno", None) or 0, "mend that and run the same command again")
+    raise McdiError(f"cannot write {show_path(path)}: {_reason(error)}; {advice}") from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder and those above it (no complaint where it exists). Raises McdiError naming it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        _cannot_write(folder, error)
+    return folder
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Create or replace a file; a kill or power cut at any moment leaves the old content or the new, never a mixture.
+
+    A temporary file in the same folder is written, fsynced and renamed, then the folder is fsynced.
+
+    Raises:
+        McdiError: naming path, reason (disk full, read-only, missing folder, …) and what to do. The file that was there
+            is untouched, and the temporary file is gone.
+    """
+    path = Path(path)
+    # A name of its own for every write: two processes must not write into one temporary file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") if path.name else path
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:  # Ctrl-C too
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _cannot_write(path, error)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot fsync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed `atomic_write`s left in a folder. Only where nobody writes there at the moment."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", leftover.name):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write strict JSON atomically. Raises McdiError for NaN, infinity, what JSON cannot hold, as `atomic_write`."""
+    atomic_write(path, (dumps(obj, path, indent=1) + "\n").encode())
+
+
+def dumps(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> str:
+    """Strict JSON text of obj. Raises McdiError naming the path it is for."""
+    try:
+        return json.dumps(obj, allow_nan=False, indent=indent)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise McdiError(
+            f"cannot write {show_path(path)}: {_reason(error)}; expected only finite numbers, text, lists and dicts"
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read strict JSON: UTF-8, no NaN or infinity, no key twice, at most `MAX_JSON_BYTES`.
+
+    Raises McdiError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    size = _file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise McdiError(
+            f"{show_path(path)}: {size} bytes, expected JSON of at most {MAX_JSON_BYTES}; is it the right file?"
+        )
+    return _loads(_read(path, 0, size), path, "the file")
+
+
+def _loads(data: bytes | str, path: Path, what: str) -> Any:
+    """Parse JSON strictly; `what` (of the file) is named in the error."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise McdiError(
+            f"{show_path(path)}: {what} is not valid JSON ({_reason(error)}); it is damaged or not made by mcdi_fast"
+        ) from error
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text[:20])  # 1e999 parses as infinity
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _file_size(path: Path) -> int:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise McdiError(f"cannot read {show_path(path)}: {_reason(error)}; check the path") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would hang, /dev/zero never ends
+        raise McdiError(f"cannot read {show_path(path)}: it is no regular file; check the path")
+    return status.st_size
+
+
+def _read(path: Path, offset: int, count: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(count)
+    except OSError as error:
+        raise McdiError(
+            f"cannot read {show_path(path)}: {_reason(error)}; check the path and its permissions"
+        ) from error
+    if len(data) < count:
+        _truncated(path, offset + len(data), offset + count)
+    return data
+
+
+def _truncated(path: Path, size: int, expected: int) -> NoReturn:
+    raise McdiError(
+        f"{show_path(path)}: truncated or no safetensors file: {size} bytes, expected at least {expected}; "
+        "make or copy it again"
+    )
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kind: str
+) -> None:
+    """Write one safetensors file atomically.
+
+    Its metadata holds, under "mcdi_fast", the JSON of {"format": FORMAT_VERSION, "kind": kind, "meta": meta}.
+
+    Args:
+        path: the file.
+        tensors: any shapes, devices and strides; tied ones are stored apart. dtypes that safetensors knows.
+        meta: JSON-able.
+        kind: what the file is ("bank-shard", "generator", …); `load_tensors` asks for the same.
+
+    Raises:
+        McdiError: as `atomic_write`; a meta that is no strict JSON; a tensor that safetensors cannot hold.
+    """
+    header = dumps({"format": FORMAT_VERSION, "kind": kind, "meta": dict(meta)}, path)
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
+            raise McdiError(
+                f"cannot write {show_path(path)}: entry {name!r} is {type(tensor).__name__}, expected a named tensor"
+            )
+        try:
+            tensor = tensor.detach().cpu().contiguous()
+            # safetensors refuses tensors that share a storage
+            storage = tensor.untyped_storage()
+            if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+                tensor = tensor.clone()
+            storages.add(tensor.untyped_storage().data_ptr())
+            ready[name] = tensor
+        except (RuntimeError, NotImplementedError) as error:  # sparse, meta device
+            raise McdiError(
+                f"cannot write {show_path(path)}: tensor {name!r}: {_reason(error)}; expected a dense tensor"
+            ) from error
+    try:
+        data = safetensors.torch.save(ready, {_HEADER_KEY: header})
+    except Exception as error:  # a dtype unknown to the format; the library has no one exception for it
+        raise McdiError(
+            f"cannot write {show_path(path)}: {_reason(error)}; expected dtypes that safetensors holds"
+        ) from error
+    if int.from_bytes(data[:8], "little") > MAX_JSON_BYTES:  # never write what load_tensors will not read
+        raise McdiError(
+            f"cannot write {show_path(path)}: names and meta exceed {MAX_JSON_BYTES} bytes; store less of them"
+        )
+    atomic_write(path, data)
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file written by `save_tensors`, bit for bit, on the CPU.
+
+    The tensors are memory-mapped, private to this process: pages are read when touched, and writing to a tensor never
+    reaches the file. A file that is later replaced by `atomic_write` stays readable through tensors loaded before.
+
+    Returns:
+        (tensors, meta).
+
+    Raises:
+        McdiError: naming the file: missing, truncated, not made by mcdi_fast, of another format version or another
+            kind.
+    """
+    path = Path(path)
+    size = _file_size(path)
+    if size < 8:
+        _truncated(path, size, 8)
+    length = int.from_bytes(_read(path, 0, 8), "little")
+    if length > MAX_JSON_BYTES:
+        raise McdiError(
+            f"{show_path(path)}: declares a header of {length} bytes, expected at most {MAX_JSON_BYTES}; "
+            "it is damaged or no safetensors file"
+        )
+    if size < 8 + length:
+        _truncated(path, size, 8 + length)
+    found = _loads(_read(path, 8, length), path, "its header")
+    ours = _our_header(found, path)
+    if ours.get("format") != FORMAT_VERSION:
+        raise McdiError(
+            f"{show_path(path)}: made by format {ours.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; "
+            "use the version that made it, or make it again"
+        )
+    if ours.get("kind") != kind:
+        raise McdiError(
+            f"{show_path(path)}: holds {ours.get('kind')!r:.60}, expected {kind!r}; give the path of a {kind} file"
+        )
+    meta = ours.get("meta")
+    if not isinstance(meta, dict):
+        raise McdiError(f"{show_path(path)}: meta is {type(meta).__name__}, expected a dict; the file is damaged")
+    _check_extent(found, path, size - 8 - length)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (no mapping)
+    except Exception as error:  # whatever the parser or torch finds wrong with a header that lies
+        raise McdiError(f"{show_path(path)}: damaged ({_reason(error)}); make or copy it again") from error
+
+
+def _our_header(found: Any, path: Path) -> dict[str, Any]:
+    metadata = found.get("__metadata__") if isinstance(found, dict) else None
+    text = metadata.get(_HEADER_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise McdiError(
+            f"{show_path(path)}: not made by mcdi_fast (no header of its own); give a file made by mcdi_fast"
+        )
+    ours = _loads(text, path, "its mcdi_fast header")
+    if not isinstance(ours, dict):
+        raise McdiError(f"{show_path(path)}: its mcdi_fast header is no dict; the file is damaged")
+    return ours
+
+
+def _check_extent(header: dict[str, Any], path: Path, available: int) -> None:
+    """A clear word for a file cut short in its data; every other lie about offsets is left to safetensors."""
+    needed = 0
+    for name, entry in header.items():
+        offsets = entry.get("data_offsets") if name != "__metadata__" and isinstance(entry, dict) else None
+        if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int):
+            needed = max(needed, offsets[1])
+    if needed > available:
+        raise McdiError(
+            f"{show_path(path)}: truncated: {available} bytes of tensors, expected {needed}; make or copy it again"
+        )

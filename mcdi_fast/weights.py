@@ -1,0 +1,588 @@
+"""Weights of a module as tokens: one row an output unit, `[N tokens, D width]`, batched over tasks `[B, N, D]`."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.parameter import is_lazy
+
+from mcdi_fast.errors import McdiError
+
+# Entries of one task's tokens, N * D: 1 GiB in float32. A layout from a stranger's file must not make us allocate more.
+MAX_ELEMENTS = 2**28
+_CHUNK_ENTRIES = 2**21  # of targets at a time: 16 MiB in float64
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """Tensors of one module that share tokens: each is reshaped to [rows, -1], and they stand side by side in order.
+
+    Attributes:
+        rows: tokens; the first dimension of every tensor, or 1 for a tensor of at most one dimension that is a token by
+            itself.
+        names: parameter names as in `module.named_parameters()`.
+        shapes: their shapes.
+    """
+
+    rows: int
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns that each tensor takes."""
+        return tuple(math.prod(shape) // self.rows for shape in self.shapes)
+
+    @property
+    def width(self) -> int:
+        """Columns that all of them take."""
+        return sum(self.widths)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a module's parameters lie in tokens [N, D]: one token an output unit, its weights then its bias.
+
+    The rule: within one module, tensors of two or more dimensions with the same first dimension share tokens, and
+    one-dimensional tensors of that length (biases) are appended. A one-dimensional tensor with no such partner (the
+    weight or bias of a norm) is one token. So a convolution [out, in, h, w] gives out tokens, an embedding [num, dim]
+    gives num. Tokens narrower than D are padded with zeros on the right. Buffers (running statistics) are not taken;
+    tied parameters are taken once.
+
+    Attributes:
+        entries: in the order of the module; entry after entry gives the tokens.
+
+    Raises:
+        McdiError: on construction, for entries that contradict themselves or are too large.
+    """
+
+    entries: tuple[LayoutEntry, ...]
+
+    def __post_init__(self) -> None:
+        """Check everything: a layout may come from a stranger's file."""
+        if not self.entries:
+            raise McdiError("layout: no entry, expected at least one; select at least one parameter")
+        names: set[str] = set()
+        for entry in self.entries:
+            _check_entry(entry)
+            for name in entry.names:
+                if name in names:
+                    raise McdiError(f"layout: parameter {name!r} stands twice, expected once; make the layout again")
+                names.add(name)
+        for name in names:
+            parts = name.split(".")
+            for end in range(1, len(parts)):
+                prefix = ".".join(parts[:end])
+                if prefix in names:
+                    raise McdiError(
+                        f"layout: {prefix!r} and {name!r} overlap (a parameter holds no other); make the layout again"
+                    )
+        if self.num_tokens * self.width > MAX_ELEMENTS:
+            raise McdiError(
+                f"layout: {self.num_tokens} tokens of width {self.width}, expected {MAX_ELEMENTS} numbers at most; "
+                "select fewer parameters"
+            )
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, select: Callable[[str], bool] | Sequence[str] | None = None
+    ) -> WeightLayout:
+        """The layout of a module's parameters.
+
+        Args:
+            module: any module; only names, shapes and dtypes are read.
+            select: None takes every parameter. A sequence takes a parameter if its name or a dotted prefix of it (a
+                submodule's name) is in the sequence. A callable is asked for each name.
+
+        Raises:
+            McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
+                point, not yet initialised (lazy) or empty.
+        """
+        # A tied parameter may be selected by any of its names; the first that is selected stands in the layout.
+        all_names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        wanted = _selector(all_names, select)
+        entries: list[LayoutEntry] = []
+        seen: set[int] = set()
+        for prefix, owner in module.named_modules(remove_duplicate=False):
+            tensors: dict[str, tuple[int, ...]] = {}
+            for local, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+                name = f"{prefix}.{local}" if prefix else local
+                if wanted(name) and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    tensors[name] = _checked_shape(name, parameter)
+            entries += _group(tensors)
+        if not entries:
+            raise McdiError(
+                f"select: no parameter selected, expected at least one of {_listed(all_names)}; "
+                "select a parameter or module"
+            )
+        return cls(tuple(entries))
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return sum(entry.rows for entry in self.entries)
+
+    @property
+    def width(self) -> int:
+        """D, the widest entry."""
+        return max(entry.width for entry in self.entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameter names in the order of the tokens."""
+        return tuple(name for entry in self.entries for name in entry.names)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter, by name."""
+        return {name: shape for entry in self.entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [N, D] on the CPU: True for real entries, False for padding."""
+        widths = torch.tensor([entry.width for entry in self.entries], device="cpu")[self.owner]
+        return torch.arange(self.width, device="cpu") < widths[:, None]
+
+    @property
+    def owner(self) -> Tensor:
+        """int64 [N] on the CPU: index into `entries` of each token."""
+        rows = torch.tensor([entry.rows for entry in self.entries], device="cpu")
+        return torch.repeat_interleave(torch.arange(len(self.entries), device="cpu"), rows)
+
+    def pack(self, source: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Tokens [N, D] of a module or a state dict (further names in it are ignored). Differentiable; always a copy.
+
+        Args:
+            source: where the tensors are.
+            dtype: of the result; default: the one all tensors promote to, so the round trip is bit-exact.
+
+        Raises:
+            McdiError: a name is missing or has another shape.
+        """
+        state = _parameters(source) if isinstance(source, nn.Module) else source
+        return self._pack(state, dtype, batched=False)
+
+    def pack_batch(self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """Tokens [..., N, D] of stacked tensors [..., *shape], all with the same leading dimensions ([B], [tasks, k]).
+
+        Raises:
+            McdiError: a name is missing, has another shape, or leading dimensions differ.
+        """
+        return self._pack(state, dtype, batched=True)
+
+    def _pack(self, state: Mapping[str, Tensor], dtype: torch.dtype | None, batched: bool) -> Tensor:
+        shapes = self.shapes
+        lead: tuple[int, ...] | None = None if batched else ()
+        for name, shape in shapes.items():
+            tensor = state.get(name)
+            if not isinstance(tensor, Tensor):
+                raise McdiError(
+                    f"state dict: {name!r} is missing, expected a tensor of shape {list(shape)}; give all of it"
+                )
+            if not tensor.is_floating_point():
+                raise McdiError(f"state dict: {name!r} is {tensor.dtype}, expected floating point; convert it")
+            if lead is None:
+                lead = tuple(tensor.shape[: max(tensor.ndim - len(shape), 0)])
+            if tensor.shape != (*lead, *shape):
+                expected = [*lead, *shape]
+                raise McdiError(
+                    f"state dict: {name!r} has shape {list(tensor.shape)}, expected {expected}; is it the same model?"
+                )
+        assert lead is not None
+        tensors = [state[name] for name in shapes]
+        if dtype is None:
+            dtype = tensors[0].dtype
+            for tensor in tensors:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        device, width = tensors[0].device, self.width
+        blocks = []
+        for entry in self.entries:
+            parts = [
+                state[name].to(device, dtype).reshape(*lead, entry.rows, columns)
+                for name, columns in zip(entry.names, entry.widths, strict=True)
+            ]
+            blocks.append(F.pad(torch.cat(parts, -1), (0, width - entry.width)))
+        return torch.cat(blocks, -2)
+
+    def unpack(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Parameters [..., *shape] by name, of tokens [..., N, D]: views, differentiable; padding is ignored.
+
+        Raises:
+            McdiError: the last two dimensions are not [N, D].
+        """
+        self._check_tokens(tokens)
+        lead = tokens.shape[:-2]
+        result: dict[str, Tensor] = {}
+        start = 0
+        for entry in self.entries:
+            column = 0
+            for name, shape, columns in zip(entry.names, entry.shapes, entry.widths, strict=True):
+                block = tokens[..., start : start + entry.rows, column : column + columns]
+                result[name] = block.reshape((*lead, *shape))
+                column += columns
+            start += entry.rows
+        return result
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim < 2 or tokens.shape[-2:] != (self.num_tokens, self.width):
+            raise McdiError(
+                f"tokens: shape {list(tokens.shape)}, expected [..., {self.num_tokens}, {self.width}]; "
+                "they belong to another layout"
+            )
+
+    def check_module(self, module: nn.Module) -> None:
+        """Raise McdiError, with name, found and expected shape, unless the module has every parameter of the layout."""
+        _checked_parameters(self, module)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back equal."""
+        return {
+            "num_tokens": self.num_tokens,
+            "width": self.width,
+            "entries": [
+                {"rows": entry.rows, "names": list(entry.names), "shapes": [list(shape) for shape in entry.shapes]}
+                for entry in self.entries
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> WeightLayout:
+        """The layout of `to_dict`'s result. Raises McdiError for anything that contradicts itself or is too large."""
+        entries = data.get("entries") if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            raise McdiError(
+                "layout: no list of entries, expected the result of WeightLayout.to_dict; the file is damaged"
+            )
+        parsed = []
+        for item in entries:
+            if not (
+                isinstance(item, dict)
+                and isinstance(item.get("names"), list)
+                and isinstance(item.get("shapes"), list)
+                and all(isinstance(shape, list) for shape in item["shapes"])
+            ):
+                raise McdiError(
+                    f"layout: entry {item!r:.80} is malformed, expected rows, names and shapes; the file is damaged"
+                )
+            shapes = tuple(tuple(shape) for shape in item["shapes"])
+            parsed.append(LayoutEntry(item.get("rows"), tuple(item["names"]), shapes))  # type: ignore[arg-type]
+        layout = cls(tuple(parsed))
+        for key, found in (("num_tokens", layout.num_tokens), ("width", layout.width)):
+            if data.get(key) != found:
+                raise McdiError(
+                    f"layout: {key} is {data.get(key)!r:.40}, expected {found} by its entries; the file is damaged"
+                )
+        return layout
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_ELEMENTS  # bool is an int
+
+
+def _check_entry(entry: LayoutEntry) -> None:
+    if not _is_size(entry.rows):
+        raise McdiError(
+            f"layout: rows {entry.rows!r:.40}, expected an integer from 1 to {MAX_ELEMENTS}; make the layout again"
+        )
+    if not entry.names or len(entry.names) != len(entry.shapes):
+        raise McdiError(
+            f"layout: {len(entry.names)} names and {len(entry.shapes)} shapes in one entry, expected as many; "
+            "make it again"
+        )
+    for name, shape in zip(entry.names, entry.shapes, strict=True):
+        if not isinstance(name, str) or len(name) > 1000 or not all(name.split(".")):
+            raise McdiError(
+                f"layout: {name!r:.80} is no parameter name, expected dotted text of at most 1000 letters; make it again"
+            )
+        # The number of dimensions is bounded so that the product below stays small enough to compute.
+        if len(shape) > 64 or not all(_is_size(size) for size in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise McdiError(
+                f"layout: {name!r} has shape {list(shape)!r:.80}, expected sizes from 1 and "
+                f"at most {MAX_ELEMENTS} elements; make the layout again"
+            )
+        alone = entry.rows == 1 and len(shape) <= 1 and len(entry.names) == 1
+        if not alone and (not shape or shape[0] != entry.rows):
+            raise McdiError(
+                f"layout: {name!r} has shape {list(shape)!r:.80}, expected first dimension "
+                f"{entry.rows} (its entry's rows); make the layout again"
+            )
+
+
+def _group(tensors: dict[str, tuple[int, ...]]) -> list[LayoutEntry]:
+    """Entries of one module's tensors (name -> shape)."""
+    units = {shape[0] for shape in tensors.values() if len(shape) >= 2}
+    groups: dict[int | str, list[str]] = {}
+    for name, shape in tensors.items():
+        shared = bool(shape) and shape[0] in units
+        groups.setdefault(shape[0] if shared else name, []).append(name)
+    return [
+        LayoutEntry(key if isinstance(key, int) else 1, tuple(names), tuple(tensors[name] for name in names))
+        for key, names in groups.items()
+    ]
+
+
+def _selector(names: list[str], select: Callable[[str], bool] | Sequence[str] | None) -> Callable[[str], bool]:
+    if select is None:
+        return lambda name: True
+    if callable(select):
+        return select
+    if isinstance(select, str):
+        raise McdiError(f"select: {select!r} is text, expected a list of names; write [{select!r}]")
+    items = list(select)
+
+    def prefixes(name: str) -> set[str]:
+        parts = name.split(".")
+        return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+
+    known = set().union(*map(prefixes, names)) if names else set()
+    unknown = [item for item in items if not isinstance(item, str) or item not in known]
+    if unknown:
+        raise McdiError(
+            f"select: {unknown[0]!r} matches no parameter, expected a name or module of {_listed(names)}; "
+            "correct the name"
+        )
+    chosen = set(items)
+    return lambda name: not chosen.isdisjoint(prefixes(name))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:8])
+    return (f"{shown}, … ({len(names)} in all)" if len(names) > 8 else shown) or "(the module has no parameters)"
+
+
+def _checked_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
+    if is_lazy(parameter):
+        raise McdiError(f"parameter {name!r} is not initialised yet; run the module once before taking its layout")
+    if not parameter.is_floating_point():
+        raise McdiError(f"parameter {name!r} is {parameter.dtype}, expected floating point; leave it out by select")
+    if parameter.numel() == 0:
+        raise McdiError(f"parameter {name!r} has shape {list(parameter.shape)}, no element; leave it out by select")
+    return tuple(parameter.shape)
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters(remove_duplicate=False))
+
+
+def _checked_parameters(layout: WeightLayout, module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters that are in the layout, checked."""
+    found = _parameters(module)
+    for name, shape in layout.shapes.items():
+        if name not in found:
+            raise McdiError(
+                f"module: no parameter {name!r}, expected one of shape {list(shape)}; found {_listed(list(found))}; "
+                "give a module of the architecture the layout was made from"
+            )
+        actual = _checked_shape(name, found[name])
+        if actual != shape:
+            raise McdiError(
+                f"module: {name!r} has shape {list(actual)}, expected {list(shape)}; "
+                "give a module of the architecture the layout was made from"
+            )
+    return {name: found[name] for name in layout.shapes}
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedWeights:
+    """Weights of B modules.
+
+    Attributes:
+        layout: how they lie.
+        tokens: [B, N, D], floating point.
+
+    Raises:
+        McdiError: on construction, for tokens of another shape.
+    """
+
+    layout: WeightLayout
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shape."""
+        if self.tokens.ndim != 3 or not self.tokens.is_floating_point():
+            raise McdiError(
+                f"tokens: {self.tokens.dtype} of shape {list(self.tokens.shape)}, expected floating point [B, N, D]; "
+                "stack one task's tokens by tokens[None]"
+            )
+        self.layout._check_tokens(self.tokens)
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.tokens)
+
+    def _task(self, i: int) -> Tensor:
+        i = operator.index(i)
+        if not 0 <= i < len(self):
+            raise McdiError(
+                f"task {i}: out of range, expected 0 to {len(self) - 1} ({len(self)} tasks); give one of these"
+            )
+        return self.tokens[i]
+
+    def state_dict(self, i: int) -> dict[str, Tensor]:
+        """Task i's parameters by name: copies of their own, detached, in the tokens' dtype, on their device.
+
+        Only the parameters of the layout: load it with `strict=False` where the module has more, or use `load_into`.
+        """
+        tensors = self.layout.unpack(self._task(i).detach())
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+    def load_into(self, module: nn.Module, i: int) -> None:
+        """Copy task i's weights into the module's parameters, in place, in each parameter's dtype and device.
+
+        Raises:
+            McdiError: i out of range; a parameter missing or of another shape. Then the module is unchanged.
+        """
+        tensors = self.layout.unpack(self._task(i))
+        targets = _checked_parameters(self.layout, module)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                targets[name].copy_(tensor)
+
+    def functional_call(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The module's outputs for all B tasks at once, each with its own weights; the module is left as it is.
+
+        Args:
+            module: of the layout's architecture. Parameters outside the layout and all buffers are shared by the tasks.
+            x: [B, ...], task b's input x[b], on the module's device.
+
+        Returns:
+            [B, ...], what `load_into(module, b); module(x[b])` gives for each b. Differentiable in tokens and x.
+
+        Raises:
+            McdiError: another B; a parameter missing or of another shape; a norm that would update running statistics.
+        """
+        if x.ndim < 1 or len(x) != len(self):
+            raise McdiError(
+                f"x: shape {list(x.shape)}, expected [{len(self)}, ...], one input a task; stack the inputs"
+            )
+        for name, child in module.named_modules():
+            # Running statistics are one buffer: tasks side by side cannot each update it.
+            if child.training and getattr(child, "track_running_stats", False):
+                raise McdiError(
+                    f"module: {name!r} ({type(child).__name__}) would update its running statistics; "
+                    "call module.eval() first"
+                )
+        targets = _checked_parameters(self.layout, module)
+        state = {name: tensor.to(targets[name]) for name, tensor in self.layout.unpack(self.tokens).items()}
+
+        def call(weights: dict[str, Tensor], inputs: Tensor) -> Any:
+            return functional_call(module, weights, (inputs,))
+
+        return vmap(call, randomness="different")(state, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalizer:
+    """Column statistics of targets: `normalize` gives columns mean 0 and deviation 1, and leaves padding exactly 0.
+
+    Attributes:
+        mean: float32 [N or 1, D]; 0 where padded.
+        std: float32 [N or 1, D], positive; 1 where padded and where a column is constant.
+
+    Raises:
+        McdiError: on construction, for other shapes or dtypes, entries that are not finite, std not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        """Check: it may come from a stranger's file."""
+        for name, tensor in (("mean", self.mean), ("std", self.std)):
+            if tensor.ndim != 2 or tensor.dtype != torch.float32 or tensor.shape != self.mean.shape:
+                raise McdiError(
+                    f"normalizer: {name} is {tensor.dtype} {list(tensor.shape)}, expected float32 [N or 1, D], "
+                    "mean and std alike; fit it again"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise McdiError(f"normalizer: {name} has entries that are not finite; fit it again")
+        if not bool((self.std > 0).all()):
+            raise McdiError(f"normalizer: std has entry {float(self.std.min())}, expected positive ones; fit it again")
+
+    @classmethod
+    def fit(cls, targets: Tensor, mask: Tensor) -> Normalizer:
+        """Mean and (population) deviation of every column, over tasks, segments and those tokens that have the column.
+
+        Two passes in float64, a chunk of tasks at a time. A column whose deviation is within float32's rounding of its
+        largest entry is constant: its deviation becomes 1, so that rounding is not blown up to unit variance.
+
+        Args:
+            targets: floating point [tasks, k, N, D], as of a bank.
+            mask: bool [N, D], `layout.mask`.
+
+        Returns:
+            mean and std as [N, D], on the CPU: the same row for every token, except for 0 and 1 on padding.
+
+        Raises:
+            McdiError: other shapes; no task; an entry that is not finite (names the task).
+        """
+        if mask.ndim != 2 or mask.dtype != torch.bool or targets.ndim != 4 or targets.shape[2:] != mask.shape:
+            raise McdiError(
+                f"targets: shape {list(targets.shape)} with mask {mask.dtype} {list(mask.shape)}, "
+                "expected [tasks, k, N, D] with bool [N, D]; pass layout.mask"
+            )
+        if not targets.is_floating_point() or targets.shape[0] == 0 or targets.shape[1] == 0:
+            raise McdiError(
+                f"targets: {targets.dtype} {list(targets.shape)}, expected floating point with at least one "
+                "task and segment; prepare trajectories first"
+            )
+        mask = mask.to(targets.device)
+        chunk = max(1, _CHUNK_ENTRIES // max(1, targets[0].numel()))  # tasks
+        count = targets.shape[0] * targets.shape[1] * mask.sum(0, dtype=torch.float64).clamp(min=1)  # [D]
+        total = torch.zeros_like(count)
+        largest = torch.zeros_like(count)
+        for start in range(0, targets.shape[0], chunk):
+            part = targets[start : start + chunk].double().masked_fill(~mask, 0)
+            finite = torch.isfinite(part).flatten(1).all(1)
+            if not bool(finite.all()):
+                task = start + int((~finite).nonzero()[0])
+                raise McdiError(
+                    f"targets: task {task} has entries that are not finite, expected finite weights; "
+                    "drop it or prepare it again"
+                )
+            total += part.sum((0, 1, 2))
+            largest = torch.maximum(largest, part.abs().amax((0, 1, 2)))
+        mean = total / count
+        squares = torch.zeros_like(count)
+        for start in range(0, targets.shape[0], chunk):
+            part = (targets[start : start + chunk].double() - mean).masked_fill(~mask, 0)
+            squares += part.square().sum((0, 1, 2))
+        std = (squares / count).sqrt()
+        single = torch.finfo(torch.float32)
+        constant = std <= (largest * single.eps).clamp(min=single.tiny)
+        std = torch.where(constant, 1.0, std)
+        return cls(
+            torch.where(mask, mean, 0.0).float().cpu().contiguous(),
+            torch.where(mask, std, 1.0).float().cpu().contiguous(),
+        )
+
+    def to(self, device: torch.device | str) -> Normalizer:
+        """The same on another device."""
+        return Normalizer(self.mean.to(device), self.std.to(device))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - mean) / std for x [..., N, D]. Raises McdiError for another shape."""
+        self._check(x)
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """x * std + mean for x [..., N, D]: undoes `normalize` up to rounding. Raises McdiError for another shape."""
+        self._check(x)
+        return x * self.std.to(x.device) + self.mean.to(x.device)
+
+    def _check(self, x: Tensor) -> None:
+        rows, width = self.mean.shape
+        if x.ndim < 2 or x.shape[-1] != width or (rows != 1 and x.shape[-2] != rows):
+            raise McdiError(
+                f"normalizer: tokens of shape {list(x.shape)}, expected [..., {'N' if rows == 1 else rows}, {width}]; "
+                "they belong to another layout"
+            )

@@ -1,0 +1,492 @@
+import contextlib
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mcdi_fast import weights
+from mcdi_fast.errors import McdiError
+from mcdi_fast.weights import GeneratedWeights, LayoutEntry, Normalizer, WeightLayout
+
+
+class TiedMLP(nn.Module):
+    """Embedding and output layer share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.hidden = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(self.embedding(x))))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 2, 2),
+        nn.GroupNorm(1, 2),
+        nn.Flatten(),
+        nn.Linear(2 * 5 * 5, 3),
+    )
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(4, 3), (3, 5), lambda b: torch.randn(b, 6, 4)),
+    "no bias": (lambda: nn.Linear(4, 3, bias=False), (3, 4), lambda b: torch.randn(b, 6, 4)),
+    "conv and norm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)),
+        (4 + 2, 19),
+        lambda b: torch.randn(b, 2, 2, 5, 6),
+    ),
+    "embedding": (lambda: nn.Embedding(6, 3), (6, 3), lambda b: torch.randint(6, (b, 4))),
+    # Conv 4 tokens, norm 2, transposed convolution 4 + bias of another length 1, norm 2, linear 3 of width 51
+    "cnn": (cnn, (4 + 2 + 5 + 2 + 3, 51), lambda b: torch.randn(b, 2, 1, 6, 6)),
+    "tied": (TiedMLP, (7 + 4 + 1, 7), lambda b: torch.randint(7, (b, 5))),
+    "scalar": (Scale, (1 + 2, 4), lambda b: torch.randn(b, 3)),
+    "lstm": (lambda: nn.LSTM(3, 2), (8, 3 + 2 + 1 + 1), None),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), (12 + 4, 5), None),
+}
+
+
+def error_of(call, *args, **options):
+    with pytest.raises(McdiError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def random_parameters(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+@pytest.fixture(params=MODULES)
+def case(request):
+    torch.manual_seed(0)
+    make, size, inputs = MODULES[request.param]
+    return random_parameters(make()), size, inputs
+
+
+def test_sizes_mask_and_owner(case):
+    module, size, _ = case
+    layout = WeightLayout.from_module(module)
+    assert (layout.num_tokens, layout.width) == size
+    assert sum(p.numel() for p in module.parameters()) == int(layout.mask.sum())
+    assert layout.owner.shape == (layout.num_tokens,)
+    for i, entry in enumerate(layout.entries):
+        mine = layout.mask[layout.owner == i]
+        assert mine.shape[0] == entry.rows
+        assert torch.equal(mine.sum(1), torch.full((entry.rows,), entry.width))
+        assert mine[:, : entry.width].all()
+
+
+def test_round_trip_by_module_and_state_dict(case):
+    module, _, _ = case
+    layout = WeightLayout.from_module(module)
+    tokens = layout.pack(module)
+    assert torch.equal(tokens, layout.pack(module.state_dict()))
+    assert not tokens[~layout.mask].any()
+    found = layout.unpack(tokens)
+    expected = dict(module.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(layout.pack(found), tokens)
+    assert all(part.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr() for part in found.values())
+
+
+def test_json_round_trip(case):
+    layout = WeightLayout.from_module(case[0])
+    again = WeightLayout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert again == layout
+    assert hash(again) == hash(layout)
+    again.check_module(case[0])
+
+
+def test_load_into_and_functional_call(case):
+    module, _, inputs = case
+    module.eval()
+    layout = WeightLayout.from_module(module)
+    generated = GeneratedWeights(layout, torch.randn(3, layout.num_tokens, layout.width))
+    assert len(generated) == 3
+    target = copy.deepcopy(module)
+    before = layout.pack(module).detach().clone()
+    x = inputs(3) if inputs else None
+    together = generated.functional_call(module, x) if inputs else None
+    assert torch.equal(layout.pack(module), before)
+    for i in range(3):
+        generated.load_into(target, i)
+        assert torch.equal(layout.pack(target)[layout.mask], generated.tokens[i][layout.mask])
+        other = copy.deepcopy(module)
+        other.load_state_dict(generated.state_dict(i), strict=False)
+        assert torch.equal(layout.pack(other), layout.pack(target))
+        if inputs:
+            torch.testing.assert_close(together[i], target(x[i]))
+
+
+def test_a_linear_row_is_weights_then_bias():
+    module = nn.Linear(3, 2)
+    tokens = WeightLayout.from_module(module).pack(module)
+    assert torch.equal(tokens, torch.cat([module.weight, module.bias[:, None]], 1))
+
+
+def test_convolution_row_is_one_filter_and_a_norm_is_two_tokens():
+    module = random_parameters(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)))
+    layout = WeightLayout.from_module(module)
+    tokens = layout.pack(module)
+    assert torch.equal(tokens[1, :8], module[0].weight[1].flatten())
+    assert tokens[1, 8] == module[0].bias[1]
+    assert torch.equal(tokens[3, :3], module[1].weight)
+    assert torch.equal(tokens[4, :3], module[1].bias)
+    assert layout.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+def test_tied_weights_stand_once_and_load_into_both():
+    module = TiedMLP()
+    layout = WeightLayout.from_module(module)
+    assert layout.names.count("embedding.weight") == 1
+    assert "out.weight" not in layout.names
+    GeneratedWeights(layout, torch.ones(1, layout.num_tokens, layout.width)).load_into(module, 0)
+    assert module.out.weight is module.embedding.weight
+    assert (module.out.weight == 1).all()
+    # by its other name alone
+    alias = WeightLayout.from_module(module, ["out"])
+    assert alias.names == ("out.weight", "out.bias")
+    alias.check_module(module)
+    shared = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    shared["b"] = shared["a"]
+    assert WeightLayout.from_module(shared).names == ("a.weight", "a.bias")
+    assert WeightLayout.from_module(shared, ["b"]).names == ("b.weight", "b.bias")
+
+
+def test_select():
+    module = nn.ModuleDict({"head": nn.Linear(2, 3), "header": nn.Linear(2, 2), "body": nn.Sequential(nn.Linear(2, 2))})
+
+    def names(select):
+        return WeightLayout.from_module(module, select).names
+
+    assert names(["head"]) == ("head.weight", "head.bias")  # a dotted prefix: "header" is another module
+    assert names(("body.0", "head.bias")) == ("head.bias", "body.0.weight", "body.0.bias")
+    assert names(["body"]) == ("body.0.weight", "body.0.bias")
+    assert names(lambda name: name.endswith("bias")) == ("head.bias", "header.bias", "body.0.bias")
+    assert len(names(None)) == 6
+    assert WeightLayout.from_module(module, ["head.bias"]).num_tokens == 1
+    for unknown in ("hea", "head.weigh", "", "head.", "body.1", 3):
+        assert f"{unknown!r} matches no parameter" in error_of(names, ["head", unknown])
+    assert "write ['head']" in error_of(names, "head")
+    assert "no parameter selected" in error_of(names, [])
+    assert "no parameter selected" in error_of(names, lambda name: False)
+    assert "no parameters" in error_of(WeightLayout.from_module, nn.ReLU())
+
+
+def test_parameters_that_cannot_be_taken():
+    class Odd(nn.Module):
+        def __init__(self, tensor):
+            super().__init__()
+            self.odd = nn.Parameter(tensor, requires_grad=False)
+
+    assert "'odd' is torch.int64" in error_of(WeightLayout.from_module, Odd(torch.ones(2, dtype=torch.int64)))
+    assert "'odd' is torch.complex64" in error_of(WeightLayout.from_module, Odd(torch.ones(2, dtype=torch.complex64)))
+    assert "no element" in error_of(WeightLayout.from_module, Odd(torch.ones(0, 3)))
+    assert "'weight' is not initialised" in error_of(WeightLayout.from_module, nn.LazyLinear(3))
+    mixed = Odd(torch.ones(2, dtype=torch.int64))
+    mixed.linear = nn.Linear(2, 2)
+    assert WeightLayout.from_module(mixed, ["linear"]).num_tokens == 2
+
+
+def test_check_module_names_the_tensor():
+    layout = WeightLayout.from_module(nn.Sequential(nn.Linear(4, 3)))
+    message = error_of(layout.check_module, nn.Sequential(nn.Linear(4, 5)))
+    assert "'0.weight' has shape [5, 4], expected [3, 4]" in message
+    assert "no parameter '0.bias'" in error_of(layout.check_module, nn.Sequential(nn.Linear(4, 3, bias=False)))
+    generated = GeneratedWeights(layout, torch.zeros(2, 3, 5))
+    wrong = nn.Sequential(nn.Linear(4, 3, bias=False))
+    before = wrong[0].weight.detach().clone()
+    assert "'0.bias'" in error_of(generated.load_into, wrong, 0)
+    assert torch.equal(wrong[0].weight, before)
+    assert "'0.bias'" in error_of(generated.functional_call, wrong, torch.zeros(2, 4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=5),
+    lead=st.lists(st.integers(0, 3), max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shapes_round_trip_bit_exactly(shapes, lead, dtype, seed):
+    module = nn.ParameterDict({f"p{i}": torch.zeros(shape, dtype=dtype) for i, shape in enumerate(shapes)})
+    layout = WeightLayout.from_module(module)
+    assert WeightLayout.from_dict(layout.to_dict()) == layout
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        f"p{i}": torch.randn((*lead, *shape), generator=generator, dtype=torch.float64).to(dtype)
+        for i, shape in enumerate(shapes)
+    }
+    tokens = layout.pack_batch(state)
+    assert tokens.dtype == dtype
+    assert tokens.shape == (*lead, layout.num_tokens, layout.width)
+    found = layout.unpack(tokens)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert not tokens[..., ~layout.mask].any()
+
+
+def test_mixed_dtypes_promote_and_come_back_bit_exactly():
+    module = nn.Sequential(nn.Linear(3, 2).bfloat16(), nn.Linear(2, 2).double(), nn.Linear(2, 2).half())
+    layout = WeightLayout.from_module(module)
+    tokens = layout.pack(module)
+    assert tokens.dtype == torch.float64
+    assert layout.pack(module, torch.float32).dtype == torch.float32
+    target = copy.deepcopy(module)
+    for parameter in target.parameters():
+        nn.init.zeros_(parameter)
+    GeneratedWeights(layout, tokens[None].detach()).load_into(target, 0)
+    for a, b in zip(module.parameters(), target.parameters(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_packing_and_unpacking_are_differentiable():
+    layout = WeightLayout.from_module(nn.Linear(3, 2))
+    tokens = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    module = nn.Linear(3, 2).double()
+    assert torch.autograd.gradcheck(lambda t: GeneratedWeights(layout, t).functional_call(module, x), (tokens,))
+    assert torch.autograd.gradcheck(lambda t: layout.pack_batch(layout.unpack(t)), (tokens,))
+
+
+def test_functional_call_with_part_of_a_module_and_with_dropout():
+    module = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    layout = WeightLayout.from_module(module, ["2"])
+    generated = GeneratedWeights(layout, torch.randn(3, 2, 9))
+    x = torch.randn(1, 5, 3).expand(3, 5, 3)
+    module(x[0])
+    out = generated.functional_call(module, x)  # drawn for each task
+    assert out.shape == (3, 5, 2)
+    module.eval()
+    for i, one in enumerate(generated.functional_call(module, x)):
+        other = copy.deepcopy(module)
+        generated.load_into(other, i)
+        torch.testing.assert_close(one, other(x[i]))
+
+
+def test_generated_weights_errors_and_copies():
+    layout = WeightLayout.from_module(nn.Linear(4, 3))
+    tokens = torch.randn(2, 3, 5)
+    generated = GeneratedWeights(layout, tokens)
+    for i in (-1, 2, 99):
+        for call in (generated.state_dict, lambda i: generated.load_into(nn.Linear(4, 3), i)):
+            assert f"task {i}: out of range, expected 0 to 1" in error_of(call, i)
+    for wrong in (tokens[0], tokens[..., 1:], tokens[:, 1:], tokens.long()):
+        assert "tokens" in error_of(GeneratedWeights, layout, wrong)
+    assert "expected [2, ...]" in error_of(generated.functional_call, nn.Linear(4, 3), torch.zeros(3, 4))
+    assert "expected [2, ...]" in error_of(generated.functional_call, nn.Linear(4, 3), torch.tensor(0.0))
+    state = generated.state_dict(0)
+    before = tokens.clone()
+    state["weight"].zero_()
+    assert torch.equal(tokens, before)
+    assert all(t.is_contiguous() for t in state.values())
+    norm = nn.BatchNorm1d(3)
+    layout = WeightLayout.from_module(norm)
+    generated = GeneratedWeights(layout, torch.randn(2, 2, 3))
+    assert "call module.eval() first" in error_of(generated.functional_call, norm, torch.randn(2, 4, 3))
+    assert generated.functional_call(norm.eval(), torch.randn(2, 4, 3)).shape == (2, 4, 3)
+
+
+def test_state_dict_errors():
+    layout = WeightLayout.from_module(nn.Linear(4, 3))
+    good = {"weight": torch.ones(2, 3, 4), "bias": torch.ones(2, 3), "more": torch.ones(1)}
+    assert layout.pack_batch(good).shape == (2, 3, 5)
+    for change, expected in (
+        ({"bias": torch.ones(3, 3)}, "'bias' has shape [3, 3], expected [2, 3]"),
+        ({"bias": torch.ones(3)}, "'bias' has shape [3], expected [2, 3]"),
+        ({"weight": torch.ones(4)}, "'weight' has shape [4], expected [3, 4]"),
+        ({"weight": None}, "'weight' is missing"),
+        ({"weight": torch.ones(2, 3, 4).long()}, "torch.int64"),
+    ):
+        assert expected in error_of(layout.pack_batch, good | change)
+    assert "expected [3, 4]" in error_of(layout.pack, good)
+    assert "expected [..., 3, 5]" in error_of(layout.unpack, torch.zeros(3, 4))
+
+
+def test_layouts_from_strangers_are_refused():
+    good = WeightLayout.from_module(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))).to_dict()
+
+    def refused(change):
+        data = copy.deepcopy(good)
+        result = change(data)
+        message = error_of(WeightLayout.from_dict, data if result is None or not isinstance(result, list) else result)
+        assert message.startswith("layout")
+        return message
+
+    first = {"rows": 3, "names": ["0.weight", "0.bias"], "shapes": [[3, 2], [3]]}
+    assert good["entries"][0] == first
+    for entry in (
+        first | {"rows": 2},
+        first | {"rows": True},
+        first | {"rows": -3},
+        first | {"rows": "3"},
+        first | {"rows": 2**40, "shapes": [[2**40, 2], [2**40]]},
+        first | {"names": ["0.weight"]},
+        first | {"names": []},
+        first | {"names": [], "shapes": []},
+        first | {"names": ["0.weight", "0.weight"]},
+        first | {"names": ["0", "0.bias"]},
+        first | {"names": ["0.weight", "1.bias"]},
+        first | {"names": ["0.weight", 5]},
+        first | {"names": ["0.weight", ["x"]]},
+        first | {"names": ["0.weight", ""]},
+        first | {"names": ["0.weight", "a..b"]},
+        first | {"names": ["0.weight", "a." * 10**6]},
+        first | {"names": "ab"},
+        first | {"shapes": [[3, -2], [3]]},
+        first | {"shapes": [[3, 0], [3]]},
+        first | {"shapes": [[3, 2.0], [3]]},
+        first | {"shapes": [[3, 2], [4]]},
+        first | {"shapes": [[3, 2], []]},
+        first | {"shapes": [[3, 2**30], [3]]},
+        first | {"shapes": [[3] + [1] * 100, [3]]},
+        first | {"shapes": [[3] + [2**28] * 60, [3]]},
+        first | {"shapes": [3, 2]},
+        first | {"shapes": None},
+        {"rows": 1, "names": ["a", "b"], "shapes": [[4], [5]]},
+        {},
+        None,
+        [],
+    ):
+        refused(lambda data, entry=entry: data["entries"].__setitem__(0, entry))
+    for key, value in (("entries", []), ("entries", None), ("num_tokens", 4), ("width", "3"), ("width", 2)):
+        assert key in refused(lambda data, key=key, value=value: data.__setitem__(key, value)) or key == "entries"
+    refused(lambda data: data["entries"].append(data["entries"][0]))
+    for nothing in (None, [], 3, {}, "x"):
+        assert error_of(WeightLayout.from_dict, nothing).startswith("layout")
+
+
+def test_a_huge_layout_is_refused_before_anything_is_allocated():
+    wide = LayoutEntry(1, ("a",), ((2**20,),))
+    long = LayoutEntry(2**20, ("b",), ((2**20, 1),))
+    assert "numbers at most" in error_of(WeightLayout, (wide, long))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.sampled_from(["a", "a.b", "", 2**70, 1.5]),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"rows": JSON_VALUES, "names": JSON_VALUES, "shapes": JSON_VALUES}), max_size=3)
+    | JSON_VALUES,
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_any_json_gives_a_layout_or_our_error(entries, num_tokens, width):
+    with contextlib.suppress(McdiError):
+        layout = WeightLayout.from_dict({"entries": entries, "num_tokens": num_tokens, "width": width})
+        layout.unpack(torch.zeros(layout.num_tokens, layout.width))
+
+
+# --- normalizer ---
+
+
+def test_normalizer_statistics(monkeypatch):
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False))  # tokens of width 5 and 3
+    layout = WeightLayout.from_module(module)
+    torch.manual_seed(1)
+    targets = torch.randn(11, 2, 5, 5) * torch.tensor([1e-3, 1.0, 1e4, 2.0, 3.0]) + torch.tensor([5.0, 0.1, 1e5, -1, 0])
+    targets[..., ~layout.mask] = 99  # padding counts for nothing
+    whole = Normalizer.fit(targets, layout.mask)
+    monkeypatch.setattr(weights, "_CHUNK_ENTRIES", 1)
+    by_one = Normalizer.fit(targets, layout.mask)
+    torch.testing.assert_close(whole.mean, by_one.mean)
+    torch.testing.assert_close(whole.std, by_one.std)
+    for column in range(5):
+        tokens = layout.mask[:, column]
+        values = targets[:, :, tokens, column].double()
+        # float32 rounding of the result
+        torch.testing.assert_close(
+            whole.mean[tokens, column].double(), values.mean().expand(int(tokens.sum())), rtol=1e-7, atol=0
+        )
+        torch.testing.assert_close(
+            whole.std[tokens, column].double(), values.std(correction=0).expand(int(tokens.sum())), rtol=1e-7, atol=0
+        )
+    assert (whole.mean[~layout.mask] == 0).all()
+    assert (whole.std[~layout.mask] == 1).all()
+    padded = layout.pack_batch(layout.unpack(targets))
+    normal = whole.normalize(padded)
+    assert not normal[..., ~layout.mask].any()
+    # mean / std is at most 5e3 here and x - mean is rounded at 2^-24 of x
+    torch.testing.assert_close(whole.denormalize(normal), padded, rtol=4e-7, atol=1e-6)
+    assert torch.equal(whole.to("cpu").mean, whole.mean)
+
+
+def test_constant_columns_get_deviation_one():
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    targets = torch.randn(6, 2, 3, 4)
+    targets[..., 1] = 0
+    targets[..., 2] = 1000.1
+    targets[..., 3] = 1e6 + torch.randint(0, 2, (6, 2, 3)) * 0.0625  # one unit in the last place of float32
+    found = Normalizer.fit(targets, mask)
+    assert (found.std[:, 1:] == 1).all()
+    assert (found.std[:, 0] != 1).all()
+    assert found.normalize(targets).abs().max() < 10
+    one = Normalizer.fit(torch.randn(1, 1, 1, 4), mask[:1])
+    assert (one.std == 1).all()
+    extreme = Normalizer.fit(
+        torch.tensor([3e38, -3e38, 1e-42, 0.0]).reshape(2, 1, 1, 2), torch.ones(1, 2, dtype=torch.bool)
+    )
+    assert torch.isfinite(extreme.std).all()
+
+
+def test_normalizer_errors(monkeypatch):
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    targets = torch.randn(9, 2, 3, 4)
+    monkeypatch.setattr(weights, "_CHUNK_ENTRIES", 4 * targets[0].numel())
+    for value in (float("nan"), float("inf")):
+        bad = targets.clone()
+        bad[7, 1, 2, 3] = value
+        assert "task 7 " in error_of(Normalizer.fit, bad, mask)
+        mask_without = mask.clone()
+        mask_without[2, 3] = False
+        Normalizer.fit(bad, mask_without)
+    for wrong in (targets[0], targets[..., 1:], targets[:0], targets[:, :0], targets.long()):
+        assert "targets" in error_of(Normalizer.fit, wrong, mask)
+    assert "mask" in error_of(Normalizer.fit, targets, mask.float())
+    found = Normalizer.fit(targets, mask)
+    assert "expected [..., 3, 4]" in error_of(found.normalize, targets[:, :, :2])
+    assert "expected [..., 3, 4]" in error_of(found.denormalize, targets[..., :2])
+    ones = torch.ones(1, 4)
+    assert Normalizer(ones, ones).normalize(targets).shape == targets.shape
+    for mean, std in (
+        (ones, -ones),
+        (ones, 0 * ones),
+        (ones / 0, ones),
+        (ones, ones / 0),
+        (ones, torch.ones(2, 4)),
+        (ones.double(), ones),
+        (ones[0], ones[0]),
+    ):
+        assert "normalizer" in error_of(Normalizer, mean, std)
