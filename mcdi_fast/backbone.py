@@ -20,6 +20,35 @@ from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.tasks import ClassImages, FewShotData
 
 FEATURE_WIDTH = 64
+_RECIPE = 1  # raise when the code below trains another network from the same configuration
+
+
+class Standardize(nn.Module):
+    """(x - mean) / scale: features of mean 0 and mean square norm 1 over the training images, set once after training.
+
+    One scale for all columns: a scale a column would change which prototype is nearest (98.4 to 97.0 % on validation characters).
+    A norm of 1 puts a head's bias on a par with its weights, so that Adam learns it: regressed heads went from 97.8 to 98.1 %,
+    fine-tuned ones from 97.9 to 98.0 %, against a mean square of 1 a column.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int):
+        """The identity, until `fit`."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, features: Tensor) -> None:
+        """Set from features [..., width]."""
+        flat = features.flatten(0, -2).double()
+        self.mean.copy_(flat.mean(0))
+        self.scale.copy_((flat - flat.mean(0)).square().sum(-1).mean().sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return (x - self.mean) / self.scale
 
 
 def conv4() -> nn.Sequential:
@@ -28,7 +57,7 @@ def conv4() -> nn.Sequential:
     for channels in (1, 64, 64, 64):
         layers += [nn.Conv2d(channels, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)]
     # channels-last is 1.8 times faster to train on two CPU cores (705 against 1242 images/s in float32)
-    return nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
+    return nn.Sequential(*layers, nn.Flatten(), Standardize(FEATURE_WIDTH)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def native_bfloat16() -> bool:
@@ -63,7 +92,7 @@ def to_float(images: np.ndarray) -> Tensor:
 
 def fingerprint(data: FewShotData, config: BackboneConfig) -> str:
     """16 hex digits that change with the training images, the recipe and its precision."""
-    text = json.dumps([data.name, data.fingerprint, asdict(config), native_bfloat16()])
+    text = json.dumps([_RECIPE, data.name, data.fingerprint, asdict(config), native_bfloat16()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -168,7 +197,21 @@ def train_backbone(
             on_step(step, loss.item())
         if step % config.checkpoint_every == 0 and step < config.steps:
             save()
-    backbone.eval()
+    standardize = backbone[-1]
+    assert isinstance(standardize, Standardize)
+    standardize.fit(extract_features(backbone, data.train))
     save_tensors(final, dict(backbone.state_dict()), {"data": data.name, "config": asdict(config)}, "backbone")
     partial.unlink(missing_ok=True)
     return backbone
+
+
+def check_backbone(config: BackboneConfig) -> None:
+    """Raise McdiError, naming the option, for a value out of range."""
+    for name in ("steps", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise McdiError(f"--backbone.{name.replace('_', '-')} = {getattr(config, name)}: expected at least 1")
+    for name in ("ways", "images_per_class"):
+        if getattr(config, name) < 2:
+            raise McdiError(f"--backbone.{name.replace('_', '-')} = {getattr(config, name)}: expected at least 2")
+    if not 0 < config.learning_rate < float("inf"):
+        raise McdiError(f"--backbone.learning-rate = {config.learning_rate}: expected a positive number")

@@ -21,13 +21,16 @@ from mcdi_fast.errors import McdiError
 Parameters = dict[str, Tensor]
 
 
-def init_parameters(
-    token_width: int, condition_width: int, num_steps: int, width: int, depth: int, seed: int, dtype=torch.float32
-) -> Parameters:
-    """Draw phi: matrices [in, out], deviation 1/sqrt(in); step rows, block outputs and the last matrix start at 0, so net = 0.
+def parameter_shapes(
+    token_width: int, condition_width: int, num_steps: int, width: int, depth: int
+) -> dict[str, tuple[int, int]]:
+    """The matrices of phi, [in, out] each, by name.
 
     Args:
         token_width: D. condition_width: C. num_steps: T. width: H, the hidden width. depth: L, the number of residual blocks.
+
+    Raises:
+        McdiError: one of them below 1.
     """
     for name, value in {
         "token_width": token_width,
@@ -39,17 +42,25 @@ def init_parameters(
             raise McdiError(f"denoiser {name} = {value}: expected at least 1")
     if depth < 1:
         raise McdiError(f"denoiser depth = {depth}: expected at least 1 residual block")
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator, dtype=torch.float64) / rows**0.5).to(dtype)
-
-    phi = {"in.token": normal(token_width, width), "in.condition": normal(condition_width, width)}
+    shapes = {"in.token": (token_width, width), "in.condition": (condition_width, width)}
     for layer in range(depth):
-        phi[f"block{layer}.token"] = normal(width, width)
-        phi[f"block{layer}.sample"] = torch.cat([normal(width, width), torch.zeros(num_steps, width, dtype=dtype)])
-        phi[f"block{layer}.out"] = torch.zeros(width, width, dtype=dtype)
-    phi["out.token"] = torch.zeros(width, token_width, dtype=dtype)
+        shapes[f"block{layer}.token"] = (width, width)
+        shapes[f"block{layer}.sample"] = (width + num_steps, width)
+        shapes[f"block{layer}.out"] = (width, width)
+    return shapes | {"out.token": (width, token_width)}
+
+
+def init_parameters(
+    token_width: int, condition_width: int, num_steps: int, width: int, depth: int, seed: int, dtype=torch.float32
+) -> Parameters:
+    """Draw phi: deviation 1/sqrt(in); step rows, block outputs and the last matrix start at 0, so net = 0. Sizes as `parameter_shapes`."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = {}
+    for name, (rows, columns) in parameter_shapes(token_width, condition_width, num_steps, width, depth).items():
+        phi[name] = torch.zeros(rows, columns, dtype=dtype)
+        if not name.endswith(".out") and name != "out.token":
+            drawn = width if name.endswith(".sample") else rows
+            phi[name][:drawn] = torch.randn(drawn, columns, generator=generator, dtype=torch.float64) / drawn**0.5
     return phi
 
 

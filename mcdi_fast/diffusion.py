@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     now, then = torch.tensor(steps[:-1]), torch.tensor(steps[1:])
     abar_now, abar_then = schedule.abar[now], schedule.abar[then]
     # from the alphas, not abar_now / abar_then: that ratio underflows for long harsh schedules
-    alpha = torch.stack([schedule.alpha[i:j].prod() for i, j in zip(steps[:-1], steps[1:], strict=True)])
+    alpha = torch.stack([schedule.alpha[i:j].prod() for i, j in pairwise(steps)])
     a = alpha.rsqrt()
     b = -(1 - alpha) / (1 - abar_now).sqrt() * a
     sigma = ((1 - alpha) * (1 - abar_then) / (1 - abar_now)).sqrt()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,11 +14,22 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.denoiser import Parameters, denoise, depth_of, init_parameters
+from mcdi_fast.denoiser import Parameters, denoise, depth_of, parameter_shapes
 from mcdi_fast.errors import McdiError
 from mcdi_fast.schedule import Objective, Schedule, make_objective, make_schedule
-from mcdi_fast.store import FORMAT_VERSION, load_tensors, make_folder, read_json, save_tensors, write_json
+from mcdi_fast.store import (
+    FORMAT_VERSION,
+    dumps,
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    show_path,
+    write_json,
+)
 from mcdi_fast.weights import Normalizer, WeightLayout
+
+MAX_TABLE = 2**20  # steps times segments of a generator from a file: some tables of 8 bytes each are built
 
 _KIND = "generator"
 
@@ -45,28 +58,29 @@ class WeightGenerator:
         d = self.diffusion
         object.__setattr__(self, "_schedule", make_schedule(d.steps, d.segments, d.beta_start, d.beta_end))
         object.__setattr__(self, "_objective", make_objective(self.schedule, d.objective))
-        width = self.phi["out.token"].shape[0] if "out.token" in self.phi else 0
-        expected = init_parameters(
-            self.layout.width, self.condition_width, d.steps, max(width, 1), max(depth_of(self.phi), 1), 0
+        out = self.phi.get("out.token")
+        width = out.shape[0] if out is not None and out.ndim == 2 else 1
+        # shapes alone: what a file declares must not decide how much is allocated
+        expected = parameter_shapes(
+            self.layout.width, self.condition_width, d.steps, max(width, 1), max(depth_of(self.phi), 1)
         )
         for name in sorted(expected.keys() | self.phi.keys()):
-            found, want = self.phi.get(name), expected.get(name)
-            if found is None or want is None or found.shape != want.shape or found.dtype != want.dtype:
+            found, shape = self.phi.get(name), expected.get(name)
+            if found is None or found.shape != shape or found.dtype != torch.float32:
+                want = "absent" if shape is None else f"{torch.float32} {list(shape)}"
                 raise McdiError(
-                    f"generator: parameter {name} is {_describe(found)}, expected {_describe(want)}; its parts belong to different generators"
+                    f"generator: parameter {name!r:.60} is {_describe(found)}, expected {want}; its parts belong to different generators"
                 )
             if not found.isfinite().all():
                 raise McdiError(
-                    f"generator: parameter {name} has NaN or infinity; train it again from the last good checkpoint"
+                    f"generator: parameter {name!r} has NaN or infinity; train it again from the last good checkpoint"
                 )
-        if self.normalizer.mean.shape[1] != self.layout.width or self.normalizer.mean.shape[0] not in (
-            1,
-            self.layout.num_tokens,
-        ):
-            raise McdiError(
-                f"generator: normalizer of shape {list(self.normalizer.mean.shape)}, "
-                f"expected [1 or {self.layout.num_tokens}, {self.layout.width}]; its parts belong to different generators"
-            )
+        for name, wide in (("normalizer", self.layout.width), ("condition_normalizer", self.condition_width)):
+            shape, tokens = list(getattr(self, name).mean.shape), self.layout.num_tokens
+            if shape not in ([1, wide], [tokens, wide]):
+                raise McdiError(
+                    f"generator: {name} of shape {shape}, expected [1 or {tokens}, {wide}]; its parts belong to different generators"
+                )
 
     @property
     def schedule(self) -> Schedule:
@@ -105,7 +119,6 @@ class WeightGenerator:
         tensors = {f"phi.{name}": value for name, value in self.phi.items()}
         for name in ("normalizer", "condition_normalizer"):
             tensors |= {f"{name}.mean": getattr(self, name).mean, f"{name}.std": getattr(self, name).std}
-        save_tensors(folder / "model.safetensors", tensors, {}, _KIND)
         config = {
             "format": FORMAT_VERSION,
             "kind": _KIND,
@@ -114,6 +127,8 @@ class WeightGenerator:
             "condition_width": self.condition_width,
             "provenance": self.provenance,
         }
+        dumps(config, folder / "config.json")  # complains before anything is written
+        save_tensors(folder / "model.safetensors", tensors, {"config": _digest(config)}, _KIND)
         write_json(folder / "config.json", config)
 
     @classmethod
@@ -125,7 +140,7 @@ class WeightGenerator:
         """
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        where = f"{folder / 'config.json'}"
+        where, model = show_path(folder / "config.json"), show_path(folder / "model.safetensors")
         if not isinstance(config, dict) or config.get("kind") != _KIND:
             raise McdiError(
                 f"{where}: not the configuration of a weight generator; give the folder that save_pretrained wrote"
@@ -134,31 +149,46 @@ class WeightGenerator:
             raise McdiError(
                 f"{where}: made by format {config.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; use the version that made it"
             )
-        tensors, _ = load_tensors(folder / "model.safetensors", _KIND)
+        tensors, meta = load_tensors(folder / "model.safetensors", _KIND)
+        for name in ("normalizer.mean", "normalizer.std", "condition_normalizer.mean", "condition_normalizer.std"):
+            if name not in tensors:
+                raise McdiError(f"{model}: tensor {name} is missing; the file is damaged or from another version")
         try:
             diffusion = DiffusionConfig(**config["diffusion"])
             for name, kind in DiffusionConfig.__annotations__.items():
                 value = getattr(diffusion, name)
                 if type(value) is not {"int": int, "float": float}.get(kind, str):
                     raise McdiError(f"{where}: diffusion.{name} = {value!r:.40}, expected {kind}")
-            if not 1 <= diffusion.steps <= len(tensors.get("phi.block0.sample", ())):
+            if not isinstance(config["provenance"], dict):
+                raise McdiError(f"{where}: provenance is {type(config['provenance']).__name__}, expected a dict")
+            if diffusion.steps * diffusion.segments > MAX_TABLE:
                 raise McdiError(
-                    f"{where}: diffusion.steps = {diffusion.steps} does not fit model.safetensors; the two files belong to different generators"
+                    f"{where}: diffusion.steps = {diffusion.steps} times diffusion.segments = {diffusion.segments}, "
+                    f"expected at most {MAX_TABLE}; the file is damaged"
                 )
-            normalizers = [
+            if meta.get("config") != _digest(config):
+                raise McdiError(
+                    f"{where}: not the one {model} was written with; the two files belong to different generators, or one was "
+                    "edited: save or copy both again"
+                )
+            normalizer, condition_normalizer = (
                 Normalizer(tensors[f"{name}.mean"], tensors[f"{name}.std"])
                 for name in ("normalizer", "condition_normalizer")
-            ]
-            phi = {name.removeprefix("phi."): value for name, value in tensors.items() if name.startswith("phi.")}
-            return cls(
-                phi, WeightLayout.from_dict(config["layout"]), *normalizers, diffusion, dict(config["provenance"])
             )
+            phi = {name.removeprefix("phi."): value for name, value in tensors.items() if name.startswith("phi.")}
+            return cls(phi, WeightLayout.from_dict(config["layout"]), *normalizers, diffusion, config["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise McdiError(
-                f"{where}: entry {error} is missing or malformed; the file is damaged or from another version"
+                f"{where}: entry {' '.join(str(error).split())[:200]} is missing or malformed; the file is damaged or from another version"
             ) from error
         except McdiError as error:
-            raise error if str(error).startswith(where) else McdiError(f"{folder}: {error}") from error
+            raise error if str(error).startswith(where) else McdiError(f"{show_path(folder)}: {error}") from error
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """16 hex digits of all of config.json but the provenance: model.safetensors says which configuration it was saved with."""
+    text = json.dumps({key: value for key, value in config.items() if key != "provenance"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _describe(tensor: Tensor | None) -> str:

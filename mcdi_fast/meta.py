@@ -45,6 +45,7 @@ class MetaTrainer:
         seed: int = 0,
         implementation: str = "fused",
     ):
+        """Fit the normalisers on the bank and draw phi. implementation: of the inner loop (inner.py)."""
         self.bank, self.seed, self.implementation = bank, seed, implementation
         self.meta, self.diffusion, self.denoiser = (
             meta or MetaConfig(),
@@ -127,6 +128,10 @@ class MetaTrainer:
         torch._foreach_lerp_(list(self.average.values()), list(self.phi.values()), 1 - decay)
         return float(losses[:, 0].mean())
 
+    def checkpoint_due(self) -> bool:
+        """Whether the step just done is one after which a checkpoint is written."""
+        return self.step % self.meta.checkpoint_every == 0 or self.step == self.meta.steps
+
     def generator(self, provenance: dict[str, Any] | None = None) -> WeightGenerator:
         """A weight generator from the averaged parameters."""
         phi = {name: value.detach().clone() for name, value in self.average.items()}
@@ -163,7 +168,8 @@ class MetaTrainer:
         tensors, found = load_tensors(path, "meta-checkpoint")
         if found.get("identity") != self.identity():
             raise McdiError(
-                f"{path}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected {self.identity()!r}); give the same options as before or another --run-dir"
+                f"{path}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected "
+                f"{self.identity()!r}); give the same options as before, or another --run-dir"
             )
         restore_optimizer(self.optimizer, tensors)
         with torch.no_grad():
@@ -216,9 +222,8 @@ def fit(
         on_start(trainer)
     while trainer.step < trainer.meta.steps:
         loss = trainer.outer_step()
-        last = trainer.step == trainer.meta.steps
-        if checkpoint is not None and (trainer.step % trainer.meta.checkpoint_every == 0 or last):
-            trainer.save(checkpoint)
-        if on_step:
+        if on_step:  # before the checkpoint: what it writes must not lack a step that the checkpoint has
             on_step(trainer, loss)
+        if checkpoint is not None and trainer.checkpoint_due():
+            trainer.save(checkpoint)
     return trainer.generator(provenance)

@@ -6,6 +6,7 @@ same numbers. torch.Generator has no per-sample seed, and one generator a sample
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,12 +28,10 @@ def philox_normal(seeds: Sequence[int] | np.ndarray, count: int, stream: int = 0
         float32 [B, count]; row b depends on (seeds[b], stream) alone, entry j not on `count`.
 
     Raises:
-        McdiError: a seed outside [0, 2^64).
+        McdiError: a seed that is no integer in [0, 2^64).
     """
-    for seed in seeds:
-        if not 0 <= int(seed) < 2**64:
-            raise McdiError(f"seed {seed}: expected an integer in [0, 2^64)")
-    seed = np.array([int(s) for s in seeds], np.uint64)[:, None]
+    numbers = [_seed(seed) for seed in seeds]
+    seed = np.array(numbers, np.uint64)[:, None]
     blocks = (count + 3) // 4
     c0 = np.broadcast_to(np.arange(blocks, dtype=np.uint64), (len(seed), blocks))
     c1, c2, c3 = np.full_like(c0, stream), np.zeros_like(c0), np.zeros_like(c0)
@@ -46,4 +45,14 @@ def philox_normal(seeds: Sequence[int] | np.ndarray, count: int, stream: int = 0
     radius = np.sqrt(np.float32(-2) * np.log(np.maximum(uniform[..., 0::2], np.float32(1e-7))))
     angle = np.float32(6.283185307179586) * uniform[..., 1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
-    return normal.reshape(len(seed), -1)[:, :count]
+    return normal.reshape(len(seed), 4 * blocks)[:, :count]
+
+
+def _seed(value: object) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**64:
+        raise McdiError(f"seed {value!s:.40}: expected an integer in [0, 2^64)")
+    return number

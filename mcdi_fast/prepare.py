@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mcdi_fast.config import PrepareConfig
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.heads import head_gradient, head_layout, support_condition
+from mcdi_fast.tasks import sample_episodes
+
+SHARD_TASKS = 500  # tasks trained together and appended as one shard: large products, and little lost by a kill
 
 
 def sam_perturbation(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
@@ -23,23 +32,6 @@ def adam_step(
     second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     denominator = second.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
     theta.addcdiv_(first, denominator, value=-rate / (1 - betas[0] ** step))
-
-
-def head_gradient(head: Tensor, features: Tensor, labels: Tensor, weight_decay: float = 0.0) -> Tensor:
-    """Gradient of the mean cross-entropy + weight_decay / 2 ||head||^2 of linear heads, by hand.
-
-    Args:
-        head: [B, ways, F + 1], a row a class: its weights, then its bias. features: [B, R, F]. labels: int64 [B, R].
-
-    Returns:
-        [B, ways, F + 1]
-    """
-    rows = features.shape[1]
-    logits = torch.baddbmm(head[..., None, :, -1], features, head[..., :-1].mT)
-    p = logits.softmax(-1)
-    p.scatter_add_(-1, labels.unsqueeze(-1), p.new_full((), -1.0).expand(*labels.shape, 1))
-    p.div_(rows)
-    return torch.cat([p.mT @ features, p.sum(1).unsqueeze(-1)], -1).add_(head, alpha=weight_decay)
 
 
 def train_heads(
@@ -60,10 +52,7 @@ def train_heads(
     Raises:
         McdiError: k does not divide M; features that are not finite.
     """
-    if record < 1 or config.steps % record:
-        raise McdiError(
-            f"preparation steps M = {config.steps} are not divisible by the segments k = {record}: raise M to {-(-config.steps // max(record, 1)) * record}"
-        )
+    check_prepare(config, record)
     if not features.isfinite().all():
         raise McdiError(
             "preparation features: found NaN or infinity, expected finite numbers; look at the backbone that made them"
@@ -84,3 +73,73 @@ def train_heads(
         if step % (config.steps // record) == 0:
             kept.append(theta.clone())
     return torch.stack(kept, 1)
+
+
+def check_prepare(config: PrepareConfig, segments: int) -> None:
+    """Raise McdiError, naming the option, for a value out of range."""
+    for name in ("tasks", "steps", "copies"):
+        if getattr(config, name) < 1:
+            raise McdiError(f"--prepare.{name} = {getattr(config, name)}: expected at least 1")
+    for name in ("rho", "weight_decay", "start_deviation"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise McdiError(f"--prepare.{name.replace('_', '-')} = {getattr(config, name)}: expected 0 or more")
+    if not 0 < config.learning_rate < float("inf"):
+        raise McdiError(f"--prepare.learning-rate = {config.learning_rate}: expected a positive number")
+    if segments < 1 or config.steps % segments:
+        raise McdiError(
+            f"preparation steps M = {config.steps} (--prepare.steps) are not divisible by the segments k = {segments} "
+            f"(--diffusion.segments): raise M to {-(-config.steps // max(segments, 1)) * max(segments, 1)}"
+        )
+
+
+def prepare_bank(
+    folder: Path,
+    features: Tensor,
+    task: TaskConfig,
+    config: PrepareConfig,
+    segments: int,
+    seed: int,
+    *,
+    meta: dict[str, Any] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_tasks: Callable[[int], None] | None = None,
+) -> TrajectoryBank:
+    """Train the heads of many tasks and keep their trajectories; where the folder holds part of the same bank, make the rest.
+
+    The targets of a task use every image of its classes, its condition only the support. Shard j is a function of (seed, j).
+
+    Args:
+        features: float32 [copies, classes, drawers, F], of the training classes: the images and augmented ones.
+        meta: provenance, part of the bank's identity.
+        on_start: called with the tasks there already. on_tasks: called with the number of tasks after each shard.
+
+    Raises:
+        McdiError: bad settings; another bank in the folder; a full disk.
+    """
+    check_prepare(config, segments)
+    _, classes, drawers, width = features.shape
+    bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width, meta)
+    if on_start:
+        on_start(len(bank))
+    label = torch.arange(task.ways).repeat_interleave(drawers)
+    while len(bank) < config.tasks:
+        count = min(SHARD_TASKS, config.tasks - len(bank))
+        episodes = sample_episodes(
+            classes,
+            drawers,
+            ways=task.ways,
+            shots=task.shots,
+            queries=drawers - task.shots,
+            seed=seed,
+            start=len(bank),
+            count=count,
+        )
+        rows = torch.cat([episodes.support, episodes.query], 2)
+        x = torch.stack([copy[episodes.classes.unsqueeze(-1), rows] for copy in features]).flatten(2, 3)
+        generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
+        targets = train_heads(x, label.expand(count, -1), config, generator, task.ways, record=segments)
+        support, _ = episodes.take(features[0])
+        bank.append(targets, support_condition(support))
+        if on_tasks:
+            on_tasks(count)
+    return bank

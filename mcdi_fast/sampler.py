@@ -23,6 +23,7 @@ class Sampler:
     """
 
     def __init__(self, generator: WeightGenerator):
+        """Keep the generator; nothing is copied."""
         self.generator = generator
         # padding is no weight: its noise would only pollute the token's other columns
         self._mask = generator.layout.mask.float() if not generator.layout.mask.all() else None

@@ -1,11 +1,15 @@
 """The three inner loops agree: outputs, losses, every gradient (through the Reptile delta of one and of several steps)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import InnerBatch, inner_loop
+from mcdi_fast.inner import IMPLEMENTATIONS, InnerBatch, inner_loop, prefer_stacked, task_loss
 
 SHAPES = [  # tasks, inner steps, samples, tokens, token width, condition width, steps, width, depth
     (1, 1, 1, 1, 1, 1, 1, 1, 1),
@@ -52,3 +56,187 @@ def test_agree_in_float64(shape, implementation, stacked):
     assert delta.keys() == expected.keys()
     for name in phi:
         assert relative(delta[name], expected[name]) < 1e-11, name
+
+
+IMPLEMENTATION_FORMS = [("reference", None), ("vmap", None), ("fused", False), ("fused", True), ("fused", None)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, high) for high in (5, 4, 4, 5, 9, 5, 6, 12, 3))),
+    st.integers(0, 2**31),
+    st.floats(1e-4, 0.2),
+)
+def test_any_shape_agrees_in_float64(shape, seed, rate):
+    phi, batch = random_case(shape, torch.float64, seed)
+    expected, expected_losses = inner_loop(phi, batch, rate, "reference")
+    # a diverging task multiplies rounding by its growth, which says nothing about the implementations
+    assume(float(expected_losses.max()) < 1e3 * float(expected_losses[:, 0].max()))
+    for implementation, stacked in IMPLEMENTATION_FORMS[1:]:
+        delta, losses = inner_loop(phi, batch, rate, implementation, stacked)
+        assert losses.shape == shape[:2]
+        assert relative(losses, expected_losses) < 1e-10
+        for name in phi:
+            assert delta[name].shape == phi[name].shape
+            # against the whole difference too: a single matrix's may be next to nothing
+            size = sum(float(value.norm()) for value in expected.values())
+            assert float((delta[name] - expected[name]).norm()) < 1e-10 * (float(expected[name].norm()) + 1e-3 * size)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_float32_rounds_no_worse_than_the_reference(shape, stacked):
+    phi, batch = random_case(shape, torch.float64)
+    phi32, batch32 = cast(phi, batch, torch.float32)
+    phi, batch = cast(phi32, batch32, torch.float64)  # of the rounded inputs: what is compared is the arithmetic
+    exact, exact_losses = inner_loop(phi, batch, 0.05, "reference")
+    plain, plain_losses = inner_loop(phi32, batch32, 0.05, "reference")
+    fused, fused_losses = inner_loop(phi32, batch32, 0.05, "fused", stacked)
+    for name in phi:
+        assert fused[name].dtype == torch.float32
+        assert relative(fused[name], exact[name]) < 3 * relative(plain[name], exact[name]) + 2e-7, name
+    assert relative(fused_losses, exact_losses) < 3 * relative(plain_losses, exact_losses) + 2e-7
+
+
+def test_one_step_is_minus_eta_times_the_mean_gradient():
+    phi, batch = random_case((5, 1, 3, 4, 6, 3, 4, 8, 2), torch.float64)
+    leaves = {name: value.clone().requires_grad_() for name, value in phi.items()}
+    losses = torch.stack(
+        [
+            task_loss(leaves, batch.x[b, 0], batch.step[b, 0], batch.condition[b], batch.gain[b, 0], batch.target[b, 0])
+            for b in range(5)
+        ]
+    )
+    gradients = torch.autograd.grad(losses.mean(), list(leaves.values()))
+    for implementation, stacked in IMPLEMENTATION_FORMS:
+        delta, found = inner_loop(phi, batch, 0.3, implementation, stacked)
+        torch.testing.assert_close(found[:, 0], losses.detach(), rtol=1e-12, atol=0)
+        for name, gradient in zip(phi, gradients, strict=True):
+            torch.testing.assert_close(delta[name], -0.3 * gradient, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("implementation", "stacked"), IMPLEMENTATION_FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_task_does_not_hear_of_the_others(implementation, stacked, dtype):
+    """Its losses, over all inner steps, bit by bit, whatever the other tasks hold: other numbers, infinity, NaN."""
+    shape = (6, 3, 4, 5, 13, 9, 7, 16, 2)
+    phi, batch = random_case(shape, dtype)
+    _, other = random_case(shape, dtype, seed=7)
+    _, before = inner_loop(phi, batch, 0.1, implementation, stacked)
+    for mine in (0, 3, 5):
+        rest = torch.arange(6) != mine
+        for fill in (None, 1e30, float("inf"), float("nan")):
+            fields = {name: value.clone() for name, value in vars(batch).items()}
+            for name, value in fields.items():
+                value[rest] = getattr(other, name)[rest]
+                if fill is not None and name != "step":
+                    value[rest] = fill
+            _, after = inner_loop(phi, InnerBatch(**fields), 0.1, implementation, stacked)
+            assert torch.equal(after[mine], before[mine])
+            if fill is not None:
+                assert not after[rest][:, 1:].isfinite().any()
+
+
+@pytest.mark.parametrize("field", ["x", "condition", "gain", "target"])
+@pytest.mark.parametrize(("implementation", "stacked"), IMPLEMENTATION_FORMS)
+def test_nan_in_one_task_is_found_and_leaves_the_others_alone(implementation, stacked, field):
+    phi, batch = random_case((4, 3, 2, 3, 5, 4, 6, 8, 2), torch.float32)
+    _, before = inner_loop(phi, batch, 0.1, implementation, stacked)
+    value = getattr(batch, field).clone()
+    value[1].view(-1)[0] = float("nan")
+    delta, after = inner_loop(phi, replace(batch, **{field: value}), 0.1, implementation, stacked)
+    rest = torch.tensor([0, 2, 3])
+    assert torch.equal(after[rest], before[rest])
+    assert after[1].isnan().all()
+    assert any(part.isnan().any() for part in delta.values())  # the mean over tasks must not hide it
+
+
+@pytest.mark.parametrize(("implementation", "stacked"), IMPLEMENTATION_FORMS)
+def test_nothing_given_is_written_to_and_strides_do_not_matter(implementation, stacked):
+    phi, batch = random_case((3, 2, 4, 3, 5, 4, 6, 8, 2), torch.float64)
+    fields = {name: value.clone().transpose(0, -1).contiguous().transpose(0, -1) for name, value in vars(batch).items()}
+    fields["gain"] = batch.gain[:, :1, :1].expand(-1, 2, 4)
+    strided, plain = InnerBatch(**fields), replace(batch, gain=fields["gain"].contiguous())
+    strided_phi = {name: value.T.contiguous().T for name, value in phi.items()}
+    copies = [{n: v.clone() for n, v in d.items()} for d in (vars(strided), strided_phi)]
+    delta, losses = inner_loop(strided_phi, strided, 0.1, implementation, stacked)
+    for found, copy in zip((vars(strided), strided_phi), copies, strict=True):
+        for name, value in found.items():
+            assert torch.equal(value, copy[name]), name
+    expected, expected_losses = inner_loop(phi, plain, 0.1, "reference")
+    assert relative(losses, expected_losses) < 1e-12
+    for name in phi:
+        assert relative(delta[name], expected[name]) < 1e-11, name
+        assert not delta[name].requires_grad
+        assert delta[name].data_ptr() != strided_phi[name].data_ptr()
+
+
+def test_the_same_twice():
+    phi, batch = random_case(SHAPES[1], torch.float32)
+    for implementation, stacked in IMPLEMENTATION_FORMS[2:]:
+        (one, losses), (two, again) = (inner_loop(phi, batch, 0.1, implementation, stacked) for _ in range(2))
+        assert torch.equal(losses, again)
+        assert all(torch.equal(one[name], two[name]) for name in phi)
+
+
+def test_the_crossover_only_chooses_between_the_two_forms():
+    for shape, stacked in (((2, 3, 4, 5, 6, 4, 5, 8, 1), True), ((2, 1, 1, 2, 6, 4, 5, 64, 1), False)):
+        phi, batch = random_case(shape, torch.float32)
+        assert prefer_stacked(batch, phi) == stacked
+        chosen, named = (inner_loop(phi, batch, 0.1, "fused", form)[0] for form in (None, stacked))
+        assert all(torch.equal(chosen[name], named[name]) for name in phi)
+
+
+def error_of(phi, batch, *args):
+    with pytest.raises(McdiError) as caught:
+        inner_loop(phi, batch, 0.1, *args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_does_not_fit_is_named(implementation):
+    b, k, s, n, d, c = shape = (2, 3, 4, 5, 6, 7)
+    phi, batch = random_case((*shape, 3, 8, 1), torch.float32)
+    good = {
+        "x": (b, k, s, n, d),
+        "step": (b, k, s),
+        "condition": (b, n, c),
+        "gain": (b, k, s),
+        "target": (b, k, s, n, d),
+    }
+    for name, full in good.items():
+        for axis in range(len(full)):
+            if name == "x" and axis < 4:  # x says what the other shapes should be
+                continue
+            wrong = getattr(batch, name).narrow(axis, 0, full[axis] - 1)
+            message = error_of(phi, replace(batch, **{name: wrong}), implementation)
+            assert message.startswith(f"inner batch {name}: shape {tuple(wrong.shape)}")
+            assert f"expected {full}" in message
+        wrong = getattr(batch, name)[0]
+        assert f"inner batch {name}: shape {tuple(wrong.shape)}" in error_of(
+            phi, replace(batch, **{name: wrong}), implementation
+        )
+        wrong = getattr(batch, name).to(torch.int32 if name == "step" else torch.float64)
+        message = error_of(phi, replace(batch, **{name: wrong}), implementation)
+        assert message.startswith(f"inner batch {name}: {wrong.dtype} on cpu, expected")
+        wrong = getattr(batch, name).to("meta")
+        message = error_of(phi, replace(batch, **{name: wrong}), implementation)
+        assert message.startswith(f"inner batch {name}: {wrong.dtype} on meta, expected {wrong.dtype} on cpu")
+    for axis in range(3):  # fewer tasks, inner steps or samples in x alone: the next tensor disagrees
+        message = error_of(phi, replace(batch, x=batch.x.narrow(axis, 0, 1)), implementation)
+        assert message.startswith("inner batch step: shape")
+    for axis in range(5):
+        empty = batch.x.narrow(axis, 0, 0)
+        message = error_of(phi, replace(batch, x=empty), implementation)
+        assert message.startswith(f"inner batch x: shape {tuple(empty.shape)}")
+        assert "[B, K, S, N, D]" in message
+
+
+def test_unknown_implementation():
+    phi, batch = random_case(SHAPES[0], torch.float32)
+    message = error_of(phi, batch, "quick")
+    assert "'quick'" in message
+    for name in IMPLEMENTATIONS:
+        assert name in message

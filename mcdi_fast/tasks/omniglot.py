@@ -7,6 +7,7 @@ A local zip may be packed differently from the official one (the container is no
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import show_path
+from mcdi_fast.store import atomic_write, show_path
 from mcdi_fast.tasks import ClassImages, FewShotData
 
 SIDE = 28
@@ -36,7 +37,7 @@ _SPLITS = {  # sha256 of the sorted characters, one a line, the four rotations o
     "test": "af119b10f318ddb7afdf5108b360887823cf06da68d846c7e5de7286492976d7",
 }
 _MEMBER = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
-_MAX_PNG = 100_000  # bytes unpacked; the real ones are some hundred
+_MAX_PNG = 100_000  # bytes, packed or unpacked; the real ones are some hundred
 
 
 def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
@@ -48,6 +49,7 @@ def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
     Raises:
         McdiError: naming the file: missing, truncated, not these characters; no network.
     """
+    _require("PIL", "pillow")
     folder = _find(data_dir)
     if folder is None:
         folder = _download(cache_dir / "omniglot")
@@ -60,57 +62,75 @@ def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
     for name, members in splits.items():
         missing = [m for m in members if m not in characters]
         if missing:
-            raise McdiError(f"{show_path(folder)}: character {missing[0]} of the {name} split is in neither zip; get both zips again")
+            raise McdiError(
+                f"{show_path(folder)}: character {missing[0]} of the {name} split is in neither zip; get both zips again"
+            )
         images = np.stack([characters[m] for m in members])  # [characters, drawers, 28, 28]
         turned = np.stack([np.rot90(images, turn, axes=(2, 3)) for turn in range(TURNS)], 1)
         turned = np.ascontiguousarray(turned).reshape(-1, DRAWERS, SIDE, SIDE)
         digest.update(name.encode() + turned.tobytes())
         parts.append(ClassImages(turned))
-    return FewShotData("omniglot", *parts, digest.hexdigest()[:16])
+    train, val, test = parts
+    return FewShotData("omniglot", train, val, test, digest.hexdigest()[:16])
+
+
+def _require(module: str, package: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise McdiError(
+            f"omniglot needs {package}, which is not installed; run pip install 'mcdi_fast[train]'"
+        ) from error
 
 
 def _find(data_dir: Path | None) -> Path | None:
-    if data_dir is not None:
-        places = [("--data-dir", Path(data_dir))]
-    elif os.environ.get("MCDI_DATA_DIR"):
-        places = [("MCDI_DATA_DIR", Path(os.environ["MCDI_DATA_DIR"]))]
-    else:
+    option = "--data-dir" if data_dir is not None else "MCDI_DATA_DIR"
+    place = data_dir if data_dir is not None else os.environ.get("MCDI_DATA_DIR")
+    if not place:
         return None
-    for option, place in places:
-        folder = place / "omniglot"
-        for name in [*_ZIPS, *(f"splits/{split}.txt" for split in _SPLITS)]:
-            if not (folder / name).is_file():
-                raise McdiError(
-                    f"{show_path(folder / name)}: not there, expected because {option} is {show_path(place)}; "
-                    "put it there, or leave the option out to download it"
-                )
-        return folder
-    return None
+    folder = Path(place) / "omniglot"
+    for name in [*_ZIPS, *(f"splits/{split}.txt" for split in _SPLITS)]:
+        if not (folder / name).is_file():
+            raise McdiError(
+                f"{show_path(folder / name)}: not there, expected because {option} is {show_path(place)}; "
+                f"put it there, or leave {option} out to download it"
+            )
+    return folder
 
 
 def _download(folder: Path) -> Path:
+    _require("pooch", "pooch to download it")
     import pooch  # only here: a machine with the data needs no network library
 
     def get(url: str, known_hash: str | None, path: Path) -> None:
         try:
             pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, progressbar=True)
         except ValueError as error:  # pooch's word for another checksum
-            raise McdiError(f"{url}: its checksum is not {known_hash}; the download was damaged, run the same command again") from error
-        except Exception as error:  # requests has many words for no network
-            reason = " ".join(str(error).split())[:200]
             raise McdiError(
-                f"cannot download {url}: {reason}; connect to the network, or put {path.name} under DIR/omniglot and give --data-dir DIR"
+                f"{url}: its checksum is not {known_hash}; the download was damaged, run the same command again"
+            ) from error
+        except Exception as error:  # requests has many words for no network
+            reason = " ".join(str(error).split())[:120]
+            raise McdiError(
+                f"cannot download {url}: {reason}; connect to the network, or put both zips and splits/ under DIR/omniglot "
+                "and give --data-dir DIR"
             ) from error
 
     for name, (_, md5) in _ZIPS.items():
         get(_ZIP_SOURCE + name, f"md5:{md5}", folder / name)
-    for name in _SPLITS:
-        path = folder / "splits" / f"{name}.txt"
+    for name, sha256 in _SPLITS.items():
+        path, raw = folder / "splits" / f"{name}.txt", folder / "splits" / f"{name}.rotations.txt"
         if not path.exists():
-            raw = folder / "splits" / f"{name}.rotations.txt"
-            get(f"{_SPLIT_SOURCE}{name}.txt", None, raw)  # its content is verified by _read_split
-            members = {"/".join(line.split("/")[:2]) for line in raw.read_text(encoding="utf-8").split()}
-            path.write_text("".join(f"{m}\n" for m in sorted(members)), encoding="utf-8")
+            raw.unlink(missing_ok=True)  # no checksum of it is known, so pooch would keep a damaged one
+            get(f"{_SPLIT_SOURCE}{name}.txt", None, raw)
+            text = raw.read_text(encoding="utf-8", errors="replace")
+            members = {"/".join(line.split("/")[:2]) for line in text.split()}
+            atomic_write(path, "".join(f"{m}\n" for m in sorted(members)).encode())
+            try:
+                _read_split(path, sha256)
+            except McdiError:
+                path.unlink()  # so that the next run downloads it again
+                raise
     return folder
 
 
@@ -118,7 +138,9 @@ def _read_split(path: Path, sha256: str) -> list[str]:
     try:
         data = path.read_bytes() if path.stat().st_size < 2**20 else b""
     except OSError as error:
-        raise McdiError(f"{show_path(path)}: {error.strerror}; put the Vinyals split there, one ALPHABET/characterNN a line") from error
+        raise McdiError(
+            f"{show_path(path)}: {error.strerror}; put the Vinyals split there, one ALPHABET/characterNN a line"
+        ) from error
     members = sorted(data.decode("utf-8", errors="replace").split())
     found = hashlib.sha256("".join(f"{m}\n" for m in members).encode()).hexdigest()
     if found != sha256:
@@ -138,9 +160,11 @@ def _read_zip(path: Path, expected: int) -> dict[str, np.ndarray]:
                 match = _MEMBER.fullmatch(info.filename)
                 if not match:  # folders, and whatever else: nothing is ever extracted, so it can do no harm
                     continue
-                if info.file_size > _MAX_PNG:
+                # zipfile unpacks all that is packed, whatever is declared
+                size = max(info.file_size, info.compress_size)
+                if size > _MAX_PNG:
                     raise McdiError(
-                        f"{show_path(path)}: {info.filename!r:.80} declares {info.file_size} bytes, expected at most {_MAX_PNG}; "
+                        f"{show_path(path)}: {info.filename!r:.80} declares {size} bytes, expected at most {_MAX_PNG}; "
                         "it is not the Omniglot zip: get it again"
                     )
                 found[match[1], int(match[2])] = info
@@ -155,12 +179,24 @@ def _read_zip(path: Path, expected: int) -> dict[str, np.ndarray]:
             images = {c: np.empty((DRAWERS, SIDE, SIDE), np.uint8) for c in sorted(counts)}
             for (character, drawer), info in found.items():
                 if not 1 <= drawer <= DRAWERS:
-                    raise McdiError(f"{show_path(path)}: {info.filename!r:.80}: drawer {drawer}, expected 1 to {DRAWERS}; get it again")
+                    raise McdiError(
+                        f"{show_path(path)}: {info.filename!r:.80}: drawer {drawer}, expected 1 to {DRAWERS}; get it again"
+                    )
                 images[character][drawer - 1] = _decode(archive.read(info), f"{show_path(path)}: {info.filename!r:.80}")
             return images
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+    ) as error:
         # RuntimeError: an encrypted entry; NotImplementedError: an unknown compression; zlib.error is no ValueError
-        raise McdiError(f"{show_path(path)}: {' '.join(str(error).split())[:200]}; it is truncated or no zip: get it again") from error
+        raise McdiError(
+            f"{show_path(path)}: {' '.join(str(error).split())[:200]}; it is truncated or no zip: get it again"
+        ) from error
     except Exception as error:
         if isinstance(error, McdiError):
             raise

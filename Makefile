@@ -1,0 +1,37 @@
+# make train [DATASET=omniglot] [ARGS="--seed 1"] | make test | make setup | make bench | make lint
+PYTHON ?= python3
+DATASET ?= glyphs
+ARGS ?=
+BIN := .venv/bin
+# Waiting threads sleep instead of spinning: ten times faster wherever another process has a core.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: train test slow bench lint setup clean
+
+train: setup
+	$(BIN)/python -m mcdi_fast.train --dataset $(DATASET) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,181 @@
+"""Weight preparation in one launch: all M steps of Adam + SAM of N linear heads, one program a task, only the local targets written.
+
+A task's features are read again every step and stay in the multiprocessor's L1 (100 rows x 64 are 26 kB a copy); heads, moments and
+gradients stay in registers for the whole training.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import check_precision, check_rank, check_runs, check_tensor, dot, on_device, output
+from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
+from mcdi_fast.prepare import adam_step, head_gradient, sam_perturbation
+
+MAX_STATE = 8192
+"""Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
+
+
+def head_trajectory_ref(
+    start: Tensor, features: Tensor, labels: Tensor, config: PrepareConfig, record: int = 1, pick: Tensor | None = None
+) -> Tensor:
+    """As `head_trajectory`, in any dtype."""
+    theta, kept = start.clone(), []
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step in range(1, config.steps + 1):
+        x = features[0]
+        if pick is not None:
+            x = features.gather(0, pick[step - 1, :, :, None].expand_as(x).unsqueeze(0).long())[0]
+        gradient = head_gradient(theta, x, labels, config.weight_decay)
+        if config.rho > 0:
+            gradient = head_gradient(sam_perturbation(theta, gradient, config.rho), x, labels, config.weight_decay)
+        adam_step(theta, gradient, first, second, step, config.learning_rate)
+        if step % (config.steps // record) == 0:
+            kept.append(theta.clone())
+    return torch.stack(kept, 1)
+
+
+@triton.jit
+def head_gradient_block(
+    weight, bias, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
+    HAS_PICK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. pick, where used, is this step's [B, R]."""
+    column, way = tl.arange(0, WIDTH), tl.arange(0, WAYS)
+    to_weight, to_bias = tl.zeros([WAYS, WIDTH], tl.float32), tl.zeros([WAYS], tl.float32)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        at = task * rows + row
+        label = tl.load(labels + at, mask=inside, other=-1)
+        if HAS_PICK:
+            copy = tl.load(pick + at, mask=inside, other=0).to(tl.int64)
+            source = copy * num_tasks * rows + at
+        else:
+            source = at
+        x = tl.load(
+            features + source[:, None] * width + column[None, :],
+            mask=inside[:, None] & (column < width)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        logits = dot(x, tl.trans(weight), tl.zeros([BLOCK_ROWS, WAYS], tl.float32), PRECISION) + bias[None, :]
+        logits = tl.where((way < ways)[None, :], logits, float("-inf"))
+        p = tl.exp(logits - tl.max(logits, 1)[:, None])
+        p = p / tl.sum(p, 1)[:, None] - tl.where(way[None, :] == label[:, None], 1.0, 0.0)
+        p = tl.where(inside[:, None], p / rows, 0.0)
+        to_weight = dot(tl.trans(p), x, to_weight, PRECISION)
+        to_bias += tl.sum(p, 0)
+    return to_weight + weight_decay * weight, to_bias + weight_decay * bias
+
+
+@triton.jit
+def head_trajectory_kernel(
+    start, features, labels, pick, scalars, out,
+    rho, weight_decay, keep_first, keep_second, eps, num_tasks, rows, width, ways, segments, per_segment,
+    SAM: tl.constexpr, HAS_PICK: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program a task; WAYS, WIDTH: ways and features padded to powers of two. The padding's gradient and thus its head stay 0."""
+    task = tl.program_id(0).to(tl.int64)
+    column, way = tl.arange(0, WIDTH), tl.arange(0, WAYS)
+    weight_inside = (way < ways)[:, None] & (column < width)[None, :]
+    weight_at = way[:, None] * (width + 1) + column[None, :]
+    bias_at = way * (width + 1) + width
+    head = ways * (width + 1)
+    w = tl.load(start + task * head + weight_at, mask=weight_inside, other=0.0)
+    b = tl.load(start + task * head + bias_at, mask=way < ways, other=0.0)
+    w_first, w_second = tl.zeros_like(w), tl.zeros_like(w)
+    b_first, b_second = tl.zeros_like(b), tl.zeros_like(b)
+    for segment in range(0, segments):  # `pick` walks along, a step at a time
+        for step in range(segment * per_segment, (segment + 1) * per_segment):
+            gw, gb = head_gradient_block(
+                w, b, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
+                HAS_PICK, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+            )  # fmt: skip
+            if SAM:
+                norm = tl.sqrt(tl.sum(tl.sum(gw * gw, 1), 0) + tl.sum(gb * gb, 0))
+                factor = rho / tl.maximum(norm, TINY)
+                gw, gb = head_gradient_block(
+                    w + factor * gw, b + factor * gb, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
+                    HAS_PICK, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+                )  # fmt: skip
+            rate, root = tl.load(scalars + 2 * step), tl.load(scalars + 2 * step + 1)
+            w, w_first, w_second = adam_update(w, gw, w_first, w_second, rate, root, keep_first, keep_second, eps)
+            b, b_first, b_second = adam_update(b, gb, b_first, b_second, rate, root, keep_first, keep_second, eps)
+            pick += num_tasks * rows
+        kept = out + (task * segments + segment) * head
+        tl.store(kept + weight_at, w, mask=weight_inside)
+        tl.store(kept + bias_at, b, mask=way < ways)
+
+
+def head_blocks(rows: int, ways: int, width: int) -> tuple[int, int, int]:
+    """BLOCK_ROWS, WAYS, WIDTH: 16 is the least a dot takes; 64 rows at a time leave registers for the state."""
+    return (
+        min(64, max(16, triton.next_power_of_2(rows))),
+        max(16, triton.next_power_of_2(ways)),
+        max(16, triton.next_power_of_2(width)),
+    )
+
+
+def head_trajectory(
+    start: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    config: PrepareConfig,
+    record: int = 1,
+    pick: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """Train the heads of B tasks and keep theta_d … theta_M: prepare.train_heads with its random draws made beforehand.
+
+    Args:
+        start: float32 [B, ways, F + 1], the Gaussian theta_0. features: [A, B, R, F], float32 or bfloat16. labels: int64 [B, R].
+        config: steps M, learning rate, rho, weight decay. record: k, a divisor of M.
+        pick: int32 or int64 [M, B, R] in [0, A), the copy of every row in every step; None: copy 0.
+
+    Labels and picks are not range-checked: that would wait for the GPU.
+
+    Returns:
+        float32 [B, k, ways, F + 1]
+
+    Raises:
+        McdiError: naming the argument.
+    """
+    b, ways, columns = check_rank("start", start, "BWF")
+    copies, _, rows, width = check_rank("features", features, "ABRF")
+    device = start.device
+    check_tensor("features", features, (copies, b, rows, width), device=device)
+    check_tensor("start", start, (b, ways, width + 1), (torch.float32,))
+    check_tensor("labels", labels, (b, rows), (torch.int64,), device)
+    if record < 1 or config.steps < 1 or config.steps % record:
+        raise McdiError(
+            f"preparation steps M = {config.steps}: expected a positive multiple of the segments k = {record}"
+        )
+    if pick is not None:
+        check_tensor("pick", pick, (config.steps, b, rows), (torch.int32, torch.int64), device)
+    check_precision(precision)
+    block_rows, padded_ways, padded_width = head_blocks(rows, ways, width)
+    if padded_ways * padded_width > MAX_STATE:
+        raise McdiError(
+            f"start: heads of {ways} x {columns} (padded {padded_ways} x {padded_width}), expected at most {MAX_STATE} numbers, "
+            "which a program can hold; use prepare.train_heads"
+        )
+    out = output("out", out, (b, record, ways, width + 1), device)
+    check_runs(device, "head_trajectory")
+    betas, eps = (0.9, 0.999), 1e-8
+    scalars = [adam_scalars(step, config.learning_rate, betas) for step in range(1, config.steps + 1)]
+    with on_device(device):
+        head_trajectory_kernel[(b,)](
+            start, features, labels, labels if pick is None else pick, torch.tensor(scalars, device=device), out,
+            config.rho, config.weight_decay, 1 - betas[0], 1 - betas[1], eps, b, rows, width, ways, record, config.steps // record,
+            config.rho > 0, pick is not None, torch.finfo(torch.float32).tiny, precision,
+            block_rows, padded_ways, padded_width,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,140 @@
+"""What every kernel shares: the switch between Triton and torch, the checks of a launcher, block sizes, and the one `dot`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mcdi_fast.errors import McdiError
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+PRECISIONS = ("ieee", "tf32", "bf16")
+FLOATS = (torch.float32, torch.bfloat16)
+"""What a kernel reads. It computes and writes float32."""
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run in Python, on any device."""
+
+_INTERPRETED = tl.constexpr(INTERPRET)
+
+
+def resolve(impl: str = "auto", device: torch.device | str = "cpu") -> str:
+    """Which implementation runs on `device`: "triton" or "torch".
+
+    Args:
+        impl: "triton", "torch" or "auto". "auto" takes the environment variable MCDI_IMPL where it is set, and otherwise Triton on
+            a GPU and torch elsewhere.
+
+    Raises:
+        McdiError: an unknown name, or "triton" where it cannot run, saying why.
+    """
+    source = "impl"
+    if impl == "auto" and os.environ.get("MCDI_IMPL"):
+        impl, source = os.environ["MCDI_IMPL"], "environment variable MCDI_IMPL"
+    if impl not in IMPLEMENTATIONS:
+        raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    device = torch.device(device)
+    if impl == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    if impl == "triton":
+        check_runs(device, f"{source} = 'triton'")
+    return impl
+
+
+def check_runs(device: torch.device, what: str) -> None:
+    """Raise McdiError, saying why, where kernels cannot run on `device`."""
+    if INTERPRET:
+        return
+    if not torch.cuda.is_available():
+        raise McdiError(
+            f"{what} cannot run: torch finds no CUDA device; use impl='torch', or set TRITON_INTERPRET=1 before the start (slow, for tests)"
+        )
+    if device.type != "cuda":
+        raise McdiError(f"{what} cannot run on device {device}: move the tensors to a CUDA device, or use impl='torch'")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Raise McdiError, naming the tensor, what was found and what was expected. No dimension may be empty (no tasks, no rows)."""
+    if tuple(tensor.shape) != tuple(shape) or 0 in tensor.shape:
+        raise McdiError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)} with no empty dimension")
+    if tensor.dtype not in dtypes:
+        raise McdiError(f"{name}: {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if device is not None and tensor.device != device:
+        raise McdiError(f"{name}: on device {tensor.device}, expected {device}, where the first argument is")
+    if contiguous and not tensor.is_contiguous():
+        raise McdiError(f"{name}: strides {tensor.stride()}, expected a contiguous tensor; call .contiguous()")
+
+
+def check_rank(name: str, tensor: Tensor, letters: str) -> tuple[int, ...]:
+    """The shape of `tensor`, one number a letter, or McdiError."""
+    if tensor.ndim != len(letters):
+        raise McdiError(f"{name}: shape {tuple(tensor.shape)}, expected [{', '.join(letters)}]")
+    return tuple(tensor.shape)
+
+
+def check_precision(precision: str) -> None:
+    """Raise McdiError for a precision that is none of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise McdiError(f"precision = {precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def output(name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The caller's float32 output, checked, or a new one. Every element of it is written by the kernel."""
+    if given is None:
+        return torch.empty(shape, device=device)
+    check_tensor(name, given, shape, (torch.float32,), device)
+    return given
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch where the tensors are, which need not be the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# Block sizes. No autotuning: in-place kernels would run twice, and the shapes are few. The reasons, not measurements (no GPU yet):
+# - 128 threads move 1024 float32 as two 16-byte loads each;
+# - a product has the weights' columns as its M, for Hopper's wgmma takes M = 64 only, and a task's rows, often fewer than 64, as its N;
+# - 32 along the summed dimension is one 128-byte line of float32, and little enough for the float32 dot that unrolls it.
+BLOCK_COLUMNS, BLOCK_SUM = 64, 32
+
+
+def element_block(count: int) -> int:
+    """Elements a program of an elementwise kernel handles at a time."""
+    return min(1024, max(128, triton.next_power_of_2(count)))
+
+
+def row_block(rows: int) -> int:
+    """Rows of a task a program of a product handles: 16 (the least a tensor core takes as N without waste) to 64."""
+    return min(64, max(16, triton.next_power_of_2(rows)))
+
+
+@triton.jit
+def _round_to_bf16(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b` in float32, with operands as PRECISION says: float32 ("ieee"), "tf32" or "bf16"."""
+    if PRECISION != "bf16":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    elif _INTERPRETED:  # the interpreter computes with raw bf16 bits; round by hand and multiply in float32, which is exact
+        a, b = _round_to_bf16(a.to(tl.float32)), _round_to_bf16(b.to(tl.float32))
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    return acc

@@ -1,0 +1,133 @@
+"""Noised weights and everything their loss needs, from the targets and a seed: eps is drawn in the kernel and never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import check_rank, check_runs, check_tensor, element_block, on_device, output
+from mcdi_fast.noise import philox_normal
+from mcdi_fast.schedule import Objective, Schedule
+
+
+def noising_tables(schedule: Schedule, objective: Objective, device: torch.device | str = "cpu") -> Tensor:
+    """float64 [k, T, 5]: signal, noise, eps_weight, f_weight * skip, f_weight * scale (gain). Build once, then `.float().to(device)`."""
+    k = len(objective.f_weight)
+    skip, scale = schedule.skip().expand(k, -1), schedule.scale().expand(k, -1)
+    f = objective.f_weight
+    return torch.stack([objective.signal, objective.noise, objective.eps_weight, f * skip, f * scale], -1).to(device)
+
+
+def noising_ref(
+    target: Tensor, segment: Tensor, step: Tensor, seeds: Sequence[int], tables: Tensor, stream: int = 0, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `noising`, in any dtype; the noise itself is float32 on every path."""
+    shape = (*step.shape, *target.shape[1:])
+    eps = torch.from_numpy(philox_normal(seeds, math.prod(shape[1:]), stream)).view(shape).to(target)
+    if mask is not None:
+        eps = eps * mask
+    picked = tables[segment[:, None, None], step].to(target.dtype)
+    signal, noise, eps_weight, skip, gain = picked.unbind(-1)
+    x = signal[..., None, None] * target[:, None, None] + noise[..., None, None] * eps
+    return x, eps_weight[..., None, None] * eps - skip[..., None, None] * x, gain
+
+
+@triton.jit
+def philox_normal_block(seed, stream, counters):
+    """The normals 4j … 4j + 3 of every counter j, in order, [4 * BLOCK]: the numbers of noise.philox_normal."""
+    zero = counters * 0
+    u1, u2, u3, u4 = tl.philox(seed, counters, zero + stream, zero, zero)
+    u1, u2 = tl.uint_to_uniform_float(u1), tl.uint_to_uniform_float(u2)
+    u3, u4 = tl.uint_to_uniform_float(u3), tl.uint_to_uniform_float(u4)
+    n1, n2 = tl.pair_uniform_to_normal(u1, u2)
+    n3, n4 = tl.pair_uniform_to_normal(u3, u4)
+    return tl.interleave(tl.interleave(n1, n3), tl.interleave(n2, n4))
+
+
+@triton.jit(do_not_specialize=["stream"])
+def noising_kernel(
+    target, segment, step, seeds, tables, mask, x, loss_target, gain,
+    stream, rows, per_row, num_steps, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (task, block): BLOCK normals of the task, BLOCK / 4 calls of Philox."""
+    task, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = rows * per_row
+    first = block * BLOCK
+    flat = first + tl.arange(0, BLOCK)
+    inside = flat < count
+    row, entry = flat // per_row, flat % per_row
+    counters = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    eps = philox_normal_block(tl.load(seeds + task), stream.to(tl.uint32), counters)
+    if HAS_MASK:
+        eps *= tl.load(mask + entry, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(step + task * rows + row, mask=inside, other=0)
+    at = tables + (tl.load(segment + task) * num_steps + t) * 5
+    theta = tl.load(target + task * per_row + entry, mask=inside, other=0.0).to(tl.float32)
+    signal, noise = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
+    eps_weight, skip = tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
+    noised = signal * theta + noise * eps
+    tl.store(x + task * count + flat, noised, mask=inside)
+    tl.store(loss_target + task * count + flat, eps_weight * eps - skip * noised, mask=inside)
+    tl.store(gain + task * rows + row, tl.load(at + 4, mask=inside, other=0.0), mask=inside & (entry == 0))
+
+
+def noising(
+    target: Tensor,
+    segment: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    tables: Tensor,
+    stream: int = 0,
+    mask: Tensor | None = None,
+    *,
+    x: Tensor | None = None,
+    loss_target: Tensor | None = None,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, the loss's target and its gain (diffusion.make_inner_batch) for K inner steps of S samples of each task.
+
+    Args:
+        target: [B, N, D], normalised local targets, float32 or bfloat16. segment: int64 [B]. step: int64 [B, K, S].
+        seeds: int64 [B], the bits of unsigned 64-bit seeds: eps of task b is `philox_normal(seeds, K S N D, stream)[b]`.
+        tables: float32 [k, T, 5] of `noising_tables`. stream: in [0, 2^32). mask: [N, D], 0 at padding, whose noise is 0 then.
+
+    Segments and steps are not range-checked: that would wait for the GPU.
+
+    Returns:
+        x, loss_target: float32 [B, K, S, N, D]. gain: float32 [B, K, S].
+
+    Raises:
+        McdiError: naming the tensor.
+    """
+    b, n, d = check_rank("target", target, "BND")
+    _, k, s = check_rank("step", step, "BKS")
+    segments, steps, _ = check_rank("tables", tables, "kT5")
+    device, integer = target.device, (torch.int64,)
+    check_tensor("target", target, (b, n, d))
+    check_tensor("segment", segment, (b,), integer, device)
+    check_tensor("step", step, (b, k, s), integer, device)
+    check_tensor("seeds", seeds, (b,), integer, device)
+    check_tensor("tables", tables, (segments, steps, 5), (torch.float32,), device)
+    if mask is not None:
+        check_tensor("mask", mask, (n, d), device=device)
+    if not 0 <= stream < 2**32:
+        raise McdiError(f"stream = {stream}: expected an integer in [0, 2^32)")
+    if k * s * n * d >= 2**31:
+        raise McdiError(f"step, target: {k * s * n * d} numbers a task, expected fewer than 2^31")
+    x = output("x", x, (b, k, s, n, d), device)
+    loss_target = output("loss_target", loss_target, (b, k, s, n, d), device)
+    gain = output("gain", gain, (b, k, s), device)
+    check_runs(device, "noising")
+    block = element_block(k * s * n * d)
+    with on_device(device):
+        noising_kernel[(b, triton.cdiv(k * s * n * d, block))](
+            target, segment, step, seeds, tables, target if mask is None else mask, x, loss_target, gain,
+            stream, k * s, n * d, steps, mask is not None, block,
+        )  # fmt: skip
+    return x, loss_target, gain

@@ -1,0 +1,213 @@
+"""The report of a run: `report.json` for machines, `report.md` with plots for people."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mcdi_fast.evaluate import OBJECTIVE_TITLES
+from mcdi_fast.store import atomic_write, write_json
+
+_WHAT = {
+    "head-finetune": "Adam on the head, support only",
+    "nearest-prototype": "nearest class mean",
+    "trained-target": "trained on every image of the test classes (ceiling)",
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made with: processor, threads, versions, git sha."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "git": git_sha(),
+    }
+
+
+def git_sha() -> str:
+    """Of the checkout this package runs from, `+` behind it where files differ; `unknown` outside of one."""
+    try:
+        here = Path(__file__).parent
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def write_report(folder: Path, result: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> None:
+    """Write `report.json`, the plots and `report.md` into the run folder.
+
+    Args:
+        result: what `evaluate` returned, with `config`, `machine` and `seconds` (by stage) added.
+        metrics: the lines of metrics.jsonl.
+    """
+    write_json(folder / "report.json", result)
+    plots = {
+        "learning.png": ("Learning curves", _plot_learning(metrics)),
+        "accuracy.png": ("Accuracy of each method, with 95 % intervals over tasks", _plot_accuracy(result)),
+        "steps.png": ("Accuracy and weight error against the number of sampling steps", _plot_steps(result)),
+        "norms.png": ("Norm of generated against target weights", _plot_norms(result)),
+        "chains.png": ("Sampling chains in a plane of weight space, over the task's loss", _plot_chains(result)),
+    }
+    for name, (_, data) in plots.items():
+        atomic_write(folder / name, data)
+    atomic_write(folder / "report.md", _markdown(result, {n: title for n, (title, _) in plots.items()}).encode())
+
+
+def _title(name: str) -> str:
+    return f"{name} ({OBJECTIVE_TITLES[name]})" if name in OBJECTIVE_TITLES else name
+
+
+def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
+    config, machine_, methods = result["config"], result["machine"], result["methods"]
+    task, count = config["task"], config["evaluate"]["tasks"]
+    lines = [
+        f"# {config['dataset']}, {task['ways']}-way {task['shots']}-shot, seed {config['seed']}",
+        "",
+        f"{count} test tasks, {task['queries']} queries a class, the same for every method; ± is the 95 % interval over tasks. "
+        "Chosen on validation classes only: the rate of fine-tuning.",
+        "",
+        "| method | accuracy, % | one task, ms | gradients at test time |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, m in methods.items():
+        gradients = "yes" if name in ("head-finetune", "trained-target") else "no"
+        what = _WHAT.get(name, "weights drawn from noise, this run's generator")
+        lines.append(
+            f"| {_title(name)}: {what} | {m['accuracy_mean']:.2f} ± {m['accuracy_ci95']:.2f} | {m['latency_ms']:.2f} | {gradients} |"
+        )
+    lines += ["", "Paired over the same tasks:", ""]
+    for name in ("head-finetune", "nearest-prototype"):
+        m = methods[name]
+        lines.append(
+            f"- generated minus {name}: {m['generated_minus_this']:+.2f} ± {m['generated_minus_this_ci95']:.2f}"
+        )
+    lines += ["", "| sampling steps | accuracy, % | weight error (normalised RMS) |", "| --- | --- | --- |"]
+    lines += [
+        f"| {p['steps']} | {p['accuracy_mean']:.2f} ± {p['accuracy_ci95']:.2f} | {p['weight_error']:.3f} |"
+        for p in result["sampling_steps"]
+    ]
+    for name, title in plots.items():
+        lines += ["", f"## {title}", "", f"![{title}]({name})"]
+    lines += ["", "## Where the time went", "", "| stage | s |", "| --- | --- |"]
+    lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in result["seconds"].items()]
+    lines += ["", "A stage that an earlier, interrupted run had (partly) done counts only what this one added."]
+    lines += ["", "## Machine", ""] + [f"- {key}: {value}" for key, value in machine_.items()]
+    lines += ["", "Every setting is in `config.json`, every number above in `report.json`.", ""]
+    return "\n".join(lines)
+
+
+def _figure(columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
+    figure, (left, right) = _figure(2)
+    step = np.array([m["step"] for m in metrics])
+    loss = np.array([m["loss"] for m in metrics])
+    left.plot(step, loss, color="0.8", lw=0.8, label="one meta-batch")
+    window = max(1, len(loss) // 40)
+    if len(loss) > window:
+        smooth = np.convolve(loss, np.ones(window) / window, "valid")
+        left.plot(step[window - 1 :], smooth, color="C0", label=f"mean of {window}")
+    left.set(xlabel="outer step", ylabel="loss before the inner steps")
+    left.legend(frameon=False)
+    points = [(m["step"], m["validation_accuracy"]) for m in metrics if "validation_accuracy" in m]
+    if points:
+        right.plot(*zip(*points, strict=True), "o-", ms=3)
+    right.set(xlabel="outer step", ylabel="accuracy on validation tasks, %")
+    return _png(figure)
+
+
+def _plot_accuracy(result: dict[str, Any]) -> bytes:
+    figure, ax = _figure()
+    names = list(result["methods"])
+    mean = [result["methods"][n]["accuracy_mean"] for n in names]
+    half = [result["methods"][n]["accuracy_ci95"] for n in names]
+    ax.errorbar(mean, range(len(names)), xerr=half, fmt="o", capsize=4)
+    for y, (m, h) in enumerate(zip(mean, half, strict=True)):
+        ax.annotate(f"{m:.2f} ± {h:.2f}", (m, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=[_title(n) for n in names],
+        xlabel="accuracy, %",
+        ylim=(-0.5, len(names) - 0.3),
+    )
+    ax.margins(x=0.2)
+    ax.invert_yaxis()
+    return _png(figure)
+
+
+def _plot_steps(result: dict[str, Any]) -> bytes:
+    figure, (left, right) = _figure(2)
+    curve = result["sampling_steps"]
+    steps = [p["steps"] for p in curve]
+    left.errorbar(
+        steps, [p["accuracy_mean"] for p in curve], [p["accuracy_ci95"] for p in curve], fmt="o-", ms=3, capsize=3
+    )
+    left.set(xlabel="sampling steps", ylabel="accuracy, %")
+    right.plot(steps, [p["weight_error"] for p in curve], "o-", ms=3)
+    right.set(xlabel="sampling steps", ylabel="RMS error to the trained target, normalised", ylim=(0, None))
+    return _png(figure)
+
+
+def _plot_norms(result: dict[str, Any]) -> bytes:
+    figure, ax = _figure()
+    generated, target = result["norms"]["generated"], result["norms"]["target"]
+    ax.plot(target, generated, ".", ms=3, alpha=0.6)
+    both = [min(*generated, *target), max(*generated, *target)]
+    ax.plot(both, both, color="0.6", lw=0.8)
+    ax.set(xlabel="norm of the trained target", ylabel="norm of the generated head")
+    return _png(figure)
+
+
+def _plot_chains(result: dict[str, Any]) -> bytes:
+    figure, ax = _figure()
+    plane = result["plane"]
+    loss = ax.contourf(plane["x"], plane["y"], plane["log_loss"], levels=20, cmap="viridis", alpha=0.7)
+    figure.colorbar(loss, label="log10 of the task's loss")
+    for chain in plane["chains"]:
+        ax.plot(*zip(*chain, strict=True), "-", color="white", lw=0.8)
+        ax.plot(*chain[0], "o", color="white", ms=3)
+        ax.plot(*chain[-1], "o", color="k", ms=3)
+    for i, goal in enumerate(plane["targets"], 1):
+        ax.plot(*goal, "*", color="red", ms=9)
+        ax.annotate(f"target {i}", goal, xytext=(5, 4), textcoords="offset points", color="red", fontsize=8)
+    ax.set(xlabel="first direction", ylabel="second direction")
+    return _png(figure)

@@ -1,0 +1,303 @@
+"""The main job, `python -m mcdi_fast.train`: backbone -> trajectories -> meta-training -> generator -> report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+# Before torch loads OpenMP: threads that spin while they wait make a run ten times slower wherever another process has a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from mcdi_fast import backbone as bb
+from mcdi_fast.config import TrainConfig, default_config
+from mcdi_fast.errors import McdiError
+from mcdi_fast.evaluate import check_evaluate, draw_tasks, evaluate, generate
+from mcdi_fast.heads import head_accuracy
+from mcdi_fast.meta import MetaTrainer, check_meta, fit
+from mcdi_fast.prepare import check_prepare, prepare_bank
+from mcdi_fast.report import git_sha, machine, write_report
+from mcdi_fast.schedule import make_objective, make_schedule
+from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
+from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
+
+
+class StoppedError(McdiError):
+    """Something went wrong after work had begun: what was made so far is kept."""
+
+
+_LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
+_TEST_SEED, _VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
+
+    if config.dataset not in FAMILIES:
+        raise McdiError(f"--dataset {config.dataset!r}: expected one of {', '.join(FAMILIES)}")
+    if not 0 <= config.seed < _TEST_SEED:
+        raise McdiError(f"--seed {config.seed}: expected 0 to {_TEST_SEED - 1}")
+    d = config.diffusion
+    make_objective(make_schedule(d.steps, d.segments, d.beta_start, d.beta_end), d.objective)
+    check_prepare(config.prepare, d.segments)
+    for name in ("width", "depth"):
+        if getattr(config.denoiser, name) < 1:
+            raise McdiError(f"--denoiser.{name} = {getattr(config.denoiser, name)}: expected at least 1")
+    bb.check_backbone(config.backbone)
+    check_meta(config.meta)
+    check_evaluate(config.evaluate, d.steps, d.segments)
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Take the run folder: make it, lock it, and see that it belongs to this configuration.
+
+    Raises:
+        McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
+    """
+
+    make_folder(folder)
+    try:
+        lock: IO[str] = open(folder / ".lock", "a")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise McdiError(
+            f"cannot write {show_path(folder)}: {error.strerror}; make the folder writable or choose another --run-dir"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel frees it when the process dies, however it dies
+        except OSError as error:
+            raise McdiError(
+                f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
+            ) from error
+        remove_temporaries(folder)
+        path = folder / "config.json"
+        ours = json.loads(json.dumps(asdict(config), default=str))
+        if path.exists():
+            found = read_json(path)
+            for key in _binding(ours):
+                theirs = found.get(key) if isinstance(found, dict) else None
+                if theirs != ours[key]:
+                    raise McdiError(
+                        f"{show_path(path)}: made with another {_difference(key, theirs, ours[key])}; "
+                        "give the same options as before, or another --run-dir"
+                    )
+        write_json(path, ours)
+        yield
+
+
+def _binding(config: dict[str, Any]) -> list[str]:
+    """What must stay the same in a run folder: all but where things lie and how the result is evaluated."""
+    return [key for key in config if key not in ("run_dir", "data_dir", "cache_dir", "evaluate")]
+
+
+def _difference(key: str, found: Any, ours: Any) -> str:
+    if isinstance(found, dict) and isinstance(ours, dict):
+        for name in ours:
+            if found.get(name) != ours[name]:
+                return _difference(f"{key}.{name}", found.get(name), ours[name])
+    return f"{key} ({found!r:.60}, now {ours!r:.60})"
+
+
+class Metrics:
+    """`metrics.jsonl`: a JSON object a line, in step with the checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        """Keep the lines up to `step`: those behind it belong to work that was lost and is done again."""
+
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill is behind the checkpoint
+                    entry = json.loads(line)
+                    if entry["step"] <= step:
+                        self.lines.append(entry)
+        atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in self.lines).encode())
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append a line."""
+        self.lines.append(entry)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise McdiError(
+                f"cannot write {self.path}: {error.strerror}; mend that and run the same command again: it goes on from the last checkpoint"
+            ) from error
+
+
+class _Stages:
+    """A progress bar and a stopwatch for each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, total: int, unit: str) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        start = time.perf_counter()
+        with tqdm(total=total, unit=f" {unit}", desc=f"{name:14}", dynamic_ncols=True, smoothing=0.05) as bar:
+            yield bar
+        self.seconds[name] = time.perf_counter() - start
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the main job; returns the run folder.
+
+    Raises:
+        McdiError: bad settings or data, before anything is written; a full disk; a loss that is not finite.
+    """
+
+    check_config(config)
+    stages, task = _Stages(), config.task
+    with stages("data", 1, "set") as bar:
+        data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
+        bar.update()
+    for part in (data.train, data.val, data.test):
+        check_episodes(part.num_classes, part.num_drawers, ways=task.ways, shots=task.shots, queries=task.queries)
+    folder = config.run_dir or Path("runs") / f"{config.dataset}-seed{config.seed}"
+    with open_run(folder, config):
+        try:
+            _train(config, data, folder, stages)
+        except McdiError as error:
+            raise StoppedError(str(error)) from error
+    return folder
+
+
+def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages) -> None:
+
+    task = config.task
+    with stages("backbone", config.backbone.steps, "episodes") as bar:
+        cache = make_folder(config.cache_dir / "backbones")
+        network = bb.train_backbone(data, config.backbone, cache, on_start=bar.update, on_step=lambda *_: bar.update())
+
+    images = [data.train] * config.prepare.copies + [data.val, data.test]
+    with stages("features", sum(part.num_classes * part.num_drawers for part in images), "images") as bar:
+        copies = torch.stack(
+            [
+                bb.extract_features(network, data.train, augment_seed=copy or None, progress=bar.update)
+                for copy in range(config.prepare.copies)
+            ]
+        )
+        validation = draw_tasks(
+            bb.extract_features(network, data.val, progress=bar.update),
+            task,
+            config.evaluate.validation_tasks,
+            _VALIDATION_SEED + config.seed,
+        )
+        test = draw_tasks(
+            bb.extract_features(network, data.test, progress=bar.update),
+            task,
+            config.evaluate.tasks,
+            _TEST_SEED + config.seed,
+        )
+
+    provenance = {
+        "dataset": data.name,
+        "data_fingerprint": data.fingerprint,
+        "backbone": bb.fingerprint(data, config.backbone),
+    }
+    with stages("trajectories", config.prepare.tasks, "tasks") as bar:
+        bank = prepare_bank(
+            folder / "bank",
+            copies,
+            task,
+            config.prepare,
+            config.diffusion.segments,
+            config.seed,
+            meta=provenance | {"prepare": asdict(config.prepare), "task": asdict(task), "seed": config.seed},
+            on_start=bar.update,
+            on_tasks=bar.update,
+        )
+    del copies
+
+    with stages("meta-training", config.meta.steps, "steps") as bar:
+        metrics: list[Metrics] = []
+
+        def on_start(trainer: MetaTrainer) -> None:
+            metrics.append(Metrics(folder / "metrics.jsonl", trainer.step))
+            bar.update(trainer.step)
+
+        def on_step(trainer: MetaTrainer, loss: float) -> None:
+            entry: dict[str, Any] = {"step": trainer.step, "loss": loss}
+            if trainer.checkpoint_due():
+                heads = generate(
+                    trainer.generator(), validation.support, config.seed, eta_noise=config.evaluate.eta_noise
+                )
+                entry["validation_accuracy"] = 100 * float(head_accuracy(heads, validation.query).mean())
+                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False)
+            if trainer.step % _LOG_EVERY == 0 or len(entry) > 2:
+                metrics[0].write(entry)
+            bar.update()
+
+        generator = fit(
+            bank,
+            config.meta,
+            config.diffusion,
+            config.denoiser,
+            seed=config.seed,
+            checkpoint=folder / "checkpoint.safetensors",
+            on_start=on_start,
+            on_step=on_step,
+            provenance=provenance | {"git": git_sha(), "config": json.loads(json.dumps(asdict(config), default=str))},
+        )
+    generator.save_pretrained(folder / "generator")
+
+    with stages("evaluation", 4, "parts") as bar:
+        result = evaluate(
+            generator, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
+        )
+    result["config"] = json.loads(json.dumps(asdict(config), default=str))
+    result["provenance"] = provenance
+    result["machine"] = machine()
+    result["seconds"] = {stage: round(seconds, 2) for stage, seconds in stages.seconds.items()}
+    write_report(folder, result, metrics[0].lines)
+    _print_summary(result, folder)
+
+
+def _print_summary(result: dict[str, Any], folder: Path) -> None:
+    for name, m in result["methods"].items():
+        print(f"{name:18} {m['accuracy_mean']:6.2f} ± {m['accuracy_ci95']:.2f} %   {m['latency_ms']:8.2f} ms a task")
+    print(f"report: {folder / 'report.md'}")
+
+
+def run_command(main: Callable[[], Any]) -> int:
+    """Run a command; errors of ours become one line. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 130 Ctrl-C."""
+    try:
+        main()
+    except McdiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, StoppedError) else 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run. Returns the exit code."""
+    import tyro
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--dataset", default="glyphs")  # the defaults shown and used depend on it
+    dataset = peek.parse_known_args(arguments)[0].dataset
+    config = tyro.cli(TrainConfig, default=default_config(dataset), prog="python -m mcdi_fast.train", args=arguments)
+    return run_command(lambda: train(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What the kernel tests share: the device, NaN-poisoned outputs, and a tolerance derived from torch's own rounding error."""
+
+import torch
+
+from mcdi_fast.kernels.launch import INTERPRET
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+EPS = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def poisoned(*shape):
+    return torch.full(shape, float("nan"), device=DEVICE)
+
+
+def error(found, exact):
+    """Of the whole tensor, relative to its norm."""
+    assert found.shape == exact.shape
+    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+
+
+def assert_close(found, exact, float32, precision="ieee", depth=1):
+    """No further from the float64 result than a few times what torch's float32 is, plus the rounding of the operands of `depth` products.
+
+    4: another order of the same sums has the same error in size, not in value. The last term is for results torch gets exactly right.
+    Rounding both operands of a dot by relative u each moves it by at most 2 u sum |a b|, and a sum of random signs by about as much
+    relative to itself; weights are not correlated with rows here, so 4 u a product covers it.
+    """
+    assert bool(found.isfinite().all())
+    allowed = 4 * error(float32, exact) + 4 * EPS["ieee"]
+    if precision != "ieee":
+        allowed += 4 * depth * EPS[precision]
+    assert error(found, exact) <= allowed, (error(found, exact), allowed)
+
+
+def same_bits(a, b):
+    assert torch.equal(a.view(torch.int32), b.view(torch.int32))

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from kernel_helpers import assert_close, normal, poisoned, same_bits
+
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.consistency_loss import consistency_loss, consistency_loss_ref
+
+
+def inputs(shape, dtype=torch.float32):
+    return normal(*shape, dtype=dtype), normal(*shape[:2], seed=1, dtype=dtype), normal(*shape, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 4, 5, 65), (17, 3, 7, 13)])
+def test_loss_and_gradient(shape, dtype):
+    net, gain, target = inputs(shape, dtype)
+    loss, gradient = consistency_loss(net, gain, target, loss=poisoned(shape[0]), gradient=poisoned(*shape))
+    leaf = net.double().requires_grad_()
+    exact, _ = consistency_loss_ref(leaf, gain.double(), target.double())
+    by_autograd = torch.autograd.grad(exact.sum(), leaf)[0]
+    loss32, gradient32 = consistency_loss_ref(net.float(), gain.float(), target.float())
+    assert_close(loss, exact.detach(), loss32)
+    assert_close(gradient, by_autograd, gradient32)
+
+
+def test_per_task():
+    net, gain, target = inputs((5, 3, 5, 13))
+    alone = consistency_loss(net[2:3].contiguous(), gain[2:3].contiguous(), target[2:3].contiguous())
+    net[0], target[4] = float("nan"), float("inf")
+    together = consistency_loss(net, gain, target)
+    for a, b in zip(alone, together, strict=True):
+        same_bits(a, b[2:3])
+
+
+def test_bad_input():
+    net, gain, target = inputs((3, 4, 5, 6))
+    for arguments, message in [
+        ((net[:0], gain, target), r"net: shape \(0, 4, 5, 6\)"),
+        ((net[0], gain, target), r"net: shape .* expected \[B, S, N, D\]"),
+        ((net, gain[:, :2], target), r"gain: shape \(3, 2\), expected \(3, 4\)"),
+        ((net, gain, target.half()), "target: torch.float16, expected torch.float32 or"),
+        ((net, gain, target.transpose(2, 3).contiguous().transpose(2, 3)), "target: strides"),
+        ((net, gain.to("meta"), target), "gain: on device meta"),
+    ]:
+        with pytest.raises(McdiError, match=message):
+            consistency_loss(*arguments)
+    with pytest.raises(McdiError, match="loss: shape"):
+        consistency_loss(net, gain, target, loss=poisoned(4))

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from kernel_helpers import assert_close, normal, poisoned, same_bits
+
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.denoiser import Broadcast, task_linear, task_linear_ref
+
+SHAPES = [  # tasks, rows, in, out, earlier steps
+    (1, 1, 1, 1, 0),
+    (3, 20, 65, 70, 2),
+    (17, 3, 13, 9, 1),
+    (1, 67, 40, 130, 1),
+]
+RATE = 0.05
+
+
+def case(b, r, i, o, earlier, dtype=torch.float32):
+    rows, weight = normal(b, r, i, dtype=dtype), normal(i, o, seed=1, dtype=dtype)
+    keys, values = normal(earlier, b, r, i, seed=2, dtype=dtype), normal(earlier, b, r, o, seed=3, dtype=dtype)
+    return rows, weight, (keys, values)
+
+
+def to(dtype, *tensors):
+    return [tuple(t.to(dtype) for t in tensor) if isinstance(tensor, tuple) else tensor.to(dtype) for tensor in tensors]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_rank(shape, dtype, precision):
+    b, r, _, o, _ = shape
+    rows, weight, earlier = case(*shape, dtype)
+    found, _ = task_linear(rows, weight, earlier, RATE, out=poisoned(b, r, o), precision=precision)
+    exact, float32 = (
+        task_linear_ref(*to(kind, rows, weight, earlier), RATE)[0] for kind in (torch.float64, torch.float32)
+    )
+    assert_close(found, exact, float32, precision, depth=2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_is_the_same_product_swapped(shape):
+    rows, weight, (keys, values) = case(*shape)
+    b, r, _, o, _ = shape
+    gradient = normal(b, r, o, seed=4)
+    found, _ = task_linear(gradient, weight.T, (values, keys), RATE)
+    results = []
+    for kind in (torch.float64, torch.float32):
+        leaf = rows.to(kind).requires_grad_()
+        out, _ = task_linear_ref(leaf, *to(kind, weight, (keys, values)), RATE)
+        results.append(torch.autograd.grad(out, leaf, gradient.to(kind))[0])
+    assert_close(found, *results)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stacked(shape):
+    b, r, i, o, _ = shape
+    rows, weights, gradient = normal(b, r, i), normal(b, i, o, seed=1), normal(b, r, o, seed=2)
+    found, _ = task_linear(rows, weights, out=poisoned(b, r, o))
+    assert_close(found, rows.double() @ weights.double(), rows @ weights)
+    found, _ = task_linear(gradient, weights.mT, out=poisoned(b, r, i))
+    assert_close(found, gradient.double() @ weights.mT.double(), gradient @ weights.mT)
+
+
+@pytest.mark.parametrize("divide", [1, 5])
+def test_fused(divide):
+    b, s, n, i, o = 3, 4, 5, 13, 33
+    rows, weight, earlier = case(b, s * n, i, o, 2)
+    add_to, more = normal(b, s * n, o, seed=5), normal(b, n if divide == 1 else s, o, seed=6)
+    before, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7)
+    options = dict(add_to=add_to, broadcast=Broadcast(more, divide, 0.3), activation="silu")
+    found, found_before = task_linear(rows, weight, earlier, RATE, **options, before=before, out=poisoned(b, s * n, o))
+    assert found_before is before
+
+    def exact(kind):
+        leaf = rows.to(kind).requires_grad_()
+        options = dict(add_to=add_to.to(kind), broadcast=Broadcast(more.to(kind), divide, 0.3), activation="silu")
+        out, before = task_linear_ref(leaf, *to(kind, weight, earlier), RATE, **options)
+        return out.detach(), before.detach()
+
+    assert_close(found, exact(torch.float64)[0], exact(torch.float32)[0])
+    assert_close(before, exact(torch.float64)[1], exact(torch.float32)[1])
+
+    # the backward of silu behind another product, against autograd
+    found, _ = task_linear(gradient, weight, activation="silu_backward", before=before)
+    results = []
+    for kind in (torch.float64, torch.float32):
+        leaf = before.to(kind).requires_grad_()
+        upstream = gradient.to(kind) @ weight.to(kind)
+        results.append(torch.autograd.grad(torch.nn.functional.silu(leaf), leaf, upstream)[0])
+    assert_close(found, *results)
+
+
+def test_in_place_residual():
+    rows, weight, _ = case(3, 7, 13, 33, 0)
+    h = normal(3, 7, 33, seed=5)
+    expected = h + rows @ weight
+    task_linear(rows, weight, add_to=h, out=h)
+    assert torch.allclose(h, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_per_task():
+    rows, weight, (keys, values) = case(5, 7, 13, 9, 2)
+    one = slice(2, 3)
+    alone, _ = task_linear(
+        rows[one].contiguous(), weight, (keys[:, one].contiguous(), values[:, one].contiguous()), RATE
+    )
+    rows[0], keys[0, 1], values[1, 3] = float("nan"), float("nan"), float("inf")
+    together, _ = task_linear(rows, weight, (keys, values), RATE)
+    same_bits(alone, together[one])
+
+
+def test_bad_input():
+    rows, weight, (keys, values) = case(3, 4, 5, 6, 2)
+    for arguments, options, message in [
+        ((rows[:0], weight), {}, "rows: shape"),
+        ((rows.mT, weight), {}, "rows: strides"),
+        ((rows, weight[:4]), {}, r"weight: shape \(4, 6\), expected \(5, 6\)"),
+        ((rows, weight.double()), {}, "weight: torch.float64"),
+        ((rows, weight, (keys[..., :4], values)), {}, "keys: shape"),
+        ((rows, weight, (keys, values[:1])), {}, "values: shape"),
+        ((rows, weight), {"add_to": rows}, "add_to: shape"),
+        ((rows, weight), {"broadcast": Broadcast(normal(3, 4, 5))}, "broadcast: shape"),
+        ((rows, weight), {"activation": "relu"}, "activation = 'relu'"),
+        ((rows, weight), {"activation": "silu_backward"}, "before: None"),
+        ((rows, weight), {"precision": "fp8"}, "precision = 'fp8'"),
+    ]:
+        with pytest.raises(McdiError, match=message):
+            task_linear(*arguments, **options)

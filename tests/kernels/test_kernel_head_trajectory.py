@@ -1,0 +1,82 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
+
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.head_trajectory import head_trajectory, head_trajectory_ref
+from mcdi_fast.prepare import train_heads
+
+CONFIG = PrepareConfig(steps=6, rho=0.05, weight_decay=0.03)
+
+
+def case(tasks, rows, width, ways, copies=1, steps=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    start = normal(tasks, ways, width + 1) * 0.01
+    labels = torch.randint(ways, (tasks, rows), generator=generator).to(DEVICE)
+    pick = torch.randint(copies, (steps, tasks, rows), generator=generator, dtype=torch.int32).to(DEVICE)
+    return start, normal(copies, tasks, rows, width, seed=1, dtype=dtype), labels, pick if copies > 1 else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "rho"),
+    [((1, 1, 1, 2), 0.05), ((3, 25, 64, 5, 2), 0.05), ((17, 7, 13, 3, 2), 0.0), ((1, 70, 20, 17), 0.05)],
+)
+def test_same_as_torch(shape, rho, dtype):
+    start, features, labels, pick = case(*shape, dtype=dtype)
+    config = replace(CONFIG, rho=rho)
+    found = head_trajectory(start, features, labels, config, 3, pick, out=poisoned(shape[0], 3, *start.shape[1:]))
+    exact, float32 = (
+        head_trajectory_ref(start.to(kind), features.to(kind), labels, config, 3, pick)
+        for kind in (torch.float64, torch.float32)
+    )
+    assert_close(found, exact, float32)
+
+
+def test_same_as_train_heads():
+    _, features, labels, _ = case(3, 25, 16, 5)
+    expected = train_heads(features.cpu(), labels.cpu(), CONFIG, torch.Generator().manual_seed(7), 5, record=3)
+    start = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(7)).to(DEVICE) * CONFIG.start_deviation
+    found = head_trajectory(start, features, labels, CONFIG, 3)
+    assert torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_products_stay_near():
+    start, features, labels, _ = case(3, 25, 16, 5)
+    found = head_trajectory(start, features, labels, CONFIG, 1, precision="bf16")
+    exact = head_trajectory_ref(start.double(), features.double(), labels, CONFIG, 1)
+    # Adam divides each entry by its own size, so only entries whose gradient is below its rounding may move by a whole step
+    assert float((found - exact).abs().median()) < 2**-7 * float(exact.abs().median())
+    assert float((found - exact).abs().max()) <= 2 * CONFIG.steps * CONFIG.learning_rate
+
+
+def test_per_task():
+    start, features, labels, pick = case(4, 9, 13, 3, 2)
+    one = slice(2, 3)
+    alone = head_trajectory(
+        start[one].contiguous(), features[:, one].contiguous(), labels[one], CONFIG, 2, pick[:, one].contiguous()
+    )
+    features[:, 0], start[3] = float("nan"), float("nan")
+    together = head_trajectory(start, features, labels, CONFIG, 2, pick)
+    same_bits(together[one], alone)
+
+
+def test_bad_input():
+    start, features, labels, pick = case(3, 9, 13, 4, 2)
+    for changes, message in [
+        ({"start": start[:2]}, "features: shape"),
+        ({"start": start[..., :5]}, r"start: shape \(3, 4, 5\), expected \(3, 4, 14\)"),
+        ({"features": features.double()}, "features: torch.float64"),
+        ({"labels": labels.int()}, "labels: torch.int32"),
+        ({"pick": pick[:5]}, "pick: shape"),
+        ({"record": 4}, "M = 6: expected a positive multiple of the segments k = 4"),
+        ({"start": normal(3, 600, 14)}, "start: heads of 600 x 14"),
+    ]:
+        arguments = dict(start=start, features=features, labels=labels, config=CONFIG, record=3, pick=pick) | changes
+        with pytest.raises(McdiError, match=message):
+            head_trajectory(**arguments)
+    with pytest.raises(McdiError, match="features: shape"):
+        head_trajectory(start[:0], features[:, :0], labels[:0], CONFIG)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
+
+from mcdi_fast.diffusion import make_inner_batch
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
+from mcdi_fast.noise import philox_normal
+from mcdi_fast.schedule import OBJECTIVES, make_objective, make_schedule
+
+
+def case(b, k, s, n, d, objective="local-consistency", dtype=torch.float32):
+    schedule = make_schedule(7, 3)
+    objective = make_objective(schedule, objective)
+    generator = torch.Generator().manual_seed(0)
+    segment = torch.randint(3, (b,), generator=generator)
+    step = (torch.rand(b, k, s, generator=generator) * objective.ends[segment][:, None, None]).long()
+    seeds = [2**64 - 1, 0, *range(5, 3 + b)][:b]
+    return schedule, objective, normal(b, n, d, dtype=dtype), segment, step, seeds
+
+
+def run(schedule, objective, target, segment, step, seeds, **options):
+    tables = noising_tables(schedule, objective).float().to(DEVICE)
+    bits = torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds], device=DEVICE)
+    return noising(target, segment.to(DEVICE), step.to(DEVICE), bits, tables, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((1, 1, 1, 1, 1), "vanilla"), ((3, 3, 4, 5, 13), "local-consistency"), ((17, 2, 3, 1, 7), "naive-local")],
+)
+def test_same_as_make_inner_batch(shape, name, dtype):
+    assert name in OBJECTIVES
+    schedule, objective, target, segment, step, seeds = case(*shape, name, dtype)
+    b, k, s, n, d = shape
+    found = run(
+        schedule, objective, target, segment, step, seeds, stream=3,
+        x=poisoned(*shape), loss_target=poisoned(*shape), gain=poisoned(b, k, s),
+    )  # fmt: skip
+    eps = torch.from_numpy(philox_normal(seeds, k * s * n * d, 3)).view(shape)
+    results = []
+    for kind in (torch.float64, torch.float32):
+        batch = make_inner_batch(
+            schedule, objective, target.cpu().to(kind), torch.zeros(b, n, 1), segment, step, eps.to(kind)
+        )
+        results.append((batch.x, batch.target, batch.gain))
+    tables = noising_tables(schedule, objective)
+    for value, exact, float32, ref in zip(
+        found, *results, noising_ref(target.cpu().double(), segment, step, seeds, tables, 3), strict=True
+    ):
+        assert_close(value.cpu(), exact, float32)
+        assert torch.allclose(ref, exact, rtol=1e-12, atol=1e-13)
+
+
+def test_mask_keeps_padding_at_zero():
+    schedule, objective, target, segment, step, seeds = case(3, 2, 3, 4, 5)
+    mask = torch.ones(4, 5, device=DEVICE)
+    mask[3, 2:] = 0
+    x, loss_target, _ = run(schedule, objective, target * mask, segment, step, seeds, mask=mask)
+    assert (x[..., 3, 2:] == 0).all()
+    assert (loss_target[..., 3, 2:] == 0).all()
+    assert (x[..., 3, :2] != 0).all()
+
+
+def test_per_task():
+    schedule, objective, target, segment, step, seeds = case(4, 2, 3, 5, 7)
+    alone = run(schedule, objective, target[2:3].contiguous(), segment[2:3], step[2:3], seeds[2:3])
+    target[0] = float("nan")
+    together = run(schedule, objective, target, segment, step, seeds)
+    for a, b in zip(alone, together, strict=True):
+        same_bits(a, b[2:3])
+
+
+def test_bad_input():
+    schedule, objective, target, segment, step, seeds = case(3, 2, 3, 5, 7)
+    for changes, message in [
+        ({"target": target[:0]}, "target: shape"),
+        ({"segment": segment[:2]}, "segment: shape"),
+        ({"step": step.int()}, "step: torch.int32, expected torch.int64"),
+        ({"seeds": seeds[:2]}, "seeds: shape"),
+        ({"stream": -1}, "stream = -1"),
+        ({"mask": torch.ones(5, 6, device=DEVICE)}, "mask: shape"),
+    ]:
+        arguments = (
+            dict(schedule=schedule, objective=objective, target=target, segment=segment, step=step, seeds=seeds)
+            | changes
+        )
+        with pytest.raises(McdiError, match=message):
+            run(**arguments)

@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
+
+from mcdi_fast.denoiser import denoise, init_parameters
+from mcdi_fast.diffusion import sample_chain as torch_chain
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.sample_chain import chain_blocks, chain_table, pack_weights, sample_chain, sample_chain_ref
+from mcdi_fast.schedule import make_schedule
+
+
+def case(b, n, d, c, hidden, depth, steps):
+    generator = torch.Generator().manual_seed(0)
+    phi = {  # no zero matrix
+        name: (0.5 * torch.randn(v.shape, generator=generator, dtype=torch.float64) / v.shape[0] ** 0.5).float().to(DEVICE)
+        for name, v in init_parameters(d, c, steps, hidden, depth, 0).items()
+    }
+    return phi, make_schedule(steps, min(3, steps)), normal(b, n, d), normal(b, n, c, seed=1)
+
+
+def table(schedule, num_steps=None):
+    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    return steps.to(DEVICE), coefficients.float().to(DEVICE)
+
+
+def by_torch(phi, schedule, x, condition, dtype, num_steps=None):
+    """The chain as Sampler and generator.f run it."""
+    phi, x, condition = {name: value.to(dtype) for name, value in phi.items()}, x.to(dtype), condition.to(dtype)
+    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+
+    def f(x, t):
+        net = denoise(phi, x.unsqueeze(-3), torch.tensor([t], device=x.device), condition).squeeze(-3)
+        return skip[t] * x + scale[t] * net
+
+    return torch_chain(f, x, schedule, num_steps=num_steps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_steps"), [((1, 1, 1, 1, 1, 1, 1), None), ((3, 5, 13, 7, 40, 2, 6), None), ((3, 5, 65, 9, 70, 2, 5), 3), ((17, 3, 4, 5, 9, 1, 4), None)]
+)
+def test_same_as_torch_chain(shape, num_steps):
+    phi, schedule, x, condition = case(*shape)
+    found = sample_chain(pack_weights(phi), x, condition, *table(schedule, num_steps), out=poisoned(*x.shape))
+    exact = by_torch(phi, schedule, x, condition, torch.float64, num_steps)
+    assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32, num_steps))
+    double = {name: value.double() for name, value in phi.items()}
+    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    ref = sample_chain_ref(double, x.double(), condition.double(), steps.to(DEVICE), coefficients)
+    assert torch.allclose(ref, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16(dtype):
+    shape = (3, 5, 13, 7, 40, 2, 4)
+    phi, schedule, x, condition = case(*shape)
+    found = sample_chain(pack_weights(phi, dtype), x, condition.to(dtype), *table(schedule), precision="bf16")
+    exact = by_torch(phi, schedule, x, condition, torch.float64)
+    assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32), "bf16", depth=shape[-1])
+
+
+def test_many_tasks_a_program_and_per_task_bits():
+    """chain_blocks puts 2 tasks of 5 tokens in one program here: a broken neighbour in it must not show."""
+    assert chain_blocks(4, 5) == (2, 8)
+    assert chain_blocks(600, 5) == (8, 8)
+    phi, schedule, x, condition = case(4, 5, 7, 3, 18, 1, 3)
+    weights = pack_weights(phi)
+    alone = sample_chain(weights, x[3:].contiguous(), condition[3:].contiguous(), *table(schedule))
+    x[2], condition[0] = float("nan"), float("inf")
+    together = sample_chain(weights, x, condition, *table(schedule), out=x)
+    assert together is x
+    same_bits(together[3:], alone)
+
+
+def test_bad_input():
+    phi, schedule, x, condition = case(3, 5, 7, 3, 18, 1, 3)
+    weights, (steps, coefficients) = pack_weights(phi), table(schedule)
+    for changes, message in [
+        ({"x": x[:0]}, "x: shape"),
+        ({"x": x.double()}, "x: torch.float64"),
+        ({"condition": condition[:2]}, "condition: shape"),
+        ({"coefficients": coefficients[:2]}, "coefficients: shape"),
+        ({"steps": steps.int()}, "steps: torch.int32"),
+        ({"weights": replace(weights, token=weights.token[:, :5])}, "weights.token: shape"),
+        ({"weights": replace(weights, out=weights.out.bfloat16())}, "weights.out: torch.bfloat16"),
+        ({"precision": "fp8"}, "precision"),
+        ({"x": normal(3, 2000, 7), "condition": normal(3, 2000, 3)}, "x: 2000 tokens and hidden width 18"),
+    ]:
+        arguments = dict(weights=weights, x=x, condition=condition, steps=steps, coefficients=coefficients) | changes
+        with pytest.raises(McdiError, match=message):
+            sample_chain(**arguments)
+    with pytest.raises(McdiError, match="dtype: torch.float16"):
+        pack_weights(phi, torch.float16)
