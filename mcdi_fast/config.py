@@ -154,7 +154,7 @@ class TrainConfig:
 
 def default_config(dataset: str) -> TrainConfig:
     """The defaults for a task family: glyphs is a small problem, and its whole run takes minutes."""
-    config = TrainConfig(dataset=dataset)  # type: ignore[arg-type]  (checked where it is used)
+    config = TrainConfig(dataset=dataset)  # type: ignore[arg-type]
     if dataset != "glyphs":
         return config
     return replace(

@@ -65,9 +65,9 @@ class WeightGenerator:
             self.layout.width, self.condition_width, d.steps, max(width, 1), max(depth_of(self.phi), 1)
         )
         for name in sorted(expected.keys() | self.phi.keys()):
-            found, shape = self.phi.get(name), expected.get(name)
-            if found is None or found.shape != shape or found.dtype != torch.float32:
-                want = "absent" if shape is None else f"{torch.float32} {list(shape)}"
+            found, expect = self.phi.get(name), expected.get(name)
+            if found is None or found.shape != expect or found.dtype != torch.float32:
+                want = "absent" if expect is None else f"{torch.float32} {list(expect)}"
                 raise McdiError(
                     f"generator: parameter {name!r:.60} is {_describe(found)}, expected {want}; its parts belong to different generators"
                 )
@@ -76,10 +76,10 @@ class WeightGenerator:
                     f"generator: parameter {name!r} has NaN or infinity; train it again from the last good checkpoint"
                 )
         for name, wide in (("normalizer", self.layout.width), ("condition_normalizer", self.condition_width)):
-            shape, tokens = list(getattr(self, name).mean.shape), self.layout.num_tokens
-            if shape not in ([1, wide], [tokens, wide]):
+            rows, tokens = list(getattr(self, name).mean.shape), self.layout.num_tokens
+            if rows not in ([1, wide], [tokens, wide]):
                 raise McdiError(
-                    f"generator: {name} of shape {shape}, expected [1 or {tokens}, {wide}]; its parts belong to different generators"
+                    f"generator: {name} of shape {rows}, expected [1 or {tokens}, {wide}]; its parts belong to different generators"
                 )
 
     @property
@@ -176,7 +176,14 @@ class WeightGenerator:
                 for name in ("normalizer", "condition_normalizer")
             )
             phi = {name.removeprefix("phi."): value for name, value in tensors.items() if name.startswith("phi.")}
-            return cls(phi, WeightLayout.from_dict(config["layout"]), *normalizers, diffusion, config["provenance"])
+            return cls(
+                phi,
+                WeightLayout.from_dict(config["layout"]),
+                normalizer,
+                condition_normalizer,
+                diffusion,
+                config["provenance"],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise McdiError(
                 f"{where}: entry {' '.join(str(error).split())[:200]} is missing or malformed; the file is damaged or from another version"

@@ -24,6 +24,7 @@ from mcdi_fast.schedule import make_objective, make_schedule
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.weights import Normalizer
 
+_FLOOR = 0.1  # of Normalizer.fit: without it the inner loop diverged on Omniglot, where entries of 130 deviations came up
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )
@@ -65,9 +66,9 @@ class MetaTrainer:
         every = torch.linspace(0, len(bank) - 1, min(len(bank), _FIT_TASKS), dtype=torch.float64).long()
         targets, condition = bank.gather(every)
         mask = bank.layout.mask
-        self.normalizer = Normalizer.fit(targets, mask)
+        self.normalizer = Normalizer.fit(targets, mask, _FLOOR)
         self.condition_normalizer = Normalizer.fit(
-            condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool)
+            condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), _FLOOR
         )
         self.phi = init_parameters(
             bank.layout.width, bank.condition_width, d.steps, self.denoiser.width, self.denoiser.depth, seed
@@ -110,7 +111,7 @@ class MetaTrainer:
             bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
             raise McdiError(
                 f"meta-training: loss not finite at outer step {self.step}, base learner {bad[0] if bad else 'unknown'}; lower --meta.inner-rate "
-                f"(now {self.meta.inner_rate}) or --meta.outer-rate (now {self.meta.outer_rate}) and run again: it resumes from the last checkpoint"
+                f"(now {self.meta.inner_rate}) or --meta.outer-rate (now {self.meta.outer_rate}); the last checkpoint is kept"
             )
         rate = self.outer_rate(self.step)
         if self.meta.outer == "reptile":

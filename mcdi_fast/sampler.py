@@ -70,13 +70,19 @@ class Sampler:
         if len(seeds) != len(condition):
             raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
 
+        mask = None if self._mask is None else self._mask.to(condition.device)
+        f_full = self.generator.f(condition)
+
         def noise(stream: int) -> Tensor:
             flat = philox_normal(seeds, layout.num_tokens * layout.width, stream)
             z = torch.from_numpy(flat).view(len(seeds), layout.num_tokens, layout.width).to(condition.device)
-            return z if self._mask is None else z * self._mask
+            return z if mask is None else z * mask
+
+        def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
+            return f_full(x, t) if mask is None else f_full(x, t) * mask
 
         x = sample_chain(
-            self.generator.f(condition),
+            f,
             noise(0),
             self.generator.schedule,
             ends=self.generator.objective.ends,

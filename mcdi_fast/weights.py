@@ -509,7 +509,7 @@ class Normalizer:
             raise McdiError(f"normalizer: std has entry {float(self.std.min())}, expected positive ones; fit it again")
 
     @classmethod
-    def fit(cls, targets: Tensor, mask: Tensor) -> Normalizer:
+    def fit(cls, targets: Tensor, mask: Tensor, floor: float = 0.0) -> Normalizer:
         """Mean and (population) deviation of every column, over tasks, segments and those tokens that have the column.
 
         Two passes in float64, a chunk of tasks at a time. A column whose deviation is within float32's rounding of its
@@ -518,6 +518,8 @@ class Normalizer:
         Args:
             targets: floating point [tasks, k, N, D], as of a bank.
             mask: bool [N, D], `layout.mask`.
+            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up to unit
+                variance, a column that hardly ever moves (a feature that is nearly dead) has entries of a hundred deviations.
 
         Returns:
             mean and std as [N, D], on the CPU: the same row for every token, except for 0 and 1 on padding.
@@ -560,6 +562,8 @@ class Normalizer:
         single = torch.finfo(torch.float32)
         constant = std <= (largest * single.eps).clamp(min=single.tiny)
         std = torch.where(constant, 1.0, std)
+        if floor > 0 and not bool(constant.all()):
+            std = std.clamp_min(floor * float(std[~constant].square().mean().sqrt()))
         return cls(
             torch.where(mask, mean, 0.0).float().cpu().contiguous(),
             torch.where(mask, std, 1.0).float().cpu().contiguous(),

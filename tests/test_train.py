@@ -1,0 +1,269 @@
+"""The main job: a whole small run, bad input refused before any work, and nothing lost by a stop at any moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mcdi_fast import backbone, prepare, store, train
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.meta import MetaTrainer
+from mcdi_fast.tasks import glyphs
+
+SMALL = (
+    "--backbone.steps 4 --backbone.ways 8 --backbone.images-per-class 3 --backbone.checkpoint-every 2 --prepare.tasks 30 "
+    "--prepare.steps 6 --prepare.copies 2 --diffusion.steps 6 --denoiser.width 16 --denoiser.depth 1 --meta.steps 30 "
+    "--meta.meta-batch 4 --meta.checkpoint-every 10 --evaluate.tasks 6 --evaluate.validation-tasks 6 "
+    "--evaluate.finetune-steps 3"
+).split()
+METHODS = ("local-consistency", "head-finetune", "nearest-prototype", "trained-target")
+
+
+@pytest.fixture(autouse=True)
+def small_glyphs(monkeypatch):
+    data = glyphs.load(24, 8, 8)
+    monkeypatch.setattr(glyphs, "load", lambda: data)
+    monkeypatch.setattr(prepare, "SHARD_TASKS", 10)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return [*SMALL, "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+
+
+def result(folder):
+    """What must be the same bit for bit: the generator, the checkpoint, the metrics and the accuracies."""
+    report = json.loads((folder / "report.json").read_text())
+    for method in report["methods"].values():
+        del method["latency_ms"]
+    files = ["generator/model.safetensors", "checkpoint.safetensors", "metrics.jsonl"]
+    return [(folder / name).read_bytes() for name in files], report["methods"], report["norms"], report["plane"]
+
+
+def test_whole_run(options, tmp_path, capsys):
+    assert train.main(options) == 0
+    folder = tmp_path / "run"
+    report = json.loads((folder / "report.json").read_text())
+    for name in METHODS:
+        assert report["methods"][name].keys() >= {"accuracy_mean", "accuracy_ci95", "latency_ms"}
+        assert name in (folder / "report.md").read_text()
+    for plot in ("learning", "accuracy", "steps", "norms", "chains"):
+        assert (folder / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({plot}.png)" in (folder / "report.md").read_text()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [10, 20, 30]
+    assert all("validation_accuracy" in m for m in metrics)
+    assert report["sampling_steps"][-1]["steps"] == 6
+    assert len(report["plane"]["targets"]) == 3
+    assert WeightGenerator.from_pretrained(folder / "generator").provenance["dataset"] == "glyphs"
+    assert "report.md" in capsys.readouterr().out
+
+    before = result(folder)  # the same command again changes nothing
+    assert train.main(options) == 0
+    assert result(folder) == before
+
+    other = [*options, "--seed", "1"]
+    assert train.main(other) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "seed (0, now 1)" in error
+    assert "--run-dir" in error
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("stage", ["backbone", "bank", "meta", "generator", "report"])
+def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, stage):
+    whole = [*SMALL, "--run-dir", str(tmp_path / "whole"), "--cache-dir", str(tmp_path / "cache0")]
+    assert train.main(whole) == 0
+
+    def stop_at(call, function):
+        calls = iter(range(1000))
+
+        def wrapped(*args, **kwargs):
+            if next(calls) == call:
+                raise Stop
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    where = {
+        "backbone": (backbone, "augment", 3),  # in the third episode, behind the checkpoint after the second
+        "bank": (TrajectoryBank, "append", 1),
+        "meta": (MetaTrainer, "outer_step", 17),
+        "generator": (WeightGenerator, "save_pretrained", 0),
+        "report": (train, "write_report", 0),
+    }
+    owner, name, call = where[stage]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop_at(call, getattr(owner, name)))
+        with pytest.raises(Stop):
+            train.main(options)
+    assert train.main(options) == 0
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_nine(tmp_path):
+    """A real process, killed ten times at moments spread over the run."""
+
+    def command(name):
+        tail = ["--run-dir", str(tmp_path / name), "--cache-dir", str(tmp_path / f"{name}-cache"), "--meta.steps", "400"]
+        return [sys.executable, "-m", "mcdi_fast.train", *SMALL, *tail]
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    start = time.monotonic()
+    subprocess.run(command("whole"), check=True, **quiet)
+    duration = time.monotonic() - start
+    for i in range(10):
+        process = subprocess.Popen(command("run"), **quiet)
+        time.sleep(duration * (0.25 + 0.07 * i))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("run"), check=True, **quiet)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+BAD = {
+    "--task.ways 9": "--task.ways = 9: more than the 8 classes",
+    "--task.ways 1": "--task.ways = 1",
+    "--task.shots 10 --task.queries 11": "more than the 20 images",
+    "--task.shots 0": "--task.shots = 0",
+    "--diffusion.segments 7 --prepare.steps 7": "segments k = 7 exceed the steps T = 6",
+    "--diffusion.segments 0": "segments k = 0",
+    "--prepare.steps 7": "M = 7 (--prepare.steps) are not divisible by the segments k = 3",
+    "--prepare.rho -1": "--prepare.rho = -1.0",
+    "--prepare.learning-rate nan": "--prepare.learning-rate = nan",
+    "--diffusion.beta-start 1.5": "beta_start = 1.5",
+    "--denoiser.width 0": "--denoiser.width = 0",
+    "--backbone.ways 1": "--backbone.ways = 1",
+    "--meta.inner-rate -1": "--meta.inner-rate = -1.0",
+    "--meta.ema 1": "--meta.ema = 1.0",
+    "--evaluate.sampling-steps 2": "--evaluate.sampling-steps = 2",
+    "--evaluate.eta-noise 2": "--evaluate.eta-noise = 2.0",
+    "--evaluate.tasks 1": "--evaluate.tasks = 1",
+    "--seed -1": "--seed -1",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_settings_start_nothing(options, tmp_path, capsys, bad):
+    assert train.main([*options, *bad.split()]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert BAD[bad] in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_option_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*options, "--meta.inner-ratte", "1"])
+    assert stop.value.code == 2
+
+
+def test_missing_data_is_named(options, tmp_path, capsys, monkeypatch):
+    assert train.main([*options, "--dataset", "omniglot", "--data-dir", str(tmp_path / "nowhere")]) == 2
+    assert "images_background.zip" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*SMALL, "--run-dir", str(tmp_path / "file" / "run"), "--cache-dir", str(tmp_path)]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder(options, tmp_path, capsys):
+    config = train.default_config("glyphs")
+    with train.open_run(tmp_path / "run", config):
+        assert train.main(options) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+
+
+def test_full_disk_loses_nothing(options, tmp_path, capsys, monkeypatch):
+    assert train.main(options) == 0
+    before = result(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "generator")
+    os.remove(tmp_path / "run" / "report.json")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert train.main(options) in (1, 2)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in message
+    assert "free space" in message
+    assert train.main(options) == 0
+    assert result(tmp_path / "run") == before
+
+
+def test_control_c(options, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaTrainer, "outer_step", lambda self: signal.raise_signal(signal.SIGINT))
+        assert train.main(options) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert train.main(options) == 0
+
+
+def test_nan_in_the_bank(options, tmp_path, capsys, monkeypatch):
+    assert train.main(options) == 0
+    folder = tmp_path / "run"
+    shard = folder / "bank" / "shard-000001.safetensors"
+    tensors, meta = store.load_tensors(shard, "bank-shard")
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    tensors["targets"][3, 1] = float("nan")
+    store.save_tensors(shard, tensors, meta, "bank-shard")
+    checkpoint = (folder / "checkpoint.safetensors").read_bytes()
+    assert train.main(options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "shard-000001.safetensors" in error
+    assert "task 13" in error
+    assert (folder / "checkpoint.safetensors").read_bytes() == checkpoint
+
+
+def test_checkpoint_of_another_kind(options, tmp_path, capsys):
+    assert train.main(options) == 0
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    good = checkpoint.read_bytes()
+    for bad in (good[:1000], b"", good.replace(b'\\"format\\": 1', b'\\"format\\": 9')):
+        assert bad != good
+        checkpoint.write_bytes(bad)
+        assert train.main(options) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "checkpoint.safetensors" in error
+
+
+def test_loss_not_finite(options, tmp_path, capsys):
+    assert train.main([*options, "--meta.inner-rate", "1e30"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "outer step" in error
+    assert "--meta.inner-rate" in error
+
+
+def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 2.0}\n{"step": 30, "lo')
+    assert [m["step"] for m in train.Metrics(path, 10).lines] == [10]
+    assert path.read_text() == '{"step": 10, "loss": 1.0}\n'
+
+
+def test_bank_is_deterministic(tmp_path):
+    features = torch.randn(2, 12, 20, 8, generator=torch.Generator().manual_seed(0))
+    config = train.default_config("glyphs")
+    recipe = type(config.prepare)(tasks=25, steps=6)
+    banks = [
+        prepare.prepare_bank(tmp_path / str(i), features, config.task, recipe, 3, seed=0) for i in range(2)
+    ]
+    index = torch.arange(25)
+    assert torch.equal(banks[0].gather(index)[0], banks[1].gather(index)[0])
