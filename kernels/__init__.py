@@ -1,4 +1,53 @@
-"""Temp."""
+"""Triton kernels, one file an operation; the torch reference of each stands beside it as `<operation>_ref`.
 
-if __name__ == "kernels":  # see the real one
-    raise ImportError("x")
+Which implementation runs is decided in one place, `resolve(impl, device)`:
+
+- impl="torch": the torch code of mcdi_fast, on any device.
+- impl="triton": these kernels. Raises McdiError where they cannot run: no CUDA device and no TRITON_INTERPRET=1.
+- impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise triton on a GPU, torch elsewhere.
+
+TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
+Importing this package needs no GPU and no driver, and nothing in mcdi_fast imports it on its own.
+"""
+
+if __name__ == "kernels":  # from the repository root `import kernels` would find this folder, and others publish a package of that name
+    raise ImportError("this folder is the package mcdi_fast.kernels; there is no top-level package `kernels` here")
+
+from mcdi_fast.kernels.consistency_loss import consistency_loss, consistency_loss_ref
+from mcdi_fast.kernels.denoiser import Broadcast, task_linear, task_linear_ref
+from mcdi_fast.kernels.head_trajectory import head_trajectory, head_trajectory_ref
+from mcdi_fast.kernels.inner_loop import inner_loop_triton, inner_loop_triton_ref
+from mcdi_fast.kernels.inner_update import reptile_delta, reptile_delta_ref, sgd_step_, sgd_step_ref
+from mcdi_fast.kernels.launch import resolve
+from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
+from mcdi_fast.kernels.sam_adam import adam_step_, adam_step_ref, sam_ascent, sam_ascent_ref
+from mcdi_fast.kernels.sample_chain import ChainWeights, chain_table, pack_weights, sample_chain, sample_chain_ref
+
+__all__ = [
+    "Broadcast",
+    "ChainWeights",
+    "adam_step_",
+    "adam_step_ref",
+    "chain_table",
+    "consistency_loss",
+    "consistency_loss_ref",
+    "head_trajectory",
+    "head_trajectory_ref",
+    "inner_loop_triton",
+    "inner_loop_triton_ref",
+    "noising",
+    "noising_ref",
+    "noising_tables",
+    "pack_weights",
+    "reptile_delta",
+    "reptile_delta_ref",
+    "resolve",
+    "sam_ascent",
+    "sam_ascent_ref",
+    "sample_chain",
+    "sample_chain_ref",
+    "sgd_step_",
+    "sgd_step_ref",
+    "task_linear",
+    "task_linear_ref",
+]

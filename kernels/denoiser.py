@@ -18,7 +18,6 @@ from torch import Tensor
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
-    BLOCK_SUM,
     check_precision,
     check_rank,
     check_runs,
@@ -27,6 +26,8 @@ from mcdi_fast.kernels.launch import (
     on_device,
     output,
     row_block,
+    stages,
+    sum_block,
 )
 
 ACTIVATIONS = ("none", "silu", "silu_backward")
@@ -86,16 +87,16 @@ def task_linear_kernel(
     column = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     along_in = tl.arange(0, BLOCK_IN)
     row_inside, column_inside = row < num_rows, column < width_out
-    my_rows = rows + (task * num_rows + row[None, :]) * width_in
-    my_weight = weight + task * weight_task + column[:, None].to(tl.int64) * weight_out
+    # int64 for where a task's rows start, int32 within them (the launcher checks that they fit): half the registers for addresses
+    my_rows, my_weight = rows + task * num_rows * width_in, weight + task * weight_task
+    row_at, column_at = (row * width_in)[None, :], (column * weight_out)[:, None]
 
     result = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for first in range(0, width_in, BLOCK_IN):
         i = first + along_in
-        w = tl.load(
-            my_weight + i[None, :] * weight_in, mask=column_inside[:, None] & (i < width_in)[None, :], other=0.0
-        )
-        x = tl.load(my_rows + i[:, None], mask=row_inside[None, :] & (i < width_in)[:, None], other=0.0)
+        i_inside = i < width_in
+        w = tl.load(my_weight + (column_at + (i * weight_in)[None, :]), mask=column_inside[:, None] & i_inside[None, :], other=0.0)
+        x = tl.load(my_rows + (row_at + i[:, None]), mask=row_inside[None, :] & i_inside[:, None], other=0.0)
         result = dot(w, x, result, PRECISION)
 
     # scores^T = keys rows^T, a block of keys at a time, never stored; num_keys = earlier steps * num_rows
@@ -110,7 +111,7 @@ def task_linear_kernel(
                 keys + stored_row[:, None] * width_in + i[None, :],
                 mask=key_inside[:, None] & (i < width_in)[None, :], other=0.0,
             )  # fmt: skip
-            x = tl.load(my_rows + i[:, None], mask=row_inside[None, :] & (i < width_in)[:, None], other=0.0)
+            x = tl.load(my_rows + (row_at + i[:, None]), mask=row_inside[None, :] & (i < width_in)[:, None], other=0.0)
             scores = dot(k, x, scores, PRECISION)
         v = tl.load(
             values + stored_row[None, :] * width_out + column[:, None],
@@ -119,12 +120,13 @@ def task_linear_kernel(
         result = dot(v, -inner_rate * scores, result, PRECISION)
 
     inside = column_inside[:, None] & row_inside[None, :]
-    at = (task * num_rows + row[None, :]) * width_out + column[:, None]
+    at = row[None, :] * width_out + column[:, None]
+    before += task * num_rows * width_out
     if HAS_ADD:
-        result += tl.load(add_to + at, mask=inside, other=0.0)
+        result += tl.load(add_to + task * num_rows * width_out + at, mask=inside, other=0.0)
     if HAS_BROADCAST:
-        source = (task * modulo + row[None, :] // divide % modulo) * width_out + column[:, None]
-        result += broadcast_scale * tl.load(broadcast + source, mask=inside, other=0.0)
+        source = (row // divide % modulo)[None, :] * width_out + column[:, None]
+        result += broadcast_scale * tl.load(broadcast + task * modulo * width_out + source, mask=inside, other=0.0)
     if ACTIVATION == "silu":
         tl.store(before + at, result, mask=inside)
         result = result / (1 + tl.exp(-result))
@@ -132,7 +134,7 @@ def task_linear_kernel(
         a = tl.load(before + at, mask=inside, other=0.0)
         sigmoid = 1 / (1 + tl.exp(-a))
         result = result * sigmoid * (1 + a * (1 - sigmoid))
-    tl.store(out + at, result, mask=inside)
+    tl.store(out + task * num_rows * width_out + at, result, mask=inside)
 
 
 def task_linear(
@@ -173,6 +175,8 @@ def task_linear(
     check_precision(precision)
     if activation not in ACTIVATIONS:
         raise McdiError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    if max(r * i, r * o, i * o) >= 2**31:
+        raise McdiError(f"rows, weight: {r} rows a task of {i} -> {o}, expected fewer than 2^31 numbers a task and a weight")
     num_keys, keys, values = 0, rows, rows
     if earlier is not None and len(earlier[0]):
         keys, values = earlier
@@ -203,6 +207,6 @@ def task_linear(
             weight.stride(0) if weight.ndim == 3 else 0, weight.stride(-2), weight.stride(-1),
             broadcast.divide if broadcast else 1, modulo,
             add_to is not None, broadcast is not None, activation, precision,
-            BLOCK_COLUMNS, block_rows, BLOCK_COLUMNS, BLOCK_SUM,
+            BLOCK_COLUMNS, block_rows, BLOCK_COLUMNS, sum_block(precision), num_stages=stages(precision),
         )  # fmt: skip
     return out, before if activation == "silu" else None

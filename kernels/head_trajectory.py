@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.heads import head_gradient
 from mcdi_fast.kernels.launch import check_precision, check_rank, check_runs, check_tensor, dot, on_device, output
 from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
-from mcdi_fast.prepare import adam_step, head_gradient, sam_perturbation
+from mcdi_fast.prepare import adam_step, sam_perturbation
 
 MAX_STATE = 8192
 """Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
@@ -122,6 +123,13 @@ def head_blocks(rows: int, ways: int, width: int) -> tuple[int, int, int]:
     )
 
 
+def head_options() -> dict[str, int]:
+    """One stage: features come from the L1. NVIDIA's assembler is told that it may use every register: it aims for more programs a
+    multiprocessor and spills otherwise (inspect.py)."""
+    options = {"num_warps": 8, "num_stages": 1}
+    return options if torch.version.hip else options | {"maxnreg": 255}
+
+
 def head_trajectory(
     start: Tensor,
     features: Tensor,
@@ -176,6 +184,6 @@ def head_trajectory(
             start, features, labels, labels if pick is None else pick, torch.tensor(scalars, device=device), out,
             config.rho, config.weight_decay, 1 - betas[0], 1 - betas[1], eps, b, rows, width, ways, record, config.steps // record,
             config.rho > 0, pick is not None, torch.finfo(torch.float32).tiny, precision,
-            block_rows, padded_ways, padded_width,
+            block_rows, padded_ways, padded_width, **head_options(),
         )  # fmt: skip
     return out

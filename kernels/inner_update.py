@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
-    BLOCK_SUM,
     check_precision,
     check_rank,
     check_runs,
@@ -17,6 +16,7 @@ from mcdi_fast.kernels.launch import (
     dot,
     on_device,
     output,
+    sum_block,
 )
 
 
@@ -70,7 +70,7 @@ def _launch(
     with on_device(out.device):
         outer_kernel[grid](
             inputs, gradients, out, scale, inputs.numel() // width_in, chunk, width_in, width_out,
-            add, precision, BLOCK_COLUMNS, BLOCK_COLUMNS, BLOCK_SUM,
+            add, precision, BLOCK_COLUMNS, BLOCK_COLUMNS, sum_block(precision),
         )  # fmt: skip
 
 

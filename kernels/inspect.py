@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,14 @@ from triton.compiler import ASTSource
 
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels import consistency_loss, denoiser, head_trajectory, inner_update, noising, sam_adam, sample_chain
-from mcdi_fast.kernels.launch import BLOCK_COLUMNS, BLOCK_SUM, INTERPRET, element_block, row_block
+from mcdi_fast.kernels.consistency_loss import consistency_loss_kernel
+from mcdi_fast.kernels.denoiser import task_linear_kernel
+from mcdi_fast.kernels.head_trajectory import head_blocks, head_options, head_trajectory_kernel
+from mcdi_fast.kernels.inner_update import delta_chunks, outer_kernel
+from mcdi_fast.kernels.launch import BLOCK_COLUMNS, INTERPRET, element_block, row_block, stages, sum_block
+from mcdi_fast.kernels.noising import noising_kernel
+from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
+from mcdi_fast.kernels.sample_chain import chain_blocks, chain_options, sample_chain_kernel
 
 TARGETS = {"cuda:80": GPUTarget("cuda", 80, 32), "cuda:90": GPUTarget("cuda", 90, 32), "hip:gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_LIMIT = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
@@ -40,7 +46,7 @@ class Spec:
     name: str
     kernel: Any
     arguments: tuple
-    warps: int = 4
+    options: dict[str, int] = field(default_factory=dict)
 
 
 def specs() -> list[Spec]:
@@ -50,18 +56,18 @@ def specs() -> list[Spec]:
     b, k, s, n, d, c, ways, features, rows = meta.meta_batch, meta.inner_steps, meta.samples, 5, 65, 64, 5, 64, 100
     f, i64 = "*fp32", "*i64"
     found = [
-        Spec("sam", sam_adam.sam_kernel, (f, f, f, 0.05, n * d, _TINY, element_block(n * d))),
-        Spec("adam", sam_adam.adam_kernel, (f, f, f, f, 0.1, 0.1, 0.1, 0.001, 1e-8, 20000 * n * d, 1024)),
+        Spec("sam", sam_kernel, (f, f, f, 0.05, n * d, _TINY, element_block(n * d))),
+        Spec("adam", adam_kernel, (f, f, f, f, 0.1, 0.1, 0.1, 0.001, 1e-8, 20000 * n * d, 1024)),
     ]
     for kind in (f, "*bf16"):
         end = "" if kind == f else " from bf16"
         found += [
             Spec(
-                f"consistency_loss{end}", consistency_loss.consistency_loss_kernel,
+                f"consistency_loss{end}", consistency_loss_kernel,
                 (kind, kind, kind, f, f, s, n * d, element_block(s * n * d)),
             ),
             Spec(
-                f"noising{end}", noising.noising_kernel,
+                f"noising{end}", noising_kernel,
                 (kind, i64, i64, i64, f, kind, f, f, f, 0, k * s, n * d, diffusion.steps, False, element_block(k * s * n * d)),
             ),
         ]  # fmt: skip
@@ -69,10 +75,11 @@ def specs() -> list[Spec]:
     def linear(name, r, i, o, precision, *, stacked=False, backward=False, add=False, broadcast=False, activation="none"):
         weight_in, weight_out = (1, i) if backward else (o, 1)
         return Spec(
-            f"task_linear {name} {precision}", denoiser.task_linear_kernel,
+            f"task_linear {name} {precision}", task_linear_kernel,
             (f, f, f, f, f, f, f, f, 0.005, 1.0, b, r, 0 if stacked else (k - 1) * r, i, o, i * o if stacked else 0,
              weight_in, weight_out, n if broadcast else 1, s if broadcast else 1, add, broadcast, activation, precision,
-             BLOCK_COLUMNS, row_block(r), BLOCK_COLUMNS, BLOCK_SUM),
+             BLOCK_COLUMNS, row_block(r), BLOCK_COLUMNS, sum_block(precision)),
+            {"num_stages": stages(precision)},
         )  # fmt: skip
 
     sample_rows = width + diffusion.steps
@@ -89,33 +96,34 @@ def specs() -> list[Spec]:
             linear("sample backward", s, width, sample_rows, precision, backward=True),
         ]
         total = k * b * s * n
-        chunks = inner_update.delta_chunks(total)
-        blocks = (BLOCK_COLUMNS, BLOCK_COLUMNS, BLOCK_SUM)
+        chunks = delta_chunks(total)
+        blocks = (BLOCK_COLUMNS, BLOCK_COLUMNS, sum_block(precision))
         found += [
             Spec(
-                f"reptile_delta {precision}", inner_update.outer_kernel,
+                f"reptile_delta {precision}", outer_kernel,
                 (f, f, f, -0.1, total, triton.cdiv(total, chunks), width, width, False, precision, *blocks),
-            ),
+                ),
             Spec(
-                f"sgd_step {precision}", inner_update.outer_kernel,
+                f"sgd_step {precision}", outer_kernel,
                 (f, f, f, -0.1, b * s * n, s * n, width, width, True, precision, *blocks),
-            ),
+                ),
             Spec(
-                f"head_trajectory {precision}", head_trajectory.head_trajectory_kernel,
+                f"head_trajectory {precision}", head_trajectory_kernel,
                 (f, f, i64, i64, f, f, prepare.rho, prepare.weight_decay, 0.1, 0.001, 1e-8, 1000, rows, features, ways,
                  diffusion.segments, prepare.steps // diffusion.segments, True, True, _TINY, precision,
-                 *head_trajectory.head_blocks(rows, ways, features)),
+                 *head_blocks(rows, ways, features)),
+                head_options(),
             ),
         ]  # fmt: skip
         for tasks in (32, 600):
-            per_program, tokens = sample_chain.chain_blocks(tasks, n)
+            per_program, tokens = chain_blocks(tasks, n)
             w = "*bf16" if precision == "bf16" else f
             found.append(
                 Spec(
-                    f"sample_chain B={tasks} {precision}", sample_chain.sample_chain_kernel,
-                    (f, i64, f, w, w, w, w, w, w, f, f, tasks, n, d, c, width, sample_rows, depth, diffusion.steps,
-                     precision, per_program, tokens, width, BLOCK_COLUMNS, BLOCK_SUM),
-                    sample_chain.chain_warps(width, per_program * tokens),
+                    f"sample_chain B={tasks} {precision}", sample_chain_kernel,
+                    (f, i64, f, f, w, w, w, w, w, w, f, f, tasks, n, d, c, width, sample_rows, depth, diffusion.steps,
+                     False, precision, per_program, tokens, BLOCK_COLUMNS, sum_block(precision)),
+                    chain_options(per_program * tokens),
                 )
             )  # fmt: skip
     return found
@@ -141,7 +149,7 @@ def build(spec: Spec, target: str) -> Any:
         else:
             signature[parameter.name] = "fp32"
     source = ASTSource(spec.kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": spec.warps})
+    return triton.compile(source, target=TARGETS[target], options=spec.options)
 
 
 def report(compiled: Any, target: str) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def report(compiled: Any, target: str) -> dict[str, Any]:
         kinds = Counter(re.findall(r"\bv_mfma_[a-z0-9]+_\w+?x\w+?x\d+_?[a-z0-9]*", text))
         return {
             "registers": f"{count('vgpr_count')} v + {count('sgpr_count')} s",
-            "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
+            "spills": count("vgpr_spill_count"),  # a scalar register spills to a lane of a vector register, not to memory
             "shared": compiled.metadata.shared,
             "kind": kinds.most_common(1)[0][0] if kinds else "none",
         }
@@ -185,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRET:
         raise McdiError("TRITON_INTERPRET=1 is set: kernels defined under it cannot be compiled; unset it")
-    print(f"Triton {triton.__version__}. Spills in bytes (CUDA) or registers (HIP); shared memory in bytes.\n")
+    print(f"Triton {triton.__version__}. Spills to memory in bytes (CUDA) or vector registers (HIP); shared memory in bytes.\n")
     print("| kernel | target | registers | spills | shared memory | matrix instructions |\n| --- | --- | --- | --- | --- | --- |")
     bad = 0
     for spec in specs():

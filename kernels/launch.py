@@ -106,8 +106,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 # Block sizes. No autotuning: in-place kernels would run twice, and the shapes are few. The reasons, not measurements (no GPU yet):
 # - 128 threads move 1024 float32 as two 16-byte loads each;
 # - a product has the weights' columns as its M, for Hopper's wgmma takes M = 64 only, and a task's rows, often fewer than 64, as its N;
-# - 32 along the summed dimension is one 128-byte line of float32, and little enough for the float32 dot that unrolls it.
-BLOCK_COLUMNS, BLOCK_SUM = 64, 32
+# - 4 warps, Triton's default, are one group of Hopper's tensor cores.
+BLOCK_COLUMNS = 64
 
 
 def element_block(count: int) -> int:
@@ -118,6 +118,16 @@ def element_block(count: int) -> int:
 def row_block(rows: int) -> int:
     """Rows of a task a program of a product handles: 16 (the least a tensor core takes as N without waste) to 64."""
     return min(64, max(16, triton.next_power_of_2(rows)))
+
+
+def sum_block(precision: str) -> int:
+    """Along the summed dimension: 32 numbers are a 128-byte line; float32 dots unroll it in registers and spilled with more than 16."""
+    return 16 if precision == "ieee" else 32
+
+
+def stages(precision: str) -> int:
+    """Of a product's pipeline. For float32 two: what a third takes for addresses spilled on sm_80."""
+    return 2 if precision == "ieee" else 3
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The whole noise-free sampling chain in one launch: a program carries a few tasks through all steps while the weights stream past.
 
-The hidden rows live in registers as h^T [H, rows]. A product sums over H in small blocks, which registers cannot be cut into, so each
-layer writes h and its mean over tokens to a scratch page of the program (L1) and reads them back block by block, behind a barrier.
+A product sums over H in small blocks, which a register tile cannot be cut into. So the hidden rows live on four scratch pages of the
+program, 16 to 64 rows of H each, which its multiprocessor's L1 holds, with a barrier between writing and reading them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
-    BLOCK_SUM,
     FLOATS,
     check_precision,
     check_rank,
@@ -27,11 +26,12 @@ from mcdi_fast.kernels.launch import (
     dot,
     on_device,
     output,
+    sum_block,
 )
 from mcdi_fast.schedule import Schedule
 
-MAX_STATE = 16384
-"""Padded H x rows of a program: 64 kB of registers for h^T."""
+MAX_TOKENS = 64
+"""A program carries whole tasks, and 64 rows at most: more accumulators would spill."""
 
 _ONE_WAVE = 132  # multiprocessors of an H100 or H200; more programs than that would wait for each other
 
@@ -61,26 +61,53 @@ def pack_weights(phi: Parameters, dtype: torch.dtype = torch.float32) -> ChainWe
 def chain_table(
     schedule: Schedule, ends: Tensor | tuple[int, ...] | None = None, num_steps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The chain's steps int64 [J] and, for each, float64 [J, 2]: x' = keep x + move net. Same arguments as diffusion.sample_chain."""
+    """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net). Same arguments as diffusion.sample_chain."""
     steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
     a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
     now = torch.tensor(steps[:-1])
-    return now, torch.stack([a + b * schedule.skip()[now], b * schedule.scale()[now]], 1)
+    return now, torch.stack([a, b * schedule.skip()[now], b * schedule.scale()[now]], 1)
 
 
-def sample_chain_ref(phi: Parameters, x: Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
+def sample_chain_ref(
+    phi: Parameters, x: Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """As `sample_chain`, in any dtype, from unpacked parameters."""
-    for t, (keep, move) in zip(steps, coefficients.tolist(), strict=True):
+    for t, (keep_x, keep_f, move) in zip(steps, coefficients.tolist(), strict=True):
         net = denoise(phi, x.unsqueeze(-3), t.view(1), condition).squeeze(-3)
-        x = keep * x + move * net
+        f = keep_f * x + move * net
+        x = keep_x * x + (f if mask is None else f * mask)
     return x
 
 
 @triton.jit
+def _product(acc, weight, out_stride, rows_at, o, width_in, width_out, inside, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [BLOCK_OUT, ROWS] + (weight^T rows^T)[o]; weight [width_in, width_out], rows_at: where each row starts, read where `inside`."""
+    for first in range(0, width_in, BLOCK_IN):
+        k = first + tl.arange(0, BLOCK_IN)
+        w = tl.load(
+            weight + k[None, :] * out_stride + o[:, None], mask=(o < width_out)[:, None] & (k < width_in)[None, :], other=0.0
+        )
+        x = tl.load(rows_at[None, :] + k[:, None], mask=inside[None, :] & (k < width_in)[:, None], other=0.0)
+        acc = dot(w, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS: tl.constexpr, TOKENS: tl.constexpr):
+    """Write a block of h^T and, to every row, the mean of the row's task."""
+    # a padded row is masked, not multiplied by zero: its value must not reach a task, be it NaN
+    summed = tl.sum(tl.reshape(tl.where(inside[None, :], h, 0.0), [h.shape[0], TASKS, TOKENS]), 2) / tokens
+    mean = tl.reshape(tl.broadcast_to(summed[:, :, None], [h.shape[0], TASKS, TOKENS]), [h.shape[0], TASKS * TOKENS])
+    write = inside[None, :] & (o < hidden)[:, None]
+    tl.store(h_page[None, :] + o[:, None], h, mask=write)
+    tl.store(mean_page[None, :] + o[:, None], mean, mask=write)
+
+
+@triton.jit
 def sample_chain_kernel(
-    condition, steps, coefficients, w_in, w_condition, w_token, w_sample, w_out, w_last, scratch, x,
+    condition, steps, coefficients, mask, w_in, w_condition, w_token, w_sample, w_out, w_last, scratch, x,
     num_tasks, tokens, width, condition_width, hidden, sample_rows, depth, num_steps,
-    PRECISION: tl.constexpr, TASKS: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, TASKS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """Columns of every block are the program's rows: TASKS tasks of TOKENS tokens, both padded to powers of two."""
@@ -90,79 +117,64 @@ def sample_chain_kernel(
     task, token = program * TASKS + local // TOKENS, local % TOKENS
     inside = (task < num_tasks) & (token < tokens)
     row = task * tokens + token
-    h_index, k_index, o_index = tl.arange(0, HIDDEN), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_OUT)
-    h_inside = h_index < hidden
-    page = (program * 3 * ROWS + local) * hidden  # three pages a program: h, its mean over tokens, what the condition adds
-    h_page, mean_page, base_page = scratch + page, scratch + page + ROWS * hidden, scratch + page + 2 * ROWS * hidden
+    x_at = x + row * width
+    # four pages a program: h, its mean over tokens, u, and what the condition adds to h
+    page = scratch + (program * 4 * ROWS + local) * hidden
+    h_page, mean_page, u_page, base_page = page, page + ROWS * hidden, page + 2 * ROWS * hidden, page + 3 * ROWS * hidden
+    block = tl.arange(0, BLOCK_OUT)
 
-    h = tl.zeros([HIDDEN, ROWS], tl.float32)
-    for first in range(0, condition_width, BLOCK_IN):
-        k = first + k_index
-        w = tl.load(
-            w_condition + k[None, :] * hidden + h_index[:, None], mask=h_inside[:, None] & (k < condition_width)[None, :], other=0.0
-        )
-        c = tl.load(
-            condition + row[None, :] * condition_width + k[:, None], mask=inside[None, :] & (k < condition_width)[:, None], other=0.0
-        )
-        h = dot(w, c, h, PRECISION)
-    tl.store(base_page[None, :] + h_index[:, None], h, mask=h_inside[:, None])
+    for first in range(0, hidden, BLOCK_OUT):
+        o = first + block
+        base = _product(
+            tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_condition, hidden, condition + row * condition_width, o,
+            condition_width, hidden, inside, BLOCK_IN, PRECISION,
+        )  # fmt: skip
+        tl.store(base_page[None, :] + o[:, None], base, mask=inside[None, :] & (o < hidden)[:, None])
+    tl.debug_barrier()
 
+    # a barrier behind every loop that writes what the next one reads, or reads what the next one writes
     for j in range(0, num_steps):
         t = tl.load(steps + j)
-        tl.debug_barrier()  # x of the step before, and the base
-        h = tl.load(base_page[None, :] + h_index[:, None], mask=h_inside[:, None], other=0.0)
-        for first in range(0, width, BLOCK_IN):
-            k = first + k_index
-            w = tl.load(w_in + k[None, :] * hidden + h_index[:, None], mask=h_inside[:, None] & (k < width)[None, :], other=0.0)
-            xt = tl.load(x + row[None, :] * width + k[:, None], mask=inside[None, :] & (k < width)[:, None], other=0.0)
-            h = dot(w, xt, h, PRECISION)
-        for layer in range(0, depth):
-            square = layer * hidden * hidden  # below 2^31: at most 16384 x 16384 by MAX_STATE
-            my_token, my_out = w_token + square, w_out + square
-            my_sample = w_sample + (square + layer * (sample_rows - hidden) * hidden)
-            # a padded row is masked, not multiplied by zero: its value must not reach a task, be it NaN
-            summed = tl.sum(tl.reshape(tl.where(inside[None, :], h, 0.0), [HIDDEN, TASKS, TOKENS]), 2) / tokens
-            mean = tl.reshape(tl.broadcast_to(summed[:, :, None], [HIDDEN, TASKS, TOKENS]), [HIDDEN, ROWS])
-            tl.debug_barrier()  # everyone has read the pages of the layer before
-            tl.store(h_page[None, :] + h_index[:, None], h, mask=h_inside[:, None])
-            tl.store(mean_page[None, :] + h_index[:, None], mean, mask=h_inside[:, None])
-            tl.debug_barrier()
-            for first_out in range(0, hidden, BLOCK_OUT):
-                o = first_out + o_index
-                o_inside = o < hidden
-                of_step = tl.load(my_sample + (hidden + t) * hidden + o, mask=o_inside, other=0.0).to(tl.float32)
+        for first in range(0, hidden, BLOCK_OUT):
+            o = first + block
+            h = tl.load(base_page[None, :] + o[:, None], mask=inside[None, :] & (o < hidden)[:, None], other=0.0)
+            h = _product(h, w_in, hidden, x_at, o, width, hidden, inside, BLOCK_IN, PRECISION)
+            _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS, TOKENS)
+        tl.debug_barrier()
+        my_token, my_sample, my_out = w_token, w_sample, w_out
+        for _ in range(0, depth):
+            for first in range(0, hidden, BLOCK_OUT):
+                o = first + block
+                of_step = tl.load(my_sample + (hidden + t) * hidden + o, mask=o < hidden, other=0.0).to(tl.float32)
                 a = tl.zeros([BLOCK_OUT, ROWS], tl.float32) + of_step[:, None]
-                for first in range(0, hidden, BLOCK_IN):
-                    k = first + k_index
-                    at, w_mask = k[None, :] * hidden + o[:, None], o_inside[:, None] & (k < hidden)[None, :]
-                    k_mask = (k < hidden)[:, None]
-                    a = dot(
-                        tl.load(my_token + at, mask=w_mask, other=0.0),
-                        tl.load(h_page[None, :] + k[:, None], mask=k_mask, other=0.0), a, PRECISION,
-                    )  # fmt: skip
-                    a = dot(
-                        tl.load(my_sample + at, mask=w_mask, other=0.0),
-                        tl.load(mean_page[None, :] + k[:, None], mask=k_mask, other=0.0), a, PRECISION,
-                    )  # fmt: skip
-                u = a / (1 + tl.exp(-a))
-                w = tl.load(
-                    my_out + o[None, :] * hidden + h_index[:, None], mask=o_inside[None, :] & h_inside[:, None], other=0.0
-                )
-                h = dot(w, u, h, PRECISION)
+                a = _product(a, my_token, hidden, h_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
+                a = _product(a, my_sample, hidden, mean_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
+                tl.store(u_page[None, :] + o[:, None], a / (1 + tl.exp(-a)), mask=inside[None, :] & (o < hidden)[:, None])
+            tl.debug_barrier()
+            for first in range(0, hidden, BLOCK_OUT):
+                o = first + block
+                h = tl.load(h_page[None, :] + o[:, None], mask=inside[None, :] & (o < hidden)[:, None], other=0.0)
+                h = _product(h, my_out, hidden, u_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
+                _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS, TOKENS)
+            tl.debug_barrier()
+            my_token += hidden * hidden
+            my_sample += sample_rows * hidden
+            my_out += hidden * hidden
+        keep_x, keep_f, move = (
+            tl.load(coefficients + 3 * j), tl.load(coefficients + 3 * j + 1), tl.load(coefficients + 3 * j + 2)
+        )  # fmt: skip
+        for first in range(0, width, BLOCK_OUT):
+            o = first + block
+            net = _product(
+                tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_last, width, h_page, o, hidden, width, inside, BLOCK_IN, PRECISION
+            )
+            write = inside[None, :] & (o < width)[:, None]
+            old = tl.load(x_at[None, :] + o[:, None], mask=write, other=0.0)
+            step = keep_f * old + move * net
+            if HAS_MASK:
+                step *= tl.load(mask + token[None, :] * width + o[:, None], mask=write, other=0.0)
+            tl.store(x_at[None, :] + o[:, None], keep_x * old + step, mask=write)
         tl.debug_barrier()
-        tl.store(h_page[None, :] + h_index[:, None], h, mask=h_inside[:, None])
-        tl.debug_barrier()
-        keep, move = tl.load(coefficients + 2 * j), tl.load(coefficients + 2 * j + 1)
-        for first_out in range(0, width, BLOCK_OUT):
-            o = first_out + o_index
-            net = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
-            for first in range(0, hidden, BLOCK_IN):
-                k = first + k_index
-                w = tl.load(w_last + k[None, :] * width + o[:, None], mask=(o < width)[:, None] & (k < hidden)[None, :], other=0.0)
-                hk = tl.load(h_page[None, :] + k[:, None], mask=(k < hidden)[:, None], other=0.0)
-                net = dot(w, hk, net, PRECISION)
-            at, x_mask = x + row[None, :] * width + o[:, None], inside[None, :] & (o < width)[:, None]
-            tl.store(at, keep * tl.load(at, mask=x_mask, other=0.0) + move * net, mask=x_mask)
 
 
 def chain_blocks(num_tasks: int, tokens: int) -> tuple[int, int]:
@@ -177,9 +189,9 @@ def chain_blocks(num_tasks: int, tokens: int) -> tuple[int, int]:
     return tasks, padded
 
 
-def chain_warps(hidden: int, rows: int) -> int:
-    """4 warps, one group of Hopper's tensor cores; 8 where h^T alone would take more than 64 registers a thread."""
-    return 4 if hidden * rows <= 8192 else 8
+def chain_options(rows: int) -> dict[str, int]:
+    """Twice the warps and a shorter pipeline for 64 rows: the sums and the tiles of the mean spilled otherwise (inspect.py)."""
+    return {"num_warps": 8, "num_stages": 2} if rows > 32 else {"num_warps": 4, "num_stages": 3}
 
 
 def sample_chain(
@@ -188,6 +200,7 @@ def sample_chain(
     condition: Tensor,
     steps: Tensor,
     coefficients: Tensor,
+    mask: Tensor | None = None,
     *,
     out: Tensor | None = None,
     precision: str = "ieee",
@@ -196,7 +209,8 @@ def sample_chain(
 
     Args:
         weights: of `pack_weights`. x: float32 [B, N, D], the start. condition: [B, N, C], normalised.
-        steps: int64 [J]. coefficients: float32 [J, 2], both of `chain_table`, on the device.
+        steps: int64 [J]. coefficients: float32 [J, 3], both of `chain_table`, on the device.
+        mask: float32 [N, D], 0 at padding, where f is taken as 0 (sampler.py).
 
     Returns:
         float32 [B, N, D], in `out` where given (x itself is allowed).
@@ -211,7 +225,9 @@ def sample_chain(
     check_tensor("x", x, (b, n, d), (torch.float32,))
     check_tensor("condition", condition, (b, n, c), device=device)
     check_tensor("steps", steps, (len(steps),), (torch.int64,), device)
-    check_tensor("coefficients", coefficients, (len(steps), 2), (torch.float32,), device)
+    check_tensor("coefficients", coefficients, (len(steps), 3), (torch.float32,), device)
+    if mask is not None:
+        check_tensor("mask", mask, (n, d), (torch.float32,), device)
     check_tensor("weights.into", weights.into, (d, hidden), device=device)
     check_tensor("weights.condition", weights.condition, (c, hidden), dtype, device)
     for name, shape in {
@@ -221,23 +237,20 @@ def sample_chain(
         check_tensor(f"weights.{name}", getattr(weights, name), shape, dtype, device)
     check_precision(precision)
     tasks, padded_tokens = chain_blocks(b, n)
-    rows, padded_hidden = tasks * padded_tokens, max(16, triton.next_power_of_2(hidden))
-    if rows * padded_hidden > MAX_STATE:
-        raise McdiError(
-            f"x: {n} tokens and hidden width {hidden}: a program holds {rows} x {padded_hidden} numbers, expected at most {MAX_STATE}; "
-            "use diffusion.sample_chain"
-        )
+    if n > MAX_TOKENS:
+        raise McdiError(f"x: {n} tokens, expected at most {MAX_TOKENS}; use diffusion.sample_chain")
     out = output("out", out, (b, n, d), device)
     check_runs(device, "sample_chain")
     if out is not x:
         out.copy_(x)
     programs = triton.cdiv(b, tasks)
-    scratch = torch.empty(programs, 3, rows, hidden, device=device)
+    scratch = torch.empty(programs, 4, tasks * padded_tokens, hidden, device=device)
     with on_device(device):
         sample_chain_kernel[(programs,)](
-            condition, steps, coefficients, weights.into, weights.condition, weights.token, weights.sample, weights.out, weights.last,
+            condition, steps, coefficients, x if mask is None else mask,
+            weights.into, weights.condition, weights.token, weights.sample, weights.out, weights.last,
             scratch, out, b, n, d, c, hidden, sample_rows, depth, len(steps),
-            precision, tasks, padded_tokens, padded_hidden, BLOCK_COLUMNS, BLOCK_SUM,
-            num_warps=chain_warps(padded_hidden, rows),
+            mask is not None, precision, tasks, padded_tokens, BLOCK_COLUMNS, sum_block(precision),
+            **chain_options(tasks * padded_tokens),
         )  # fmt: skip
     return out

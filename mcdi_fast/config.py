@@ -49,10 +49,16 @@ class PrepareConfig:
     """Adam's; features have norm 1, so heads have entries of about 1."""
     rho: float = 0.05
     """SAM's radius; 0 turns SAM off."""
-    weight_decay: float = 0.001
+    weight_decay: float = 0.003
     """Added to the loss as weight_decay / 2 ||theta||^2."""
     start_deviation: float = 0.01
     """Of the Gaussian start theta_0 (measured: 0.01 beats 0.1, whose remains in the targets no condition predicts)."""
+    support_share: float | None = 0.8
+    """Share of a task's loss that its support images have; the other images of its classes share the rest; None weighs all alike.
+
+    Measured on validation characters, heads regressed on the condition: None 98.0, 0.5 98.3, 0.8 98.3, 1.0 98.35 %. What a target owes
+    to images that the condition does not show is noise to the generator, and its mean is a worse head than the prototype's.
+    """
     copies: int = 2
     """Versions of each image in the preparation: the image and copies - 1 augmented ones; 1 turns augmentation off."""
 
@@ -117,8 +123,10 @@ class EvaluateConfig:
     """Validation tasks: learning curve, and the choice of fine-tuning's rate."""
     finetune_steps: int = 100
     """Adam steps of head fine-tuning."""
-    finetune_rates: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05)
+    finetune_rates: tuple[float, ...] = (0.01, 0.05, 0.2)
     """Adam rates tried on the validation tasks; the best is used on the test tasks."""
+    finetune_decays: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
+    """Weight decays tried likewise, for a second row of fine-tuning that regularises (head-finetune-decay)."""
     sampling_steps: int | None = None
     """Steps of the reported chain, from one a segment to T; T by default, fewer is faster."""
     eta_noise: float = 0.0

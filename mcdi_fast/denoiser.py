@@ -12,6 +12,8 @@ some rows, which is what lets the inner loop treat all of them alike (inner.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,3 +88,38 @@ def denoise(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor) -> Tens
         per_sample = h.mean(-2) @ sample[:width] + F.embedding(step, sample[width:])
         h = h + F.silu(h @ token + per_sample.unsqueeze(-2)) @ out
     return h @ phi["out.token"]
+
+
+def chain_denoiser(
+    phi: Parameters, condition: Tensor, skip: list[float], scale: list[float]
+) -> Callable[[Tensor, int], Tensor]:
+    """f(x, t) = skip_t x + scale_t net(x, t, condition) for a chain whose tasks are all at the same step t.
+
+    The same as `denoise` with the condition's product taken once a chain and scaling, bias and residual folded into the
+    matrix products: 14 calls a step instead of 29 at depth 2, which is what a single task's latency consists of.
+
+    Args:
+        condition: [B, N, C]. skip, scale: [T].
+
+    Returns:
+        f of x [B, N, D] and 0 <= t < T, giving [B, N, D].
+    """
+    tasks, tokens, _ = condition.shape
+    embedded = condition.flatten(0, 1) @ phi["in.condition"]
+    width = embedded.shape[1]
+    layers = [
+        (phi[f"block{i}.token"], phi[f"block{i}.sample"][:width], phi[f"block{i}.sample"][width:], phi[f"block{i}.out"])
+        for i in range(depth_of(phi))
+    ]
+
+    def f(x: Tensor, t: int) -> Tensor:
+        rows = x.reshape(tasks * tokens, -1)
+        h = torch.addmm(embedded, rows, phi["in.token"])
+        for token, sample, step_rows, out in layers:
+            per_task = torch.addmm(step_rows[t], h.view(tasks, tokens, width).mean(1), sample)
+            a = h @ token
+            a.view(tasks, tokens, width).add_(per_task.unsqueeze(1))
+            h = torch.addmm(h, F.silu(a, inplace=True), out)
+        return torch.addmm(rows, h, phi["out.token"], beta=skip[t], alpha=scale[t]).view(x.shape)
+
+    return f

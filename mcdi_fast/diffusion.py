@@ -139,7 +139,7 @@ def sample_chain(
     for t, (a, b, sigma) in zip(steps, sampler_coefficients(schedule, steps).tolist(), strict=False):
         if callback is not None:
             callback(t, x)
-        x = a * x + b * f(x, t)
+        x = torch.add(a * x, f(x, t), alpha=b)
         if noise is not None and eta_noise > 0:
             x = x + eta_noise * sigma * noise(t)
     if callback is not None:

@@ -15,11 +15,12 @@ from mcdi_fast.config import EvaluateConfig, PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_accuracy, head_loss, prototype_head, support_condition
-from mcdi_fast.prepare import train_heads
+from mcdi_fast.prepare import train_task_heads
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import sample_episodes
 
 OBJECTIVE_TITLES = {"local-consistency": "Mc-Di", "vanilla": "Mv-Di", "naive-local": "Tw-Di"}
+COMPARED = ("head-finetune", "head-finetune-decay", "nearest-prototype")  # paired with the generated heads
 _LATENCY_REPEATS = 30
 _CHAIN_SEEDS = 12
 _PLANE_POINTS = 41
@@ -30,7 +31,8 @@ class FeatureTasks:
     """B tasks in feature space.
 
     Attributes:
-        support: float32 [B, ways, shots, F]. query: [B, ways, Q, F]. every: [B, ways, drawers, F], all images of the classes.
+        support: float32 [B, ways, shots, F]. query: [B, ways, Q, F]. every: [B, ways, drawers, F], all images of the classes, the
+            support first.
     """
 
     support: Tensor
@@ -50,27 +52,29 @@ def draw_tasks(features: Tensor, task: TaskConfig, count: int, seed: int) -> Fea
     """The first `count` tasks of the sequence that `seed` starts, out of features [classes, drawers, F]."""
     classes, drawers = features.shape[:2]
     episodes = sample_episodes(
-        classes, drawers, ways=task.ways, shots=task.shots, queries=task.queries, seed=seed, start=0, count=count
+        classes,
+        drawers,
+        ways=task.ways,
+        shots=task.shots,
+        queries=drawers - task.shots,
+        seed=seed,
+        start=0,
+        count=count,
     )
-    return FeatureTasks(*episodes.take(features), features[episodes.classes])
+    support, others = episodes.take(features)
+    return FeatureTasks(support, others[:, :, : task.queries], torch.cat([support, others], 2))
 
 
-def finetune(support: Tensor, steps: int, rate: float) -> Tensor:
+def finetune(support: Tensor, steps: int, rate: float, decay: float = 0.0) -> Tensor:
     """Adam on the head from zero, on the support alone. [B, ways, shots, F] -> [B, ways, F + 1]."""
-    recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=0.0, start_deviation=0.0)
-    return _train(support, recipe, 1, 0)[:, -1]
+    recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=decay, start_deviation=0.0)
+    return train_task_heads(support.unsqueeze(0), support.shape[2], recipe, torch.Generator(), 1)[:, -1]
 
 
 def trained_targets(tasks: FeatureTasks, recipe: PrepareConfig, segments: int, seed: int) -> Tensor:
     """What preparation would make for these tasks, from every image of their classes: [B, k, ways, F + 1]."""
-    return _train(tasks.every, recipe, segments, seed)
-
-
-def _train(images: Tensor, recipe: PrepareConfig, record: int, seed: int) -> Tensor:
-    tasks, ways, each, _ = images.shape
-    label = torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
     generator = torch.Generator().manual_seed(seed)
-    return train_heads(images.flatten(1, 2).unsqueeze(0), label, recipe, generator, ways, record=record)
+    return train_task_heads(tasks.every.unsqueeze(0), tasks.support.shape[2], recipe, generator, segments)
 
 
 def generate(generator: WeightGenerator, support: Tensor, first_seed: int, **options: Any) -> Tensor:
@@ -117,17 +121,27 @@ def evaluate(
     sample = {"num_steps": num_steps, "eta_noise": config.eta_noise}
 
     on_stage("fine-tuning")
-    rates = {
-        rate: float(head_accuracy(finetune(validation.support, config.finetune_steps, rate), validation.query).mean())
-        for rate in config.finetune_rates
-    }
-    rate = max(rates, key=lambda r: rates[r])
+
+    def choose(decays: tuple[float, ...]) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+        """The best fine-tuning recipe on the validation tasks."""
+        tried = []
+        for rate in config.finetune_rates:
+            for decay in decays:
+                head = finetune(validation.support, config.finetune_steps, rate, decay)
+                tried.append((float(head_accuracy(head, validation.query).mean()), rate, decay))
+        accuracy, rate, decay = max(tried)
+        chosen = {"rate": rate, "weight_decay": decay, "validation_accuracy": 100 * accuracy}
+        return lambda support: finetune(support, config.finetune_steps, rate, decay), chosen
+
+    plain, plain_recipe = choose((0.0,))
+    decayed, decayed_recipe = choose(config.finetune_decays)
 
     on_stage("methods")
     targets = trained_targets(test, recipe, generator.diffusion.segments, seed)
     ways: dict[str, tuple[Callable[[Tensor], Tensor] | None, Tensor | None]] = {
         objective: (lambda support: generate(generator, support, seed, **sample), None),
-        "head-finetune": (lambda support: finetune(support, config.finetune_steps, rate), None),
+        "head-finetune": (plain, None),
+        "head-finetune-decay": (decayed, None),
         "nearest-prototype": (prototype_head, None),
         "trained-target": (None, targets[:, -1]),
     }
@@ -143,11 +157,12 @@ def evaluate(
             "accuracy_ci95": 100 * interval(accuracies[name]),
             "latency_ms": latency_ms(adapt, test.support) if adapt else _target_latency(test, recipe),
         }
-    for name in ("head-finetune", "nearest-prototype"):
+    for name in COMPARED:
         difference = accuracies[objective] - accuracies[name]
         methods[name]["generated_minus_this"] = 100 * float(difference.double().mean())
         methods[name]["generated_minus_this_ci95"] = 100 * interval(difference)
-    methods["head-finetune"] |= {"rate": rate, "validation_accuracy": {str(r): 100 * a for r, a in rates.items()}}
+    methods["head-finetune"] |= plain_recipe
+    methods["head-finetune-decay"] |= decayed_recipe
 
     on_stage("sampling steps")
     last = generator.normalizer.normalize(targets[:, -1])
@@ -238,6 +253,8 @@ def check_evaluate(config: EvaluateConfig, num_steps: int, segments: int) -> Non
             )
     if config.finetune_steps < 1:
         raise McdiError(f"--evaluate.finetune-steps = {config.finetune_steps}: expected at least 1")
+    if not config.finetune_decays or min(config.finetune_decays) < 0:
+        raise McdiError(f"--evaluate.finetune-decays = {config.finetune_decays}: expected one or more, none negative")
     if not config.finetune_rates or min(config.finetune_rates) <= 0:
         raise McdiError(f"--evaluate.finetune-rates = {config.finetune_rates}: expected one or more positive rates")
     if config.sampling_steps is not None and not segments <= config.sampling_steps <= num_steps:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.denoiser import Parameters, denoise, depth_of, parameter_shapes
+from mcdi_fast.denoiser import Parameters, chain_denoiser, depth_of, parameter_shapes
 from mcdi_fast.errors import McdiError
 from mcdi_fast.schedule import Objective, Schedule, make_objective, make_schedule
 from mcdi_fast.store import (
@@ -99,15 +99,8 @@ class WeightGenerator:
 
     def f(self, condition: Tensor) -> Callable[[Tensor, int], Tensor]:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
-        skip, scale = self.schedule.skip().tolist(), self.schedule.scale().tolist()
         normalized = self.condition_normalizer.normalize(condition)
-        steps = torch.arange(self.schedule.num_steps, device=condition.device).view(-1, 1)
-
-        def f(x: Tensor, t: int) -> Tensor:
-            net = denoise(self.phi, x.unsqueeze(-3), steps[t], normalized).squeeze(-3)
-            return torch.add(skip[t] * x, net, alpha=scale[t])
-
-        return f
+        return chain_denoiser(self.phi, normalized, self.schedule.skip().tolist(), self.schedule.scale().tolist())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, each atomically.

@@ -29,19 +29,24 @@ def head_logits(head: Tensor, features: Tensor) -> Tensor:
     return torch.baddbmm(head[..., None, :, -1], features, head[..., :-1].mT)
 
 
-def head_gradient(head: Tensor, features: Tensor, labels: Tensor, weight_decay: float = 0.0) -> Tensor:
+def head_gradient(
+    head: Tensor, features: Tensor, labels: Tensor, weight_decay: float = 0.0, row_weight: Tensor | None = None
+) -> Tensor:
     """Gradient of the mean cross-entropy + weight_decay / 2 ||head||^2 of linear heads, by hand.
 
     Args:
         head: [B, ways, F + 1]. features: [B, R, F]. labels: int64 [B, R].
+        row_weight: [R], the share of each row in the mean; equal shares by default.
 
     Returns:
         [B, ways, F + 1]
     """
-    rows = features.shape[1]
     p = head_logits(head, features).softmax(-1)
     p.scatter_add_(-1, labels.unsqueeze(-1), p.new_full((), -1.0).expand(*labels.shape, 1))
-    p.div_(rows)
+    if row_weight is None:
+        p.div_(features.shape[1])
+    else:
+        p.mul_(row_weight.unsqueeze(-1))
     return torch.cat([p.mT @ features, p.sum(1).unsqueeze(-1)], -1).add_(head, alpha=weight_decay)
 
 

@@ -24,7 +24,9 @@ from mcdi_fast.schedule import make_objective, make_schedule
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.weights import Normalizer
 
-_FLOOR = 0.1  # of Normalizer.fit: without it the inner loop diverged on Omniglot, where entries of 130 deviations came up
+_FLOOR = (
+    0.1  # of Normalizer.fit: without it the inner loop diverged on Omniglot, where entries of 130 deviations came up
+)
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )

@@ -19,8 +19,11 @@ SHARD_TASKS = 500  # tasks trained together and appended as one shard: large pro
 
 
 def sam_perturbation(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
-    """theta_b + rho * g_b / (||g_b|| + tiny), one norm a task (method, section 3). theta, gradient: [B, ...]."""
-    norm = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    """theta_b + rho * g_b / (||g_b|| + tiny), one norm a task (method, section 3). theta, gradient: [B, ...].
+
+    tiny is 1e-12: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho.
+    """
+    norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
     return theta + (rho / norm).view(-1, *[1] * (theta.ndim - 1)) * gradient
 
 
@@ -35,7 +38,14 @@ def adam_step(
 
 
 def train_heads(
-    features: Tensor, labels: Tensor, config: PrepareConfig, generator: torch.Generator, ways: int, *, record: int = 1
+    features: Tensor,
+    labels: Tensor,
+    config: PrepareConfig,
+    generator: torch.Generator,
+    ways: int,
+    *,
+    record: int = 1,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """Train the heads of B tasks together: the weight-preparation stage.
 
@@ -44,6 +54,7 @@ def train_heads(
         labels: int64 [B, R] in [0, ways).
         config: steps M, learning rate, rho (0: plain Adam, one gradient a step), start deviation.
         generator: draws the Gaussian start and the copies.
+        row_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
         record: k; the heads after steps d, 2d, …, kd = M are kept, d = M / k.
 
     Returns:
@@ -66,13 +77,37 @@ def train_heads(
         if copies > 1:
             pick = torch.randint(copies, (num_tasks, rows, 1), generator=generator)
             x = features.gather(0, pick.expand(num_tasks, rows, width).unsqueeze(0))[0]
-        gradient = head_gradient(theta, x, labels, config.weight_decay)
+        gradient = head_gradient(theta, x, labels, config.weight_decay, row_weight)
         if config.rho > 0:
-            gradient = head_gradient(sam_perturbation(theta, gradient, config.rho), x, labels, config.weight_decay)
+            gradient = head_gradient(
+                sam_perturbation(theta, gradient, config.rho), x, labels, config.weight_decay, row_weight
+            )
         adam_step(theta, gradient, first, second, step, config.learning_rate)
         if step % (config.steps // record) == 0:
             kept.append(theta.clone())
     return torch.stack(kept, 1)
+
+
+def train_task_heads(
+    images: Tensor, shots: int, config: PrepareConfig, generator: torch.Generator, segments: int
+) -> Tensor:
+    """The preparation's heads of few-shot tasks.
+
+    Args:
+        images: features [copies, B, ways, drawers, F]; the first `shots` of each class are the support.
+
+    Returns:
+        [B, k, ways, F + 1]
+    """
+    _, num_tasks, ways, drawers, _ = images.shape
+    label = torch.arange(ways).repeat_interleave(drawers).expand(num_tasks, -1)
+    weight = None
+    if config.support_share is not None and shots < drawers:
+        weight = images.new_full((ways, drawers), (1 - config.support_share) / (ways * (drawers - shots)))
+        weight[:, :shots] = config.support_share / (ways * shots)
+        weight = weight.flatten()
+    rows = images.flatten(2, 3)
+    return train_heads(rows, label, config, generator, ways, record=segments, row_weight=weight)
 
 
 def check_prepare(config: PrepareConfig, segments: int) -> None:
@@ -83,6 +118,8 @@ def check_prepare(config: PrepareConfig, segments: int) -> None:
     for name in ("rho", "weight_decay", "start_deviation"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise McdiError(f"--prepare.{name.replace('_', '-')} = {getattr(config, name)}: expected 0 or more")
+    if config.support_share is not None and not 0 <= config.support_share <= 1:
+        raise McdiError(f"--prepare.support-share = {config.support_share}: expected 0 to 1")
     if not 0 < config.learning_rate < float("inf"):
         raise McdiError(f"--prepare.learning-rate = {config.learning_rate}: expected a positive number")
     if segments < 1 or config.steps % segments:
@@ -121,7 +158,6 @@ def prepare_bank(
     bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width, meta)
     if on_start:
         on_start(len(bank))
-    label = torch.arange(task.ways).repeat_interleave(drawers)
     while len(bank) < config.tasks:
         count = min(SHARD_TASKS, config.tasks - len(bank))
         episodes = sample_episodes(
@@ -135,9 +171,9 @@ def prepare_bank(
             count=count,
         )
         rows = torch.cat([episodes.support, episodes.query], 2)
-        x = torch.stack([copy[episodes.classes.unsqueeze(-1), rows] for copy in features]).flatten(2, 3)
+        x = torch.stack([copy[episodes.classes.unsqueeze(-1), rows] for copy in features])
         generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
-        targets = train_heads(x, label.expand(count, -1), config, generator, task.ways, record=segments)
+        targets = train_task_heads(x, task.shots, config, generator, segments)
         support, _ = episodes.take(features[0])
         bank.append(targets, support_condition(support))
         if on_tasks:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mcdi_fast.evaluate import OBJECTIVE_TITLES
+from mcdi_fast.evaluate import COMPARED, OBJECTIVE_TITLES
 from mcdi_fast.store import atomic_write, write_json
 
 _WHAT = {
     "head-finetune": "Adam on the head, support only",
+    "head-finetune-decay": "the same with weight decay",
     "nearest-prototype": "nearest class mean",
     "trained-target": "trained on every image of the test classes (ceiling)",
 }
@@ -87,19 +88,19 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
         f"# {config['dataset']}, {task['ways']}-way {task['shots']}-shot, seed {config['seed']}",
         "",
         f"{count} test tasks, {task['queries']} queries a class, the same for every method; ± is the 95 % interval over tasks. "
-        "Chosen on validation classes only: the rate of fine-tuning.",
+        "Chosen on validation classes only: the rate and decay of fine-tuning.",
         "",
         "| method | accuracy, % | one task, ms | gradients at test time |",
         "| --- | --- | --- | --- |",
     ]
     for name, m in methods.items():
-        gradients = "yes" if name in ("head-finetune", "trained-target") else "no"
+        gradients = "yes" if name.startswith(("head-finetune", "trained-target")) else "no"
         what = _WHAT.get(name, "weights drawn from noise, this run's generator")
         lines.append(
             f"| {_title(name)}: {what} | {m['accuracy_mean']:.2f} ± {m['accuracy_ci95']:.2f} | {m['latency_ms']:.2f} | {gradients} |"
         )
     lines += ["", "Paired over the same tasks:", ""]
-    for name in ("head-finetune", "nearest-prototype"):
+    for name in COMPARED:
         m = methods[name]
         lines.append(
             f"- generated minus {name}: {m['generated_minus_this']:+.2f} ± {m['generated_minus_this_ci95']:.2f}"

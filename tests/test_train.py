@@ -116,7 +116,14 @@ def test_kill_nine(tmp_path):
     """A real process, killed ten times at moments spread over the run."""
 
     def command(name):
-        tail = ["--run-dir", str(tmp_path / name), "--cache-dir", str(tmp_path / f"{name}-cache"), "--meta.steps", "400"]
+        tail = [
+            "--run-dir",
+            str(tmp_path / name),
+            "--cache-dir",
+            str(tmp_path / f"{name}-cache"),
+            "--meta.steps",
+            "400",
+        ]
         return [sys.executable, "-m", "mcdi_fast.train", *SMALL, *tail]
 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -262,8 +269,6 @@ def test_bank_is_deterministic(tmp_path):
     features = torch.randn(2, 12, 20, 8, generator=torch.Generator().manual_seed(0))
     config = train.default_config("glyphs")
     recipe = type(config.prepare)(tasks=25, steps=6)
-    banks = [
-        prepare.prepare_bank(tmp_path / str(i), features, config.task, recipe, 3, seed=0) for i in range(2)
-    ]
+    banks = [prepare.prepare_bank(tmp_path / str(i), features, config.task, recipe, 3, seed=0) for i in range(2)]
     index = torch.arange(25)
     assert torch.equal(banks[0].gather(index)[0], banks[1].gather(index)[0])

@@ -14,7 +14,9 @@ from mcdi_fast.schedule import make_schedule
 def case(b, n, d, c, hidden, depth, steps):
     generator = torch.Generator().manual_seed(0)
     phi = {  # no zero matrix
-        name: (0.5 * torch.randn(v.shape, generator=generator, dtype=torch.float64) / v.shape[0] ** 0.5).float().to(DEVICE)
+        name: (0.5 * torch.randn(v.shape, generator=generator, dtype=torch.float64) / v.shape[0] ** 0.5)
+        .float()
+        .to(DEVICE)
         for name, v in init_parameters(d, c, steps, hidden, depth, 0).items()
     }
     return phi, make_schedule(steps, min(3, steps)), normal(b, n, d), normal(b, n, c, seed=1)
@@ -38,7 +40,13 @@ def by_torch(phi, schedule, x, condition, dtype, num_steps=None):
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_steps"), [((1, 1, 1, 1, 1, 1, 1), None), ((3, 5, 13, 7, 40, 2, 6), None), ((3, 5, 65, 9, 70, 2, 5), 3), ((17, 3, 4, 5, 9, 1, 4), None)]
+    ("shape", "num_steps"),
+    [
+        ((1, 1, 1, 1, 1, 1, 1), None),
+        ((3, 5, 13, 7, 40, 2, 6), None),
+        ((3, 5, 65, 9, 70, 2, 5), 3),
+        ((17, 3, 4, 5, 9, 1, 4), None),
+    ],
 )
 def test_same_as_torch_chain(shape, num_steps):
     phi, schedule, x, condition = case(*shape)
@@ -57,7 +65,7 @@ def test_bf16(dtype):
     phi, schedule, x, condition = case(*shape)
     found = sample_chain(pack_weights(phi, dtype), x, condition.to(dtype), *table(schedule), precision="bf16")
     exact = by_torch(phi, schedule, x, condition, torch.float64)
-    assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32), "bf16", depth=shape[-1])
+    assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32), "bf16", depth=6 * shape[-1])
 
 
 def test_many_tasks_a_program_and_per_task_bits():
@@ -73,6 +81,17 @@ def test_many_tasks_a_program_and_per_task_bits():
     same_bits(together[3:], alone)
 
 
+def test_mask_keeps_padding_at_zero():
+    phi, schedule, x, condition = case(3, 5, 7, 3, 18, 1, 3)
+    mask = torch.ones(5, 7, device=DEVICE)
+    mask[4, 3:] = 0
+    found = sample_chain(pack_weights(phi), x * mask, condition, *table(schedule), mask)
+    steps, coefficients = table(schedule)
+    expected = sample_chain_ref(phi, x * mask, condition, steps, coefficients, mask)
+    assert (found[:, 4, 3:] == 0).all()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_input():
     phi, schedule, x, condition = case(3, 5, 7, 3, 18, 1, 3)
     weights, (steps, coefficients) = pack_weights(phi), table(schedule)
@@ -85,7 +104,7 @@ def test_bad_input():
         ({"weights": replace(weights, token=weights.token[:, :5])}, "weights.token: shape"),
         ({"weights": replace(weights, out=weights.out.bfloat16())}, "weights.out: torch.bfloat16"),
         ({"precision": "fp8"}, "precision"),
-        ({"x": normal(3, 2000, 7), "condition": normal(3, 2000, 3)}, "x: 2000 tokens and hidden width 18"),
+        ({"x": normal(3, 2000, 7), "condition": normal(3, 2000, 3)}, "x: 2000 tokens, expected at most 64"),
     ]:
         arguments = dict(weights=weights, x=x, condition=condition, steps=steps, coefficients=coefficients) | changes
         with pytest.raises(McdiError, match=message):
