@@ -6,6 +6,7 @@
 Writes bench/results/<date>-gpu.json: milliseconds of each kernel and of its torch reference on the same GPU and the same inputs.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 DRY = "--dry-run" in sys.argv
@@ -61,40 +62,58 @@ def cases(device: str, tiny: bool):
         x = a * target[:, None, None] + e * eps
         return x, w * eps - skip * x
 
-    yield "noising", {"triton": lambda: K.noising(target, segment, step, seeds_tensor, tables32), "torch": noising_torch}
+    yield (
+        "noising",
+        {"triton": lambda: K.noising(target, segment, step, seeds_tensor, tables32), "torch": noising_torch},
+    )
 
     net, gain, wanted = normal(b, s, n, d), normal(b, s), normal(b, s, n, d)
-    yield "consistency_loss", {
-        "triton": lambda: K.consistency_loss(net, gain, wanted),
-        "torch": lambda: K.consistency_loss_ref(net, gain, wanted),
-    }
+    yield (
+        "consistency_loss",
+        {
+            "triton": lambda: K.consistency_loss(net, gain, wanted),
+            "torch": lambda: K.consistency_loss_ref(net, gain, wanted),
+        },
+    )
 
     x, weight, bias = normal(b, s * n, h), normal(h, h) / h**0.5, normal(b, s, h)
     earlier = (normal(k - 1, b, s * n, h), normal(k - 1, b, s * n, h))
     fused = dict(broadcast=K.Broadcast(bias, n), activation="silu")
-    yield "task_linear", {
-        f"triton {p}": lambda p=p: K.task_linear(x, weight, earlier, 0.005, **fused, precision=p) for p in PRECISIONS
-    } | {"torch": lambda: K.task_linear_ref(x, weight, earlier, 0.005, **fused)}
+    yield (
+        "task_linear",
+        {f"triton {p}": lambda p=p: K.task_linear(x, weight, earlier, 0.005, **fused, precision=p) for p in PRECISIONS}
+        | {"torch": lambda: K.task_linear_ref(x, weight, earlier, 0.005, **fused)},
+    )
 
     inputs, gradients = normal(k, b, s * n, h), normal(k, b, s * n, h)
-    yield "reptile_delta", {
-        f"triton {p}": lambda p=p: K.reptile_delta(inputs, gradients, 0.005, precision=p) for p in PRECISIONS
-    } | {"torch": lambda: K.reptile_delta_ref(inputs, gradients, 0.005)}
+    yield (
+        "reptile_delta",
+        {f"triton {p}": lambda p=p: K.reptile_delta(inputs, gradients, 0.005, precision=p) for p in PRECISIONS}
+        | {"torch": lambda: K.reptile_delta_ref(inputs, gradients, 0.005)},
+    )
 
     weights = normal(b, h, h)
-    yield "sgd_step", {
-        f"triton {p}": lambda p=p: K.sgd_step_(weights, inputs[0], gradients[0], 1e-6, precision=p) for p in PRECISIONS
-    } | {"torch": lambda: weights.baddbmm_(inputs[0].mT, gradients[0], alpha=-1e-6)}
+    yield (
+        "sgd_step",
+        {
+            f"triton {p}": lambda p=p: K.sgd_step_(weights, inputs[0], gradients[0], 1e-6, precision=p)
+            for p in PRECISIONS
+        }
+        | {"torch": lambda: weights.baddbmm_(inputs[0].mT, gradients[0], alpha=-1e-6)},
+    )
 
     theta, gradient = normal(heads, n * d), normal(heads, n * d)
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
     yield "sam_ascent", {
         "triton": lambda: K.sam_ascent(theta, gradient, 0.05), "torch": lambda: K.sam_ascent_ref(theta, gradient, 0.05)
     }  # fmt: skip
-    yield "adam_step", {
-        "triton": lambda: K.adam_step_(theta, gradient, first, second, 1, 1e-6),
-        "torch": lambda: K.adam_step_ref(theta, gradient, first, second, 1, 1e-6),
-    }
+    yield (
+        "adam_step",
+        {
+            "triton": lambda: K.adam_step_(theta, gradient, first, second, 1, 1e-6),
+            "torch": lambda: K.adam_step_ref(theta, gradient, first, second, 1, 1e-6),
+        },
+    )
 
     config = PrepareConfig(steps=3) if tiny else PrepareConfig()
     start, images = normal(heads, 5, features + 1) * 0.01, normal(2, heads, rows, features)
@@ -102,23 +121,35 @@ def cases(device: str, tiny: bool):
     pick = torch.randint(2, (config.steps, heads, rows), generator=g, dtype=torch.int32).to(device)
     for name, rho in (("head_trajectory SAM", config.rho), ("head_trajectory Adam", 0.0)):
         chosen = replace(config, rho=rho)
-        yield name, {
-            f"triton {p}": lambda p=p, chosen=chosen: K.head_trajectory(start, images, labels, chosen, 3, pick, precision=p)
-            for p in PRECISIONS
-        } | {"torch": lambda chosen=chosen: K.head_trajectory_ref(start, images, labels, chosen, 3, pick)}
+        yield (
+            name,
+            {
+                f"triton {p}": lambda p=p, chosen=chosen: K.head_trajectory(
+                    start, images, labels, chosen, 3, pick, precision=p
+                )
+                for p in PRECISIONS
+            }
+            | {"torch": lambda chosen=chosen: K.head_trajectory_ref(start, images, labels, chosen, 3, pick)},
+        )
 
     phi = init_parameters(d, c, steps, h, depth, 0)
     phi = {name: normal(*value.shape) / value.shape[0] ** 0.5 for name, value in phi.items()}
     condition = normal(b, n, c)
     batch = InnerBatch(normal(*eps_shape), step, condition, normal(b, k, s).abs() + 0.5, normal(*eps_shape))
-    yield "meta step, inner loops", {
-        f"triton {p} {name}": lambda p=p, stacked=stacked: K.inner_loop_triton(phi, batch, 0.005, stacked=stacked, precision=p)
-        for p in PRECISIONS
-        for name, stacked in (("low-rank", False), ("stacked", True))
-    } | {
-        "torch fused": lambda: inner_loop(phi, batch, 0.005, "fused"),
-        "torch vmap(grad)": lambda: inner_loop(phi, batch, 0.005, "vmap"),
-    }
+    yield (
+        "meta step, inner loops",
+        {
+            f"triton {p} {name}": lambda p=p, stacked=stacked: K.inner_loop_triton(
+                phi, batch, 0.005, stacked=stacked, precision=p
+            )
+            for p in PRECISIONS
+            for name, stacked in (("low-rank", False), ("stacked", True))
+        }
+        | {
+            "torch fused": lambda: inner_loop(phi, batch, 0.005, "fused"),
+            "torch vmap(grad)": lambda: inner_loop(phi, batch, 0.005, "vmap"),
+        },
+    )
 
     chain_steps, coefficients = K.chain_table(schedule)
     chain_steps, coefficients = chain_steps.to(device), coefficients.float().to(device)
@@ -131,12 +162,16 @@ def cases(device: str, tiny: bool):
         def f(x, t, c_tasks=c_tasks):
             return torch.add(skip[t] * x, denoise(phi, x.unsqueeze(-3), at[t], c_tasks).squeeze(-3), alpha=scale[t])
 
-        yield f"sampler, {tasks} tasks", {
-            f"triton {p}": lambda p=p, noise=noise, c_tasks=c_tasks: K.sample_chain(
-                packed[p], noise, c_tasks, chain_steps, coefficients, precision=p
-            )
-            for p in PRECISIONS
-        } | {"torch": lambda f=f, noise=noise: torch_chain(f, noise, schedule)}
+        yield (
+            f"sampler, {tasks} tasks",
+            {
+                f"triton {p}": lambda p=p, noise=noise, c_tasks=c_tasks: K.sample_chain(
+                    packed[p], noise, c_tasks, chain_steps, coefficients, precision=p
+                )
+                for p in PRECISIONS
+            }
+            | {"torch": lambda f=f, noise=noise: torch_chain(f, noise, schedule)},
+        )
 
 
 def graphed(function):
@@ -186,8 +221,14 @@ def main() -> int:
             print(f"{name}: {', '.join(functions)}")
         return 0
     if not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA device; this check is for a machine with a GPU (--dry-run checks the script without one)")
-    record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "gpu": torch.cuda.get_device_name(), **machine()}
+        sys.exit(
+            "error: torch finds no CUDA device; this check is for a machine with a GPU (--dry-run checks the script without one)"
+        )
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(),
+        **machine(),
+    }
     record["tests"] = tests([])
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
@@ -206,7 +247,10 @@ def main() -> int:
             except Exception as error:  # report every case, then fail
                 row[implementation] = f"failed: {' '.join(str(error).split())[:300]}"
         record["milliseconds"][name] = row
-        print(f"{name}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        print(
+            f"{name}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+            flush=True,
+        )
     path = options.output or ROOT / "bench" / "results" / f"{record['date'][:10]}-gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

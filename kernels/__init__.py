@@ -10,7 +10,9 @@ TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on
 Importing this package needs no GPU and no driver, and nothing in mcdi_fast imports it on its own.
 """
 
-if __name__ == "kernels":  # from the repository root `import kernels` would find this folder, and others publish a package of that name
+if (
+    __name__ == "kernels"
+):  # from the repository root `import kernels` would find this folder, and others publish a package of that name
     raise ImportError("this folder is the package mcdi_fast.kernels; there is no top-level package `kernels` here")
 
 from mcdi_fast.kernels.consistency_loss import consistency_loss, consistency_loss_ref

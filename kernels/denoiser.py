@@ -67,7 +67,7 @@ def task_linear_ref(
         out = out + broadcast.scale * broadcast.rows[:, index]
     if activation == "silu":
         return F.silu(out), out
-    if activation == "silu_backward":
+    if activation == "silu_backward" and before is not None:
         sigmoid = torch.sigmoid(before)
         return out * sigmoid * (1 + before * (1 - sigmoid)), None
     return out, None
@@ -95,7 +95,11 @@ def task_linear_kernel(
     for first in range(0, width_in, BLOCK_IN):
         i = first + along_in
         i_inside = i < width_in
-        w = tl.load(my_weight + (column_at + (i * weight_in)[None, :]), mask=column_inside[:, None] & i_inside[None, :], other=0.0)
+        w = tl.load(
+            my_weight + (column_at + (i * weight_in)[None, :]),
+            mask=column_inside[:, None] & i_inside[None, :],
+            other=0.0,
+        )
         x = tl.load(my_rows + (row_at + i[:, None]), mask=row_inside[None, :] & i_inside[:, None], other=0.0)
         result = dot(w, x, result, PRECISION)
 
@@ -176,7 +180,9 @@ def task_linear(
     if activation not in ACTIVATIONS:
         raise McdiError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
     if max(r * i, r * o, i * o) >= 2**31:
-        raise McdiError(f"rows, weight: {r} rows a task of {i} -> {o}, expected fewer than 2^31 numbers a task and a weight")
+        raise McdiError(
+            f"rows, weight: {r} rows a task of {i} -> {o}, expected fewer than 2^31 numbers a task and a weight"
+        )
     num_keys, keys, values = 0, rows, rows
     if earlier is not None and len(earlier[0]):
         keys, values = earlier

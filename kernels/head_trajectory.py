@@ -14,7 +14,16 @@ from torch import Tensor
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient
-from mcdi_fast.kernels.launch import check_precision, check_rank, check_runs, check_tensor, dot, on_device, output
+from mcdi_fast.kernels.launch import (
+    all_registers,
+    check_precision,
+    check_rank,
+    check_runs,
+    check_tensor,
+    dot,
+    on_device,
+    output,
+)
 from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
 from mcdi_fast.prepare import adam_step, sam_perturbation
 
@@ -124,10 +133,8 @@ def head_blocks(rows: int, ways: int, width: int) -> tuple[int, int, int]:
 
 
 def head_options() -> dict[str, int]:
-    """One stage: features come from the L1. NVIDIA's assembler is told that it may use every register: it aims for more programs a
-    multiprocessor and spills otherwise (inspect.py)."""
-    options = {"num_warps": 8, "num_stages": 1}
-    return options if torch.version.hip else options | {"maxnreg": 255}
+    """One stage: features come from the L1."""
+    return {"num_warps": 8, "num_stages": 1, **all_registers()}
 
 
 def head_trajectory(

@@ -66,7 +66,7 @@ def inner_loop_triton(
     if batch.x.dtype != torch.float32:
         raise McdiError(f"phi: {batch.x.dtype}, expected torch.float32 for the kernels; impl='torch' takes others")
     check_runs(batch.x.device, "inner_loop_triton")
-    b, k, s, n, d = batch.x.shape
+    b, k, s, n, _ = batch.x.shape
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     stacked = prefer_stacked(batch, phi) if stacked is None else stacked
     linear = {}

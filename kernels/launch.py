@@ -130,6 +130,11 @@ def stages(precision: str) -> int:
     return 2 if precision == "ieee" else 3
 
 
+def all_registers() -> dict[str, int]:
+    """Launch option: NVIDIA's assembler may use every register. On its own it aims for more programs a multiprocessor, and spills."""
+    return {} if torch.version.hip else {"maxnreg": 255}
+
+
 @triton.jit
 def _round_to_bf16(x):
     bits = x.to(tl.uint32, bitcast=True)
@@ -142,7 +147,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """`acc + a @ b` in float32, with operands as PRECISION says: float32 ("ieee"), "tf32" or "bf16"."""
     if PRECISION != "bf16":
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    elif _INTERPRETED:  # the interpreter computes with raw bf16 bits; round by hand and multiply in float32, which is exact
+    elif (
+        _INTERPRETED
+    ):  # the interpreter computes with raw bf16 bits; round by hand and multiply in float32, which is exact
         a, b = _round_to_bf16(a.to(tl.float32)), _round_to_bf16(b.to(tl.float32))
         acc = tl.dot(a, b, acc, input_precision="ieee")
     else:

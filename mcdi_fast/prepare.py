@@ -155,7 +155,7 @@ def prepare_bank(
     """
     check_prepare(config, segments)
     _, classes, drawers, width = features.shape
-    bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width, meta)
+    bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width + 1, meta)
     if on_start:
         on_start(len(bank))
     while len(bank) < config.tasks:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcdi_fast.denoiser import denoise, depth_of, init_parameters
+from mcdi_fast.denoiser import chain_denoiser, denoise, depth_of, init_parameters
 from mcdi_fast.errors import McdiError
 
 D, C, T, H, L = 6, 3, 5, 8, 2
@@ -164,3 +164,20 @@ def test_gradients():
     small = {name: leaf(*value.shape) for name, value in init_parameters(2, 1, 2, 3, 1, 0).items()}
     names, step = list(small), torch.tensor([[0, 1]])
     assert torch.autograd.gradcheck(net, (leaf(1, 2, 2, 2), leaf(1, 2, 1), *small.values()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (3, 5, 65, 64, 20, 31, 2), (2, 7, 4, 3, 5, 16, 3)])
+def test_chain_denoiser_is_denoise(shape):
+    tasks, tokens, width, condition_width, steps, hidden, depth = shape
+    g = torch.Generator().manual_seed(0)
+    phi = init_parameters(width, condition_width, steps, hidden, depth, 0, torch.float64)
+    phi = {name: torch.randn(v.shape, generator=g, dtype=torch.float64) / v.shape[0] ** 0.5 for name, v in phi.items()}
+    x = torch.randn(tasks, tokens, width, generator=g, dtype=torch.float64)
+    condition = torch.randn(tasks, tokens, condition_width, generator=g, dtype=torch.float64)
+    skip, scale = torch.rand(2, steps, generator=g, dtype=torch.float64).tolist()
+    f = chain_denoiser(phi, condition, skip, scale)
+    before = x.clone()
+    for t in range(steps):
+        net = denoise(phi, x.unsqueeze(-3), torch.full((tasks, 1), t), condition).squeeze(-3)
+        torch.testing.assert_close(f(x, t), skip[t] * x + scale[t] * net, rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, before)

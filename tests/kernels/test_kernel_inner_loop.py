@@ -62,7 +62,7 @@ def test_bad_input():
     phi, batch = random_case(3, 2, 2, 3, 5, 4, 3, 9, 1)
     with pytest.raises(McdiError, match="inner batch gain: shape"):
         inner_loop_triton(phi, InnerBatch(batch.x, batch.step, batch.condition, batch.gain[:, :1], batch.target), RATE)
-    with pytest.raises(McdiError, match="expected torch.float32"):
+    with pytest.raises(McdiError, match=r"expected torch\.float32"):
         inner_loop_triton(*double(phi, batch), RATE)
     with pytest.raises(McdiError, match="precision"):
         inner_loop_triton(phi, batch, RATE, precision="fp8")

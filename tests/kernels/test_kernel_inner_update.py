@@ -55,7 +55,7 @@ def test_bad_input():
         reptile_delta(inputs[:, :0], gradients, 0.1)
     with pytest.raises(McdiError, match="inputs: strides"):
         reptile_delta(inputs.transpose(0, 1), gradients.transpose(0, 1), 0.1)
-    with pytest.raises(McdiError, match="weights: torch.bfloat16, expected torch.float32"):
+    with pytest.raises(McdiError, match=r"weights: torch\.bfloat16, expected torch\.float32"):
         sgd_step_(normal(3, 5, 6, dtype=torch.bfloat16), inputs[0], gradients[0], 0.1)
     with pytest.raises(McdiError, match="precision"):
         reptile_delta(inputs, gradients, 0.1, precision="fp8")

@@ -109,5 +109,5 @@ def test_bad_input():
         arguments = dict(weights=weights, x=x, condition=condition, steps=steps, coefficients=coefficients) | changes
         with pytest.raises(McdiError, match=message):
             sample_chain(**arguments)
-    with pytest.raises(McdiError, match="dtype: torch.float16"):
+    with pytest.raises(McdiError, match=r"dtype: torch\.float16"):
         pack_weights(phi, torch.float16)
