@@ -127,15 +127,16 @@ def task_linear_kernel(
     at = row[None, :] * width_out + column[:, None]
     before += task * num_rows * width_out
     if HAS_ADD:
-        result += tl.load(add_to + task * num_rows * width_out + at, mask=inside, other=0.0)
+        result += tl.load(add_to + task * num_rows * width_out + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BROADCAST:
         source = (row // divide % modulo)[None, :] * width_out + column[:, None]
-        result += broadcast_scale * tl.load(broadcast + task * modulo * width_out + source, mask=inside, other=0.0)
+        more = tl.load(broadcast + task * modulo * width_out + source, mask=inside, other=0.0)
+        result += broadcast_scale * more.to(tl.float32)
     if ACTIVATION == "silu":
         tl.store(before + at, result, mask=inside)
         result = result / (1 + tl.exp(-result))
     elif ACTIVATION == "silu_backward":
-        a = tl.load(before + at, mask=inside, other=0.0)
+        a = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-a))
         result = result * sigmoid * (1 + a * (1 - sigmoid))
     tl.store(out + task * num_rows * width_out + at, result, mask=inside)

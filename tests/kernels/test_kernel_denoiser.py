@@ -61,12 +61,13 @@ def test_stacked(shape):
     assert_close(found, gradient.double() @ weights.mT.double(), gradient @ weights.mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divide", [1, 5])
-def test_fused(divide):
+def test_fused(divide, dtype):
     b, s, n, i, o = 3, 4, 5, 13, 33
-    rows, weight, earlier = case(b, s * n, i, o, 2)
-    add_to, more = normal(b, s * n, o, seed=5), normal(b, n if divide == 1 else s, o, seed=6)
-    before, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7)
+    rows, weight, earlier = case(b, s * n, i, o, 2, dtype)
+    add_to, more = normal(b, s * n, o, seed=5, dtype=dtype), normal(b, n if divide == 1 else s, o, seed=6, dtype=dtype)
+    before, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7, dtype=dtype)
     options = dict(add_to=add_to, broadcast=Broadcast(more, divide, 0.3), activation="silu")
     found, found_before = task_linear(rows, weight, earlier, RATE, **options, before=before, out=poisoned(b, s * n, o))
     assert found_before is before
@@ -80,6 +81,7 @@ def test_fused(divide):
     assert_close(found, exact(torch.float64)[0], exact(torch.float32)[0])
     assert_close(before, exact(torch.float64)[1], exact(torch.float32)[1])
 
+    before = before.to(dtype)
     # the backward of silu behind another product, against autograd
     found, _ = task_linear(gradient, weight, activation="silu_backward", before=before)
     results = []

@@ -104,6 +104,13 @@ def test_compiles_without_spills(target):
     assert len(inspect("--target", target)) == 48
 
 
+@pytest.mark.slow
+def test_launchers_compile():
+    done = python(f"import runpy; runpy.run_path({str(Path(__file__).with_name('compile_launches.py'))!r})")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("compiled 8 kernels")
+
+
 def test_inspect_refuses_the_interpreter():
     done = python("from mcdi_fast.kernels.inspect import main; main([])", TRITON_INTERPRET="1")
     assert "TRITON_INTERPRET=1 is set" in done.stderr
