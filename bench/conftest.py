@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+#os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from mcdi_fast.report import machine
 

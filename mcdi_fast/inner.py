@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
@@ -143,35 +143,49 @@ class _LowRankLinear:
 
     def __init__(self, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
         self.weight, self.inner_rate = weight, inner_rate
-        self.inputs = weight.new_empty(num_inner, num_tasks, rows, weight.shape[0])
-        self.gradients = weight.new_empty(num_inner, num_tasks, rows, weight.shape[1])
+        self.all_inputs = weight.new_empty(num_inner, num_tasks, rows, weight.shape[0])
+        self.all_gradients = weight.new_empty(num_inner, num_tasks, rows, weight.shape[1])
+        # views taken once: a view costs as much as launching a small product
+        self.inputs, self.gradients = self.all_inputs.unbind(), self.all_gradients.unbind()
+        self._flat_inputs, self._flat_gradients = (
+            rows.flatten(1, 2).unbind() for rows in (self.all_inputs, self.all_gradients)
+        )
+        self._inputs_t, self._gradients_t, self._weight_t = (
+            self.all_inputs.mT.unbind(),
+            self.all_gradients.mT.unbind(),
+            weight.T,
+        )
 
-    def forward(self, r: int, add_to: Tensor | None = None) -> Tensor:
-        """`inputs[r]` times the task's weights, [B, rows, out]; added to `add_to` in place where given."""
-        return self._apply(self.inputs, self.gradients, self.weight, r, add_to)
-
-    def backward(self, r: int, add_to: Tensor | None = None) -> Tensor:
-        """The gradient of `inputs[r]`, [B, rows, in]: the same with A and G swapped."""
-        return self._apply(self.gradients, self.inputs, self.weight.T, r, add_to)
-
-    def _apply(self, query: Tensor, value: Tensor, weight: Tensor, r: int, add_to: Tensor | None) -> Tensor:
-        rows = query[r].view(-1, query.shape[-1])
-        if add_to is None:
-            out = (rows @ weight).view(value[r].shape)
-        else:
-            add_to.view(-1, add_to.shape[-1]).addmm_(rows, weight)
-            out = add_to
+    def forward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """`inputs[r]` times the task's weights, [B, rows, out], plus `add_to`; written to `out` where given."""
+        shared = _shared_product(self._flat_inputs[r], self.weight, add_to, out).view(self.gradients[r].shape)
         for earlier in range(r):
-            out.baddbmm_(query[r] @ query[earlier].mT, value[earlier], alpha=-self.inner_rate)
-        return out
+            scores = torch.bmm(self.inputs[r], self._inputs_t[earlier])
+            shared.baddbmm_(scores, self.gradients[earlier], alpha=-self.inner_rate)
+        return shared
+
+    def backward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The gradient of `inputs[r]`, [B, rows, in]: the same with A and G swapped."""
+        shared = _shared_product(self._flat_gradients[r], self._weight_t, add_to, out).view(self.inputs[r].shape)
+        for earlier in range(r):
+            scores = torch.bmm(self.gradients[r], self._gradients_t[earlier])
+            shared.baddbmm_(scores, self.inputs[earlier], alpha=-self.inner_rate)
+        return shared
 
     def update(self, r: int) -> None:
         """Take the SGD step: implied by the rows that are kept."""
 
     def delta(self) -> Tensor:
         """Mean over tasks of W_b - W, [in, out]: one product over all rows of all tasks and steps."""
-        a, g = (rows.view(-1, rows.shape[-1]) for rows in (self.inputs, self.gradients))
-        return (a.T @ g).mul_(-self.inner_rate / self.inputs.shape[1])
+        a, g = (rows.view(-1, rows.shape[-1]) for rows in (self.all_inputs, self.all_gradients))
+        return (a.T @ g).mul_(-self.inner_rate / self.all_inputs.shape[1])
+
+
+def _shared_product(rows: Tensor, weight: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
+    flat = None if out is None else out.view(-1, out.shape[-1])
+    if add_to is None:
+        return torch.mm(rows, weight) if flat is None else torch.mm(rows, weight, out=flat)
+    return torch.addmm(add_to.view(-1, add_to.shape[-1]), rows, weight, out=flat)
 
 
 class _StackedLinear(_LowRankLinear):
@@ -181,19 +195,21 @@ class _StackedLinear(_LowRankLinear):
         super().__init__(weight, num_inner, num_tasks, rows, inner_rate)
         self.weights = weight.expand(num_tasks, -1, -1).clone()
 
-    def forward(self, r: int, add_to: Tensor | None = None) -> Tensor:
-        return _product(self.inputs[r], self.weights, add_to)
+    def forward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return _task_product(self.inputs[r], self.weights, add_to, out)
 
-    def backward(self, r: int, add_to: Tensor | None = None) -> Tensor:
-        return _product(self.gradients[r], self.weights.mT, add_to)
+    def backward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return _task_product(self.gradients[r], self.weights.mT, add_to, out)
 
     def update(self, r: int) -> None:
         if r + 1 < len(self.inputs):  # nobody reads the weights of the last step: delta comes from the rows
             self.weights.baddbmm_(self.inputs[r].mT, self.gradients[r], alpha=-self.inner_rate)
 
 
-def _product(rows: Tensor, weights: Tensor, add_to: Tensor | None) -> Tensor:
-    return rows @ weights if add_to is None else add_to.baddbmm_(rows, weights)
+def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
+    if add_to is None:
+        return torch.bmm(rows, weights) if out is None else torch.bmm(rows, weights, out=out)
+    return torch.baddbmm(add_to, rows, weights, out=out)
 
 
 def prefer_stacked(batch: InnerBatch, phi: Parameters) -> bool:
@@ -211,48 +227,47 @@ def _fused(phi: Parameters, batch: InnerBatch, inner_rate: float, stacked: bool)
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
         linear[name] = kind(value, k, b, rows, inner_rate)
     depth, width = depth_of(phi), phi["out.token"].shape[0]
-    linear["in.token"].inputs.copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
-    linear["in.condition"].inputs.copy_(batch.condition.expand(k, b, n, -1))
-    one_hot = F.one_hot(batch.step, phi["block0.sample"].shape[0] - width).to(batch.x.dtype).transpose(0, 1)
-    for layer in range(depth):
-        linear[f"block{layer}.sample"].inputs[..., width:] = one_hot
+    tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
+    blocks = [tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(depth)]
+    tokens.all_inputs.copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
+    conditions.all_inputs.copy_(batch.condition.expand(k, b, n, -1))
+    one_hot = F.one_hot(batch.step, phi["block0.sample"].shape[0] - width).transpose(0, 1)
+    for _, sample, _ in blocks:
+        sample.all_inputs[..., width:] = one_hot
     gain = rearrange(batch.gain, "b k s -> k b s 1 1")
+    loss_gain = gain * (2 / (s * n * d))
     target = rearrange(batch.target, "b k s n d -> k b s n d")
     losses = batch.x.new_empty(k, b)
+    mean = batch.x.new_empty(b, s, width)
 
     def per_token(rows: Tensor) -> Tensor:
         return rows.view(b, s, n, -1)
 
-    last = linear["out.token"]
     for r in range(k):
-        h = linear["in.token"].forward(r)
-        per_token(h).add_(linear["in.condition"].forward(r).unsqueeze(1))
+        h = tokens.forward(r, out=blocks[0][0].inputs[r])
+        per_token(h).add_(conditions.forward(r).unsqueeze(1))
         before = []
-        for layer in range(depth):
-            token, sample, out = (linear[f"block{layer}.{name}"] for name in ("token", "sample", "out"))
-            token.inputs[r] = h
-            torch.mean(per_token(h), 2, out=sample.inputs[r][..., :width])
+        for layer, (token, sample, out) in enumerate(blocks):
+            torch.mean(per_token(h), 2, out=mean)
+            sample.inputs[r][..., :width] = mean
             a = token.forward(r)
             per_token(a).add_(sample.forward(r).unsqueeze(2))
             before.append(a)
             torch.ops.aten.silu.out(a, out=out.inputs[r])
-            h = out.forward(r, add_to=h)
-        last.inputs[r] = h
+            h = out.forward(r, add_to=h, out=(last if layer + 1 == depth else blocks[layer + 1][0]).inputs[r])
         error = per_token(last.forward(r)).mul_(gain[r]).sub_(target[r])
-        losses[r] = reduce(error.square(), "b s n d -> b", "mean")
+        losses[r] = error.square().mean((1, 2, 3))
 
-        torch.mul(error, gain[r] * (2 / (s * n * d)), out=per_token(last.gradients[r]))
-        g = last.backward(r)
+        torch.mul(error, loss_gain[r], out=per_token(last.gradients[r]))
+        g = last.backward(r, out=blocks[-1][2].gradients[r])
         for layer in reversed(range(depth)):
-            token, sample, out = (linear[f"block{layer}.{name}"] for name in ("token", "sample", "out"))
-            out.gradients[r] = g
+            token, sample, out = blocks[layer]
             du = out.backward(r)
             torch.ops.aten.silu_backward.grad_input(du, before[layer], grad_input=token.gradients[r])
             torch.sum(per_token(token.gradients[r]), 2, out=sample.gradients[r])
-            token.backward(r, add_to=g)
-            per_token(g).add_(sample.backward(r)[..., :width].div_(n).unsqueeze(2))
-        linear["in.token"].gradients[r] = g
-        torch.sum(per_token(g), 1, out=linear["in.condition"].gradients[r])
+            g = token.backward(r, add_to=g, out=(blocks[layer - 1][2] if layer else tokens).gradients[r])
+            per_token(g).add_(sample.backward(r)[..., :width].unsqueeze(2), alpha=1 / n)
+        torch.sum(per_token(g), 1, out=conditions.gradients[r])
         for member in linear.values():
             member.update(r)
     return {name: member.delta() for name, member in linear.items()}, losses.T
