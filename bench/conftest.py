@@ -2,7 +2,7 @@
 
 import os
 
-#os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as in mcdi_fast/train.py
 
 from mcdi_fast.report import machine
 

@@ -25,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"  # before anything imports 
 
 import torch
 
-from mcdi_fast import kernels as K
+from mcdi_fast.kernels import api as K
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import sample_chain as torch_chain

@@ -1,4 +1,14 @@
-"""What every kernel shares: the switch between Triton and torch, the checks of a launcher, block sizes, and the one `dot`."""
+"""What every kernel shares: the switch between Triton and torch, the checks of a launcher, block sizes, and the one `dot`.
+
+Which implementation runs is decided in one place, `resolve(impl, device)`:
+
+- impl="torch": the torch code of mcdi_fast, on any device.
+- impl="triton": the kernels. Raises McdiError where they cannot run: no CUDA device and no TRITON_INTERPRET=1.
+- impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise triton on a GPU, torch elsewhere.
+
+TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests. The folder has no
+`__init__.py`: a namespace package gives way to the package `kernels` that others publish, should this one be found at the top level.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mcdi_fast import kernels as K
+from mcdi_fast.kernels import api as K
 from mcdi_fast.config import PrepareConfig
 
 

@@ -1,19 +1,4 @@
-"""Triton kernels, one file an operation; the torch reference of each stands beside it as `<operation>_ref`.
-
-Which implementation runs is decided in one place, `resolve(impl, device)`:
-
-- impl="torch": the torch code of mcdi_fast, on any device.
-- impl="triton": these kernels. Raises McdiError where they cannot run: no CUDA device and no TRITON_INTERPRET=1.
-- impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise triton on a GPU, torch elsewhere.
-
-TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
-Importing this package needs no GPU and no driver, and nothing in mcdi_fast imports it on its own.
-"""
-
-if (
-    __name__ == "kernels"
-):  # from the repository root `import kernels` would find this folder, and others publish a package of that name
-    raise ImportError("this folder is the package mcdi_fast.kernels; there is no top-level package `kernels` here")
+"""Every kernel and its reference under one name, for scripts that use them all."""
 
 from mcdi_fast.kernels.consistency_loss import consistency_loss, consistency_loss_ref
 from mcdi_fast.kernels.denoiser import Broadcast, task_linear, task_linear_ref
