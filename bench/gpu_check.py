@@ -25,11 +25,11 @@ os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"  # before anything imports 
 
 import torch
 
-from mcdi_fast.kernels import api as K
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.inner import InnerBatch, inner_loop
+from mcdi_fast.kernels import api as K
 from mcdi_fast.report import machine
 from mcdi_fast.schedule import make_objective, make_schedule
 

@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mcdi_fast.kernels import api as K
 from mcdi_fast.config import PrepareConfig
+from mcdi_fast.kernels import api as K
 
 
 class NoDriver:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import resolve
-from mcdi_fast.kernels.launch import INTERPRET
+from mcdi_fast.kernels.launch import INTERPRET, resolve
 
 ROOT = Path(__file__).parents[2]
 
