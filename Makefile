@@ -18,7 +18,7 @@ slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=bench/results/$$(date +%F)-cpu.json $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
