@@ -215,8 +215,12 @@ def test_full_disk_loses_nothing(options, tmp_path, capsys, monkeypatch):
 
 
 def test_control_c(options, capsys, monkeypatch):
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(10)  # the handler runs between two instructions: give it one
+
     with monkeypatch.context() as patch:
-        patch.setattr(MetaTrainer, "outer_step", lambda self: signal.raise_signal(signal.SIGINT))
+        patch.setattr(MetaTrainer, "outer_step", interrupted)
         assert train.main(options) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert train.main(options) == 0
