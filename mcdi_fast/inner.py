@@ -9,6 +9,7 @@ One function, `inner_loop`, and three implementations of it that agree:
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,17 @@ def _vmap(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[Parame
     return {name: value.mean(0) for name, value in deltas.items()}, losses
 
 
+_workspace = threading.local()
+
+
+def _buffer(name: str, what: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised rows that stay from call to call, one set a thread: fresh ones cost page faults in every meta-step."""
+    buffer = _workspace.__dict__.get((name, what))
+    if buffer is None or buffer.shape != shape or buffer.dtype != like.dtype or buffer.device != like.device:
+        buffer = _workspace.__dict__[name, what] = like.new_empty(shape)  # type: ignore[index]
+    return buffer
+
+
 class _LowRankLinear:
     """A linear map whose weights differ by task, without the weights.
 
@@ -141,10 +153,10 @@ class _LowRankLinear:
     The caller fills `inputs[r]` before `forward(r)` and `gradients[r]` before `backward(r)`.
     """
 
-    def __init__(self, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
+    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
         self.weight, self.inner_rate = weight, inner_rate
-        self.all_inputs = weight.new_empty(num_inner, num_tasks, rows, weight.shape[0])
-        self.all_gradients = weight.new_empty(num_inner, num_tasks, rows, weight.shape[1])
+        self.all_inputs = _buffer(name, "inputs", weight, (num_inner, num_tasks, rows, weight.shape[0]))
+        self.all_gradients = _buffer(name, "gradients", weight, (num_inner, num_tasks, rows, weight.shape[1]))
         # views taken once: a view costs as much as launching a small product
         self.inputs, self.gradients = self.all_inputs.unbind(), self.all_gradients.unbind()
         self._flat_inputs, self._flat_gradients = (
@@ -191,8 +203,8 @@ def _shared_product(rows: Tensor, weight: Tensor, add_to: Tensor | None, out: Te
 class _StackedLinear(_LowRankLinear):
     """The same map with the weights of every task in memory: cheaper when K * rows is well above the width."""
 
-    def __init__(self, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
-        super().__init__(weight, num_inner, num_tasks, rows, inner_rate)
+    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
+        super().__init__(name, weight, num_inner, num_tasks, rows, inner_rate)
         self.weights = weight.expand(num_tasks, -1, -1).clone()
 
     def forward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -225,7 +237,7 @@ def _fused(phi: Parameters, batch: InnerBatch, inner_rate: float, stacked: bool)
     linear = {}
     for name, value in phi.items():
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        linear[name] = kind(value, k, b, rows, inner_rate)
+        linear[name] = kind(name, value, k, b, rows, inner_rate)
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
     blocks = [tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(depth)]
