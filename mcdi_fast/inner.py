@@ -133,14 +133,21 @@ def _vmap(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[Parame
     return {name: value.mean(0) for name, value in deltas.items()}, losses
 
 
-_workspace = threading.local()
+class _Workspace(threading.local):
+    """The fused form's rows, one set a thread."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, str], Tensor] = {}
+
+
+_workspace = _Workspace()
 
 
 def _buffer(name: str, what: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised rows that stay from call to call, one set a thread: fresh ones cost page faults in every meta-step."""
-    buffer = _workspace.__dict__.get((name, what))
+    buffer = _workspace.buffers.get((name, what))
     if buffer is None or buffer.shape != shape or buffer.dtype != like.dtype or buffer.device != like.device:
-        buffer = _workspace.__dict__[name, what] = like.new_empty(shape)  # type: ignore[index]
+        buffer = _workspace.buffers[name, what] = like.new_empty(shape)
     return buffer
 
 
