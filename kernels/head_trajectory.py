@@ -25,7 +25,7 @@ from mcdi_fast.kernels.launch import (
     output,
 )
 from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
-from mcdi_fast.prepare import adam_step, sam_perturbation
+from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
 
 MAX_STATE = 8192
 """Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
@@ -190,7 +190,7 @@ def head_trajectory(
         head_trajectory_kernel[(b,)](
             start, features, labels, labels if pick is None else pick, torch.tensor(scalars, device=device), out,
             config.rho, config.weight_decay, 1 - betas[0], 1 - betas[1], eps, b, rows, width, ways, record, config.steps // record,
-            config.rho > 0, pick is not None, torch.finfo(torch.float32).tiny, precision,
+            config.rho > 0, pick is not None, SAM_TINY, precision,
             block_rows, padded_ways, padded_width, **head_options(),
         )  # fmt: skip
     return out

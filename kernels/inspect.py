@@ -33,6 +33,7 @@ from mcdi_fast.kernels.launch import BLOCK_COLUMNS, INTERPRET, element_block, ro
 from mcdi_fast.kernels.noising import noising_kernel
 from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
 from mcdi_fast.kernels.sample_chain import chain_blocks, chain_options, sample_chain_kernel
+from mcdi_fast.prepare import SAM_TINY
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -40,7 +41,6 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
-_TINY = 1.1754943508222875e-38
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def specs() -> list[Spec]:
     b, k, s, n, d, c, ways, features, rows = meta.meta_batch, meta.inner_steps, meta.samples, 5, 65, 64, 5, 64, 100
     f, i64 = "*fp32", "*i64"
     found = [
-        Spec("sam", sam_kernel, (f, f, f, 0.05, n * d, _TINY, element_block(n * d))),
+        Spec("sam", sam_kernel, (f, f, f, 0.05, n * d, SAM_TINY, element_block(n * d))),
         Spec("adam", adam_kernel, (f, f, f, f, 0.1, 0.1, 0.1, 0.001, 1e-8, 20000 * n * d, 1024)),
     ]
     for kind in (f, "*bf16"):
@@ -116,7 +116,7 @@ def specs() -> list[Spec]:
             Spec(
                 f"head_trajectory {precision}", head_trajectory_kernel,
                 (f, f, i64, i64, f, f, prepare.rho, prepare.weight_decay, 0.1, 0.001, 1e-8, 1000, rows, features, ways,
-                 diffusion.segments, prepare.steps // diffusion.segments, True, True, _TINY, precision,
+                 diffusion.segments, prepare.steps // diffusion.segments, True, True, SAM_TINY, precision,
                  *head_blocks(rows, ways, features)),
                 head_options(),
             ),

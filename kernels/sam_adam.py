@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import check_rank, check_runs, check_tensor, element_block, on_device, output
-from mcdi_fast.prepare import adam_step, sam_perturbation
+from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation
 adam_step_ref = adam_step
@@ -76,9 +76,7 @@ def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | Non
     out = output("out", out, shape, theta.device)
     check_runs(theta.device, "sam_ascent")
     with on_device(theta.device):
-        sam_kernel[(shape[0],)](
-            theta, gradient, out, rho, shape[1], torch.finfo(torch.float32).tiny, element_block(shape[1])
-        )
+        sam_kernel[(shape[0],)](theta, gradient, out, rho, shape[1], SAM_TINY, element_block(shape[1]))
     return out
 
 

@@ -15,15 +15,13 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
 from mcdi_fast.tasks import sample_episodes
 
+SAM_TINY = 1e-12  # least norm: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho
 SHARD_TASKS = 500  # tasks trained together and appended as one shard: large products, and little lost by a kill
 
 
 def sam_perturbation(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
-    """theta_b + rho * g_b / (||g_b|| + tiny), one norm a task (method, section 3). theta, gradient: [B, ...].
-
-    tiny is 1e-12: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho.
-    """
-    norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+    """theta_b + rho * g_b / (||g_b|| + tiny), one norm a task (method, section 3). theta, gradient: [B, ...]."""
+    norm = gradient.flatten(1).norm(dim=1).clamp_min(SAM_TINY)
     return theta + (rho / norm).view(-1, *[1] * (theta.ndim - 1)) * gradient
 
 
