@@ -146,7 +146,7 @@ def cases(device: str, tiny: bool):
             for name, stacked in (("low-rank", False), ("stacked", True))
         }
         | {
-            "torch fused": lambda: inner_loop(phi, batch, 0.005, "fused"),
+            "torch fused": lambda: inner_loop(phi, batch, 0.005, "torch"),
             "torch vmap(grad)": lambda: inner_loop(phi, batch, 0.005, "vmap"),
         },
     )

@@ -81,18 +81,18 @@ def unavoidable_products(phi, batch):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("provider", ["reference", "vmap", "fused", "fused-stacked", "products", "floor"])
+@pytest.mark.parametrize("provider", ["reference", "vmap", "torch", "torch-stacked", "products", "floor"])
 def test_inner_loop(benchmark, provider, size):
     benchmark.group = f"inner loop, tasks x rows = {size}"
     phi, batch = case(*SIZES[size])
     if provider in ("floor", "products"):
         run = (floor if provider == "floor" else unavoidable_products)(phi, batch)
     else:
-        stacked = provider == "fused-stacked" if provider.startswith("fused") else None
-        implementation = provider.split("-")[0]
+        stacked = provider == "torch-stacked" if provider.startswith("torch") else None
+        impl = provider.split("-")[0]
 
         def run():
-            return inner_loop(phi, batch, RATE, implementation, stacked)
+            return inner_loop(phi, batch, RATE, impl, stacked)
 
         expected, losses = inner_loop(phi, batch, RATE, "reference")
         delta, found = run()

@@ -5,7 +5,6 @@ from mcdi_fast.kernels.denoiser import Broadcast, task_linear, task_linear_ref
 from mcdi_fast.kernels.head_trajectory import head_trajectory, head_trajectory_ref
 from mcdi_fast.kernels.inner_loop import inner_loop_triton, inner_loop_triton_ref
 from mcdi_fast.kernels.inner_update import reptile_delta, reptile_delta_ref, sgd_step_, sgd_step_ref
-from mcdi_fast.kernels.launch import resolve
 from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
 from mcdi_fast.kernels.sam_adam import adam_step_, adam_step_ref, sam_ascent, sam_ascent_ref
 from mcdi_fast.kernels.sample_chain import ChainWeights, chain_table, pack_weights, sample_chain, sample_chain_ref
@@ -28,7 +27,6 @@ __all__ = [
     "pack_weights",
     "reptile_delta",
     "reptile_delta_ref",
-    "resolve",
     "sam_ascent",
     "sam_ascent_ref",
     "sample_chain",

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.kernels.launch import check_rank, check_runs, check_tensor, element_block, on_device, output
+from mcdi_fast.impl import check_runs
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
 
 
 def consistency_loss_ref(net: Tensor, gain: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

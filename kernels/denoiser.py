@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
-    check_precision,
     check_rank,
-    check_runs,
     check_tensor,
     dot,
     on_device,

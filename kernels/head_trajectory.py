@@ -14,16 +14,8 @@ from torch import Tensor
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient
-from mcdi_fast.kernels.launch import (
-    all_registers,
-    check_precision,
-    check_rank,
-    check_runs,
-    check_tensor,
-    dot,
-    on_device,
-    output,
-)
+from mcdi_fast.impl import check_precision, check_runs
+from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output
 from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
 from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
 

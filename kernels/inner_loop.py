@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.inner import InnerBatch, inner_loop, prefer_stacked
 from mcdi_fast.kernels.consistency_loss import consistency_loss
 from mcdi_fast.kernels.denoiser import Broadcast, task_linear
 from mcdi_fast.kernels.inner_update import reptile_delta, sgd_step_
-from mcdi_fast.kernels.launch import check_precision, check_runs
 
 inner_loop_triton_ref = inner_loop
 

@@ -7,17 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.kernels.launch import (
-    BLOCK_COLUMNS,
-    check_precision,
-    check_rank,
-    check_runs,
-    check_tensor,
-    dot,
-    on_device,
-    output,
-    sum_block,
-)
+from mcdi_fast.impl import check_precision, check_runs
+from mcdi_fast.kernels.launch import BLOCK_COLUMNS, check_rank, check_tensor, dot, on_device, output, sum_block
 
 
 def reptile_delta_ref(inputs: Tensor, gradients: Tensor, inner_rate: float) -> Tensor:

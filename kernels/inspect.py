@@ -25,11 +25,12 @@ from triton.compiler import ASTSource
 
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import interpreted
 from mcdi_fast.kernels.consistency_loss import consistency_loss_kernel
 from mcdi_fast.kernels.denoiser import task_linear_kernel
 from mcdi_fast.kernels.head_trajectory import head_blocks, head_options, head_trajectory_kernel
 from mcdi_fast.kernels.inner_update import delta_chunks, outer_kernel
-from mcdi_fast.kernels.launch import BLOCK_COLUMNS, INTERPRET, element_block, row_block, stages, sum_block
+from mcdi_fast.kernels.launch import BLOCK_COLUMNS, element_block, row_block, stages, sum_block
 from mcdi_fast.kernels.noising import noising_kernel
 from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
 from mcdi_fast.kernels.sample_chain import chain_blocks, chain_options, sample_chain_kernel
@@ -213,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     options = parser.parse_args(arguments)
-    if INTERPRET:
+    if interpreted():
         raise McdiError("TRITON_INTERPRET=1 is set: kernels defined under it cannot be compiled; unset it")
     print(
         f"Triton {triton.__version__}. Spills to memory in bytes (CUDA) or vector registers (HIP); shared memory in bytes.\n"

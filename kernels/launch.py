@@ -1,19 +1,12 @@
-"""What every kernel shares: the switch between Triton and torch, the checks of a launcher, block sizes, and the one `dot`.
+"""What every kernel shares: the checks of a launcher, block sizes, and the one `dot`. Whether kernels run at all: mcdi_fast/impl.py.
 
-Which implementation runs is decided in one place, `resolve(impl, device)`:
-
-- impl="torch": the torch code of mcdi_fast, on any device.
-- impl="triton": the kernels. Raises McdiError where they cannot run: no CUDA device and no TRITON_INTERPRET=1.
-- impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise triton on a GPU, torch elsewhere.
-
-TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests. The folder has no
-`__init__.py`: a namespace package gives way to the package `kernels` that others publish, should this one be found at the top level.
+The folder has no `__init__.py`: a namespace package gives way to the package `kernels` that others publish, should this one be found at
+the top level.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -21,51 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import interpreted
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
-PRECISIONS = ("ieee", "tf32", "bf16")
 FLOATS = (torch.float32, torch.bfloat16)
 """What a kernel reads. It computes and writes float32."""
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
-"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run in Python, on any device."""
-
-_INTERPRETED = tl.constexpr(INTERPRET)
-
-
-def resolve(impl: str = "auto", device: torch.device | str = "cpu") -> str:
-    """Which implementation runs on `device`: "triton" or "torch".
-
-    Args:
-        impl: "triton", "torch" or "auto". "auto" takes the environment variable MCDI_IMPL where it is set, and otherwise Triton on
-            a GPU and torch elsewhere.
-
-    Raises:
-        McdiError: an unknown name, or "triton" where it cannot run, saying why.
-    """
-    source = "impl"
-    if impl == "auto" and os.environ.get("MCDI_IMPL"):
-        impl, source = os.environ["MCDI_IMPL"], "environment variable MCDI_IMPL"
-    if impl not in IMPLEMENTATIONS:
-        raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    device = torch.device(device)
-    if impl == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    if impl == "triton":
-        check_runs(device, f"{source} = 'triton'")
-    return impl
-
-
-def check_runs(device: torch.device, what: str) -> None:
-    """Raise McdiError, saying why, where kernels cannot run on `device`."""
-    if INTERPRET:
-        return
-    if not torch.cuda.is_available():
-        raise McdiError(
-            f"{what} cannot run: torch finds no CUDA device; use impl='torch', or set TRITON_INTERPRET=1 before the start (slow, for tests)"
-        )
-    if device.type != "cuda":
-        raise McdiError(f"{what} cannot run on device {device}: move the tensors to a CUDA device, or use impl='torch'")
+_INTERPRETED = tl.constexpr(interpreted())
 
 
 def check_tensor(
@@ -92,12 +46,6 @@ def check_rank(name: str, tensor: Tensor, letters: str) -> tuple[int, ...]:
     if tensor.ndim != len(letters):
         raise McdiError(f"{name}: shape {tuple(tensor.shape)}, expected [{', '.join(letters)}]")
     return tuple(tensor.shape)
-
-
-def check_precision(precision: str) -> None:
-    """Raise McdiError for a precision that is none of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise McdiError(f"precision = {precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 
 def output(name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_runs, check_tensor, element_block, on_device, output
+from mcdi_fast.impl import check_runs
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
 from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation

@@ -16,13 +16,12 @@ from torch import Tensor
 from mcdi_fast.denoiser import Parameters, denoise, depth_of
 from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
     FLOATS,
     all_registers,
-    check_precision,
     check_rank,
-    check_runs,
     check_tensor,
     dot,
     on_device,

@@ -1,10 +1,11 @@
 """The inner loops of Reptile, batched over tasks: K plain SGD steps from phi on each task's own loss.
 
-One function, `inner_loop`, and three implementations of it that agree:
+One function, `inner_loop`, and four implementations of it that agree:
 
 - `reference`: a Python loop over tasks, plain autograd, any dtype. Written to be read; the oracle.
 - `vmap`: `torch.func.vmap(grad(...))`. Second oracle, and the baseline of every benchmark.
-- `fused`: forward and backward by hand over stacked tasks, no per-task weights in memory (see `_LowRankLinear`).
+- `torch`: forward and backward by hand over stacked tasks, no per-task weights in memory (see `_LowRankLinear`).
+- `triton`: the same through the kernels (kernels/inner_loop.py). `auto` is `triton` on a GPU and `torch` elsewhere (impl.py).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.func import grad_and_value, vmap
 
 from mcdi_fast.denoiser import Parameters, denoise, depth_of
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import IMPLEMENTATIONS, resolve
 
-IMPLEMENTATIONS = ("reference", "vmap", "fused")
+ORACLES = ("reference", "vmap")
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,42 @@ class InnerBatch:
 
 
 def inner_loop(
-    phi: Parameters, batch: InnerBatch, inner_rate: float, implementation: str = "fused", stacked: bool | None = None
+    phi: Parameters,
+    batch: InnerBatch,
+    inner_rate: float,
+    impl: str = "auto",
+    stacked: bool | None = None,
+    precision: str = "ieee",
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference.
 
     Args:
         phi: shared start of all tasks. inner_rate: eta.
-        implementation: one of `IMPLEMENTATIONS`.
-        stacked: for `fused`, whether to keep per-task weights (True) or the low-rank form (False); None lets the measured
-            crossover choose.
+        impl: "auto", "triton" or "torch" (impl.py), or one of `ORACLES`.
+        stacked: for "triton" and "torch", whether to keep per-task weights (True) or the low-rank form (False); None lets
+            `prefer_stacked` choose.
+        precision: of the kernels' products: "ieee", "tf32" or "bf16". The others compute in the dtype they are given.
 
     Returns:
         delta: mean over tasks of (phi_b - phi), a dict like phi (paper, algorithm 1: phi <- phi + zeta * delta).
         losses: [B, K], the loss of each task before each of its steps.
 
     Raises:
-        McdiError: a tensor of `batch` with the wrong shape, dtype or device; an unknown implementation.
+        McdiError: a tensor of `batch` with the wrong shape, dtype or device; an unknown implementation, or one that cannot run here.
     """
     batch.check(phi)
-    if implementation == "fused":
-        return _fused(phi, batch, inner_rate, prefer_stacked(batch, phi) if stacked is None else stacked)
-    if implementation == "vmap":
+    if impl == "vmap":
         return _vmap(phi, batch, inner_rate)
-    if implementation == "reference":
+    if impl == "reference":
         return _reference(phi, batch, inner_rate)
-    raise McdiError(f"inner loop implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl not in IMPLEMENTATIONS:
+        raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join((*IMPLEMENTATIONS, *ORACLES))}")
+    stacked = prefer_stacked(batch, phi) if stacked is None else stacked
+    if resolve(impl, batch.x.device) == "triton":
+        from mcdi_fast.kernels.inner_loop import inner_loop_triton
+
+        return inner_loop_triton(phi, batch, inner_rate, stacked=stacked, precision=precision)
+    return _fused(phi, batch, inner_rate, stacked)
 
 
 def task_loss(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor, gain: Tensor, target: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class MetaTrainer:
         diffusion: DiffusionConfig | None = None,
         denoiser: DenoiserConfig | None = None,
         seed: int = 0,
-        implementation: str = "fused",
+        impl: str = "auto",
     ):
-        """Fit the normalisers on the bank and draw phi. implementation: of the inner loop (inner.py)."""
-        self.bank, self.seed, self.implementation = bank, seed, implementation
+        """Fit the normalisers on the bank and draw phi. impl: of the inner loop (inner.py)."""
+        self.bank, self.seed, self.impl = bank, seed, impl
         self.meta, self.diffusion, self.denoiser = (
             meta or MetaConfig(),
             diffusion or DiffusionConfig(),
@@ -107,7 +107,7 @@ class MetaTrainer:
         Raises:
             McdiError: a loss that is not finite, naming the step; phi is still the last good one.
         """
-        delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.implementation)
+        delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.impl)
         # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
         if not (losses.isfinite().all() and all(bool(value.isfinite().all()) for value in delta.values())):
             bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()

@@ -2,9 +2,9 @@
 
 import torch
 
-from mcdi_fast.kernels.launch import INTERPRET
+from mcdi_fast.impl import interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9}
 
 

@@ -40,7 +40,7 @@ def test_same_as_inner_loop(shape, stacked, precision):
     phi, batch = random_case(*shape)
     delta, losses = inner_loop_triton(phi, batch, RATE, stacked=stacked, precision=precision)
     exact, exact_losses = inner_loop(*double(phi, batch), RATE, "reference")
-    torch_delta, torch_losses = inner_loop(phi, batch, RATE, "fused", stacked)
+    torch_delta, torch_losses = inner_loop(phi, batch, RATE, "torch", stacked)
     depth = 2 * (2 + 3 * shape[8]) * shape[1]  # products in a row: every layer forward and backward, K times
     assert_close(losses, exact_losses, torch_losses, precision, depth)
     assert delta.keys() == exact.keys()

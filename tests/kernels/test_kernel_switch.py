@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import INTERPRET, resolve
+from mcdi_fast.impl import interpreted, resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def test_auto_on_a_cpu_is_torch(monkeypatch):
     assert resolve("auto", "cuda") == "torch"
 
 
-@pytest.mark.skipif(not INTERPRET, reason="compiled run")
+@pytest.mark.skipif(not interpreted(), reason="compiled run")
 def test_triton_runs_interpreted(monkeypatch):
     assert resolve("triton", "cpu") == "triton"
     monkeypatch.setenv("MCDI_IMPL", "triton")
@@ -42,19 +42,20 @@ def test_triton_runs_interpreted(monkeypatch):
 
 def test_unknown_names(monkeypatch):
     with pytest.raises(McdiError, match="impl = 'cuda': expected one of auto, triton, torch"):
-        resolve("cuda")
+        resolve("cuda", "cpu")
     monkeypatch.setenv("MCDI_IMPL", "fast")
     with pytest.raises(McdiError, match="environment variable MCDI_IMPL = 'fast'"):
-        resolve("auto")
+        resolve("auto", "cpu")
 
 
 def test_triton_that_cannot_run_says_why():
     code = """
 import torch
-from mcdi_fast.kernels.api import resolve, sam_ascent
+from mcdi_fast.kernels.api import sam_ascent
 from mcdi_fast.errors import McdiError
-assert resolve() == "torch"
-for call in (lambda: resolve("triton"), lambda: sam_ascent(torch.ones(1, 2), torch.ones(1, 2), 0.1)):
+from mcdi_fast.impl import resolve
+assert resolve("auto", "cpu") == "torch"
+for call in (lambda: resolve("triton", "cpu"), lambda: sam_ascent(torch.ones(1, 2), torch.ones(1, 2), 0.1)):
     try:
         call()
     except McdiError as error:

@@ -1,0 +1,116 @@
+"""Which implementation runs where: the one switch between the Triton kernels and torch.
+
+- impl="torch": plain torch, on any device.
+- impl="triton": the kernels of `mcdi_fast.kernels`. Raises McdiError, saying why, where they cannot run: no CUDA device (and no
+  TRITON_INTERPRET=1), a GPU that is too old, an operation that has no kernel for what was asked.
+- impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise the kernels on a GPU wherever there is one
+  for what was asked, and torch everywhere else.
+
+TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
+
+Triton itself is imported only where kernels run: it costs a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from mcdi_fast.errors import McdiError
+
+Impl = Literal["auto", "triton", "torch"]
+Precision = Literal["ieee", "tf32", "bf16"]
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+PRECISIONS = ("ieee", "tf32", "bf16")
+
+OLDEST_CUDA = (8, 0)  # tf32 and bf16 products; the oldest target the kernels are compiled for ahead of time
+
+
+def resolve(impl: str, device: torch.device | str, missing: str | None = None) -> str:
+    """Which implementation runs on `device`: "triton" or "torch".
+
+    Args:
+        impl: "triton", "torch" or "auto".
+        missing: why there is no kernel for what is asked, where there is none: "auto" then takes torch.
+
+    Raises:
+        McdiError: an unknown name, or "triton" where it cannot run, saying why.
+    """
+    source = "impl"
+    if impl == "auto" and os.environ.get("MCDI_IMPL"):
+        impl, source = os.environ["MCDI_IMPL"], "environment variable MCDI_IMPL"
+    if impl not in IMPLEMENTATIONS:
+        raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    device = torch.device(device)
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and not missing else "torch"
+    if impl == "triton":
+        if missing:
+            raise McdiError(f"{source} = 'triton' cannot run: {missing}; use impl='torch'")
+        check_runs(device, f"{source} = 'triton'")
+    return impl
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run in Python, on any device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_runs(device: torch.device, what: str) -> None:
+    """Raise McdiError, saying why, where kernels cannot run on `device`. what: who asks, for the message."""
+    if interpreted():
+        return
+    if not torch.cuda.is_available():
+        raise McdiError(
+            f"{what} cannot run: torch finds no CUDA device; use impl='torch', or set TRITON_INTERPRET=1 before the start (slow, for tests)"
+        )
+    if device.type != "cuda":
+        raise McdiError(f"{what} cannot run on device {device}: move the tensors to a CUDA device, or use impl='torch'")
+    trouble = _unsupported(device.index if device.index is not None else torch.cuda.current_device())
+    if trouble:
+        raise McdiError(f"{what} cannot run: {trouble}; use impl='torch'")
+
+
+@lru_cache
+def _unsupported(index: int) -> str:
+    """Why the kernels do not support this GPU; empty where they do."""
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return ""  # compiled ahead of time for gfx942 alone; the compiler itself refuses what a chip cannot do
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_CUDA:
+        return f"cuda:{index} ({name}) has compute capability {_dotted(capability)}, expected at least {_dotted(OLDEST_CUDA)}"
+    return ""
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def check_precision(precision: str) -> None:
+    """Raise McdiError for a precision that is none of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise McdiError(f"precision = {precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device by name, or McdiError where torch does not know it or cannot use it."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise McdiError(f"device {str(device)!r:.40}: expected cpu, cuda or cuda:<number>") from error
+    if found.type not in ("cpu", "cuda"):
+        raise McdiError(f"device {str(device)!r:.40}: expected cpu, cuda or cuda:<number>")
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise McdiError(
+                f"device {device}: torch finds no CUDA device; use cpu, or a CUDA build of torch on a machine with a GPU"
+            )
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise McdiError(f"device {device}: torch finds {torch.cuda.device_count()} CUDA device(s), counted from 0")
+    return found
