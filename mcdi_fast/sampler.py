@@ -75,7 +75,7 @@ class Sampler:
 
         def noise(stream: int) -> Tensor:
             flat = philox_normal(seeds, layout.num_tokens * layout.width, stream)
-            z = torch.from_numpy(flat).view(len(seeds), layout.num_tokens, layout.width).to(condition.device)
+            z = flat.view(len(seeds), layout.num_tokens, layout.width).to(condition.device)
             return z if mask is None else z * mask
 
         def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
