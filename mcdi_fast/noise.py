@@ -54,7 +54,7 @@ def seed_numbers(seeds: Sequence[int] | np.ndarray | Tensor) -> list[int]:
     return [_seed(seed) for seed in seeds]
 
 
-def seed_bits(seeds: Sequence[int] | np.ndarray) -> Tensor:
+def seed_bits(seeds: Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """int64 [B], the same 64 bits, as the kernels take seeds. Raises as `seed_numbers`."""
     return torch.from_numpy(np.array(seed_numbers(seeds), np.uint64).view(np.int64))
 
