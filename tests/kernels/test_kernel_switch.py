@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,13 @@ def test_compiles_for_hopper():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
-    assert len(inspect("--target", target)) == 51
+    rows = inspect("--target", target)
+    assert len(rows) == 51
+    wanted = {"cuda:80": "mma ", "cuda:90": "wgmma ", "hip:gfx942": "v_mfma_"}[target]
+    products = [row for row in rows if re.match(r"\| (?!.* from ).* (tf32|bf16) \|", row)]
+    assert len(products) == 28
+    for row in products:  # every product of low precision is on the matrix units
+        assert wanted in row
 
 
 def test_hot_paths_neither_wait_nor_mix_devices():
