@@ -72,14 +72,17 @@ class Sampler:
 
         mask = None if self._mask is None else self._mask.to(condition.device)
         f_full = self.generator.f(condition)
+        f: Callable[[Tensor, int], Tensor] = f_full
 
         def noise(stream: int) -> Tensor:
             flat = philox_normal(seeds, layout.num_tokens * layout.width, stream)
             z = torch.from_numpy(flat).view(len(seeds), layout.num_tokens, layout.width).to(condition.device)
             return z if mask is None else z * mask
 
-        def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
-            return f_full(x, t) if mask is None else f_full(x, t) * mask
+        if mask is not None:
+
+            def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
+                return f_full(x, t) * mask
 
         x = sample_chain(
             f,
