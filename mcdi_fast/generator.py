@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.denoiser import Parameters, chain_denoiser, depth_of, parameter_shapes
+from mcdi_fast.denoiser import ChainDenoiser, Parameters, depth_of, parameter_shapes
 from mcdi_fast.errors import McdiError
 from mcdi_fast.schedule import Objective, Schedule, make_objective, make_schedule
 from mcdi_fast.store import (
@@ -97,10 +96,10 @@ class WeightGenerator:
         """C."""
         return self.condition_normalizer.mean.shape[1]
 
-    def f(self, condition: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
         normalized = self.condition_normalizer.normalize(condition)
-        return chain_denoiser(self.phi, normalized, self.schedule.skip().tolist(), self.schedule.scale().tolist())
+        return ChainDenoiser(self.phi, normalized, self.schedule.skip().tolist(), self.schedule.scale().tolist())
 
     def to(self, device: torch.device | str) -> WeightGenerator:
         """The same with its tensors on another device."""

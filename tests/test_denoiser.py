@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcdi_fast.denoiser import chain_denoiser, denoise, depth_of, init_parameters
+from mcdi_fast.denoiser import ChainDenoiser, denoise, depth_of, init_parameters
 from mcdi_fast.errors import McdiError
 
 D, C, T, H, L = 6, 3, 5, 8, 2
@@ -175,7 +175,7 @@ def test_chain_denoiser_is_denoise(shape):
     x = torch.randn(tasks, tokens, width, generator=g, dtype=torch.float64)
     condition = torch.randn(tasks, tokens, condition_width, generator=g, dtype=torch.float64)
     skip, scale = torch.rand(2, steps, generator=g, dtype=torch.float64).tolist()
-    f = chain_denoiser(phi, condition, skip, scale)
+    f = ChainDenoiser(phi, condition, skip, scale)
     before = x.clone()
     for t in range(steps):
         net = denoise(phi, x.unsqueeze(-3), torch.full((tasks, 1), t), condition).squeeze(-3)
