@@ -44,11 +44,7 @@ def setup(tmp_path_factory):
 def providers(generator, condition):
     """Chains from the same start: ours; the network as it is written; the same compiled; one task after the other."""
     tasks, tokens, _ = condition.shape
-    start = (
-        torch.from_numpy(philox_normal(range(tasks), tokens * P.TOKEN))
-        .view(tasks, tokens, P.TOKEN)
-        .to(condition.device)
-    )
+    start = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device)
     compiled = torch.compile(denoise, dynamic=False)
     sampler = Sampler(generator)
 
