@@ -78,7 +78,7 @@ def measure(benchmark, peak):
         start = time.perf_counter()
         call()
         once = time.perf_counter() - start
-        rounds = rounds or max(5, min(50, int(_BUDGET_S / once)))
+        rounds = rounds or max(5 if once < 0.5 else 3, min(50, int(_BUDGET_S / once)))
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1 if once < 1 else 0)
         data = sorted(benchmark.stats.stats.data)
         median = data[len(data) // 2]

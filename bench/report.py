@@ -168,9 +168,11 @@ def text(record: Record) -> str:
         ]
     memory = record.get("memory", "1000 and 8000 tasks", "ours")
     if memory:
+        few, many = memory["few"], memory["many"]
         out += [
             "",
-            f"Peak memory of preparation: {memory['mib'][0]:.0f} MiB at 1000 tasks, {memory['mib'][1]:.0f} at 8000.",
+            f"Memory of preparation, MiB at 1000 and 8000 tasks: in use {few['held']:.0f} and {many['held']:.0f}, "
+            f"peak resident {few['peak']:.0f} and {many['peak']:.0f}.",
         ]
     return "\n".join(out)
 

@@ -16,6 +16,8 @@ def test_prepare(benchmark, measure, provider, size):
     tasks, rows = SIZES[size]
     if provider in ("loop", "pytorch_optimizer") and (tasks > LOOP_TASKS and rows == 100):
         pytest.skip(f"timed at {LOOP_TASKS} tasks: linear in tasks")
+    if provider == "vmap" and tasks > 100:
+        pytest.skip("timed at fewer tasks: seconds a call")
     done = min(tasks, LOOP_TASKS) if provider in ("loop", "pytorch_optimizer") else tasks
     case = P.prepare_case(done, rows)
     measure(
@@ -23,7 +25,6 @@ def test_prepare(benchmark, measure, provider, size):
         prepare_check(*case),
         operations=P.prepare_operations(done, rows),
         bytes=P.prepare_bytes(done, rows),
-        rounds=5,
         what="preparation",
         provider=provider,
         size=size,

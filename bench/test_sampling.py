@@ -23,7 +23,7 @@ FINETUNE_STEPS, FINETUNE_RATES = (5, 10, 20, 50, 100), (0.01, 0.05, 0.2)
 
 def gaussian_classes(classes, drawers, seed):
     g = torch.Generator().manual_seed(seed)
-    images = torch.randn(classes, 1, P.FEATURES, generator=g) + 0.8 * torch.randn(
+    images = torch.randn(classes, 1, P.FEATURES, generator=g) + 1.6 * torch.randn(
         classes, drawers, P.FEATURES, generator=g
     )
     return torch.nn.functional.normalize(images, dim=-1)
@@ -64,7 +64,7 @@ def providers(generator, condition):
 @pytest.mark.parametrize("provider", ["ours", "eager", "compiled", "loop"])
 def test_sampling(benchmark, measure, setup, provider, tasks):
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
-    if (provider == "loop" and tasks not in (32,)) or (provider == "compiled" and tasks not in (1, 4096)):
+    if (provider == "loop" and tasks not in (32,)) or (provider == "compiled" and tasks != 1):
         pytest.skip("timed at fewer sizes")
     generator, test = setup
     support = test.support[torch.arange(tasks) % len(test)]

@@ -88,6 +88,38 @@ def denoise(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor) -> Tens
     return h @ phi["out.token"]
 
 
+class FoldedDenoiser:
+    """What `ChainDenoiser` needs of phi alone: W_in multiplied into the first block's matrices and W_last into the last block's."""
+
+    @torch.no_grad()
+    def __init__(self, phi: Parameters):
+        """phi: as `init_parameters` makes it."""
+        depth, width = depth_of(phi), phi["out.token"].shape[0]
+        self._made_of = [(value, _version(value)) for value in phi.values()]
+        self.blocks = [
+            (phi[f"block{i}.token"], phi[f"block{i}.sample"][:width], phi[f"block{i}.out"]) for i in range(depth)
+        ]
+        self.step_rows = [phi[f"block{i}.sample"][width:].unsqueeze(1).unbind() for i in range(depth)]
+        token, sample, _ = self.blocks[0]
+        self.first = torch.cat([phi["in.token"], phi["in.token"] @ token], 1)  # x -> [h_0 | h_0 W_token]
+        self.first_sample = phi["in.token"] @ sample
+        self.last = torch.cat(
+            [phi["out.token"], self.blocks[-1][2] @ phi["out.token"]]
+        )  # [h | u] of the last block -> net
+
+    def is_of(self, phi: Parameters) -> bool:
+        """Whether phi still holds the tensors this was made of, none of them written to since."""
+        made_of = self._made_of
+        return len(phi) == len(made_of) and all(
+            value is tensor and _version(value) == version
+            for value, (tensor, version) in zip(phi.values(), made_of, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors are not counted
+
+
 class ChainDenoiser:
     """f(x, t) = skip_t x + scale_t net(x, t, condition) for a chain whose tasks are all at the same step t.
 
@@ -99,23 +131,25 @@ class ChainDenoiser:
     It keeps scratch rows, so one object serves one thread at a time; what it returns is never written again.
     """
 
-    def __init__(self, phi: Parameters, condition: Tensor, skip: list[float], scale: list[float]):
-        """phi: as `init_parameters` makes it. condition: [B, N, C]. skip, scale: [T]."""
+    def __init__(
+        self,
+        phi: Parameters,
+        condition: Tensor,
+        skip: list[float],
+        scale: list[float],
+        folded: FoldedDenoiser | None = None,
+    ):
+        """phi: as `init_parameters` makes it. condition: [B, N, C]. skip, scale: [T]. folded: of the same phi, to spare its making."""
         tasks, tokens, _ = condition.shape
         self.skip, self.scale, self._rows, self._tokens = skip, scale, tasks * tokens, tokens
+        folded = folded or FoldedDenoiser(phi)
         depth, width = depth_of(phi), phi["out.token"].shape[0]
         embedded = condition.flatten(0, 1) @ phi["in.condition"]
-        token, sample = phi["block0.token"], phi["block0.sample"]
-        into = phi["in.token"] @ torch.cat([token, sample[:width]], 1)
-        self._first = torch.cat([phi["in.token"], into[:, :width]], 1)  # x -> [h_0 | h_0 W_token]
-        self._first_sample = into[:, width:].contiguous()
+        token, sample, _ = folded.blocks[0]
+        self._first, self._first_sample, self._last = folded.first, folded.first_sample, folded.last
+        self._weights, self._step_rows = folded.blocks, folded.step_rows
         self._first_bias = torch.cat([embedded, embedded @ token], 1)
-        self._first_sample_bias = embedded.view(tasks, tokens, width).mean(1) @ sample[:width]
-        self._last = torch.cat([phi["out.token"], phi[f"block{depth - 1}.out"] @ phi["out.token"]])
-        self._weights = [
-            tuple(phi[f"block{layer}.{name}"][:width] for name in ("token", "sample", "out")) for layer in range(depth)
-        ]
-        self._step_rows = [phi[f"block{layer}.sample"][width:].unsqueeze(1).unbind() for layer in range(depth)]
+        self._first_sample_bias = embedded.view(tasks, tokens, width).mean(1) @ sample
         # [h_l | u_l] of every block, with all views taken once: a view costs as much as a small product
         self._both = [embedded.new_empty(tasks * tokens, 2 * width) for _ in range(depth)]
         self._h, self._u = ([both[:, half] for both in self._both] for half in (slice(width), slice(width, None)))

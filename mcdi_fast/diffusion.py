@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -98,15 +98,14 @@ def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps
 
 def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     """float64 [len(steps) - 1, 3]: x' = a x + b f + eta_noise * sigma * z for the jump from steps[j] to steps[j + 1] (method, section 2)."""
-    now, then = torch.tensor(steps[:-1]), torch.tensor(steps[1:])
-    abar_now, abar_then = schedule.abar[now], schedule.abar[then]
-    # from the alphas, not abar_now / abar_then: that ratio underflows for long harsh schedules
-    alphas = schedule.alpha.tolist()  # a product of tensors costs more than a denoising step's largest matrix
-    alpha = torch.tensor([prod(alphas[i:j]) for i, j in pairwise(steps)], dtype=torch.float64)
-    a = alpha.rsqrt()
-    b = -(1 - alpha) / (1 - abar_now).sqrt() * a
-    sigma = ((1 - alpha) * (1 - abar_then) / (1 - abar_now)).sqrt()
-    return torch.stack([a, b, sigma], 1)
+    alphas, abar = schedule.alpha.tolist(), schedule.abar.tolist()
+    rows = []
+    for now, then in pairwise(steps):  # in Python: as tensors these few numbers cost as much as two steps of a chain
+        alpha = prod(alphas[now:then])  # not abar_now / abar_then: that ratio underflows for long harsh schedules
+        a = 1 / sqrt(alpha)
+        sigma = sqrt((1 - alpha) * (1 - abar[then]) / (1 - abar[now]))
+        rows.append((a, -(1 - alpha) / sqrt(1 - abar[now]) * a, sigma))
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def sample_chain(
