@@ -73,10 +73,11 @@ def head_trajectory(
         ascend, step_adam = sam_adam.sam_ascent, sam_adam.adam_step_
     theta, kept = start.clone(), []
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    x = features[0]
+    picked = None if pick is None else torch.empty_like(features[:1])  # once: fresh rows cost page faults in every step
     for step in range(1, config.steps + 1):
-        x = features[0]
         if pick is not None:
-            x = features.gather(0, pick[step - 1, None, :, :, None].long().expand(1, *x.shape))[0]
+            x = torch.gather(features, 0, pick[step - 1, None, :, :, None].long().expand(1, *x.shape), out=picked)[0]
         gradient = head_gradient(theta, x, labels, config.weight_decay, row_weight)
         if config.rho > 0:
             above = ascend(theta, gradient, config.rho)
@@ -214,6 +215,10 @@ def prepare_bank(
     bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width + 1, meta)
     if on_start:
         on_start(len(bank))
+    flat = features.flatten(1, 2)
+    # one set of rows for all shards: freed and taken anew, they fragment the heap, and memory grows with the tasks
+    most = min(SHARD_TASKS, config.tasks)
+    rows = flat.new_empty(len(flat), most * task.ways * drawers, width)
     while len(bank) < config.tasks:
         count = min(SHARD_TASKS, config.tasks - len(bank))
         episodes = sample_episodes(
@@ -226,8 +231,10 @@ def prepare_bank(
             start=len(bank),
             count=count,
         )
-        rows = torch.cat([episodes.support, episodes.query], 2)
-        x = features[:, episodes.classes.unsqueeze(-1).to(features.device), rows.to(features.device)]
+        drawer = torch.cat([episodes.support, episodes.query], 2)
+        index = (episodes.classes.unsqueeze(-1) * drawers + drawer).flatten()
+        taken = rows[:, : len(index)] if count == most else rows.new_empty(len(flat), len(index), width)
+        x = torch.index_select(flat, 1, index.to(flat.device), out=taken).view(-1, count, *drawer.shape[1:], width)
         generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
         targets = train_task_heads(x, task.shots, config, generator, segments, impl, precision)
         bank.append(targets, support_condition(x[0, :, :, : task.shots]))
