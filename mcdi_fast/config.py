@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from mcdi_fast.impl import DEFAULT_PRECISION, Impl, Precision
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -153,10 +155,10 @@ class TrainConfig:
     """Of tasks, starts, noise and meta-training. The backbone has its own."""
     device: str = "cpu"
     """cpu, cuda or cuda:<number>. The CPU by default, even beside a GPU: no GPU has run this yet."""
-    impl: Literal["auto", "triton", "torch"] = "auto"
+    impl: Impl = "auto"
     """Triton kernels or torch; auto: the environment variable MCDI_IMPL where set, else kernels on a GPU, torch on a CPU."""
-    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
-    """Of the kernels' matrix products (sums are float32 always); torch on a CPU computes float32."""
+    precision: Precision = DEFAULT_PRECISION
+    """Of the kernels' matrix products; sums are float32 always, and so is torch on a CPU (measured: no accuracy lost)."""
     task: TaskConfig = field(default_factory=TaskConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

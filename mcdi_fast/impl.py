@@ -26,6 +26,10 @@ Precision = Literal["ieee", "tf32", "bf16"]
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 PRECISIONS = ("ieee", "tf32", "bf16")
 
+DEFAULT_PRECISION: Precision = "tf32"
+"""Of what is called from outside kernels/. Measured on Omniglot (docs/choices.md): as accurate as float32 to a hundredth of a percent, and the
+coarser bf16 likewise; of the two tensor-core precisions tf32 is the one that keeps tensors float32 and costs three digits less."""
+
 OLDEST_CUDA = (8, 0)  # tf32 and bf16 products; the oldest target the kernels are compiled for ahead of time
 
 

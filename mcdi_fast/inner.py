@@ -21,7 +21,7 @@ from torch.func import grad_and_value, vmap
 
 from mcdi_fast.denoiser import Parameters, denoise, depth_of
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import IMPLEMENTATIONS, resolve
+from mcdi_fast.impl import DEFAULT_PRECISION, IMPLEMENTATIONS, resolve
 
 ORACLES = ("reference", "vmap")
 
@@ -76,7 +76,7 @@ def inner_loop(
     inner_rate: float,
     impl: str = "auto",
     stacked: bool | None = None,
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference.
 

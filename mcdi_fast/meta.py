@@ -19,7 +19,7 @@ from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
 from mcdi_fast.diffusion import draw_steps, make_inner_batch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.impl import check_device, check_precision, resolve
+from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
@@ -70,7 +70,7 @@ class MetaTrainer:
         *,
         device: torch.device | str = "cpu",
         impl: str = "auto",
-        precision: str = "ieee",
+        precision: str = DEFAULT_PRECISION,
     ):
         """Fit the normalisers on the bank and draw phi. impl: impl.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
         self.bank, self.seed, self.precision = bank, seed, precision
@@ -270,7 +270,7 @@ def fit(
     provenance: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     impl: str = "auto",
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> WeightGenerator:
     """Train a weight generator from a bank.
 

@@ -13,7 +13,7 @@ from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
-from mcdi_fast.impl import resolve
+from mcdi_fast.impl import DEFAULT_PRECISION, resolve
 from mcdi_fast.tasks import sample_episodes
 
 SAM_TINY = 1e-12  # least norm: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho
@@ -49,7 +49,7 @@ def head_trajectory(
     row_weight: Tensor | None = None,
     *,
     impl: str = "auto",
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> Tensor:
     """Adam + SAM on the heads of B tasks from given starts; every random draw is made beforehand.
 
@@ -98,7 +98,7 @@ def train_heads(
     record: int = 1,
     row_weight: Tensor | None = None,
     impl: str = "auto",
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> Tensor:
     """Train the heads of B tasks together: the weight-preparation stage.
 
@@ -140,7 +140,7 @@ def train_task_heads(
     generator: torch.Generator,
     segments: int,
     impl: str = "auto",
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> Tensor:
     """The preparation's heads of few-shot tasks.
 
@@ -194,7 +194,7 @@ def prepare_bank(
     on_start: Callable[[int], None] | None = None,
     on_tasks: Callable[[int], None] | None = None,
     impl: str = "auto",
-    precision: str = "ieee",
+    precision: str = DEFAULT_PRECISION,
 ) -> TrajectoryBank:
     """Train the heads of many tasks and keep their trajectories; where the folder holds part of the same bank, make the rest.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mcdi_fast.diffusion import sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.impl import check_device, check_precision, resolve
+from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
@@ -32,7 +32,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         *,
         impl: str = "auto",
-        precision: str = "ieee",
+        precision: str = DEFAULT_PRECISION,
     ):
         """Take the generator to `device`.
 

@@ -35,6 +35,7 @@ def make_bank(folder, module="plain", tasks=20):
 
 def trainer(bank, impl, meta=META, **options):
     device = DEVICE if impl == "triton" else "cpu"
+    options = {"precision": "ieee"} | options  # to compare with torch's float32
     return MetaTrainer(bank, meta, DIFFUSION, DENOISER, 3, device=device, impl=impl, **options)
 
 
@@ -146,7 +147,7 @@ def test_torch_stops_at_once(tmp_path):
 def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
     bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_rate": 0.2})
     ours, torchs = (
-        fit(bank, meta, DIFFUSION, DENOISER, seed=1, device=device, impl=impl)
+        fit(bank, meta, DIFFUSION, DENOISER, seed=1, device=device, impl=impl, precision="ieee")
         for impl, device in (("triton", DEVICE), ("torch", "cpu"))
     )
     for name, value in torchs.phi.items():
@@ -154,7 +155,7 @@ def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
     condition = torch.randn(3, bank.layout.num_tokens, 7, generator=torch.Generator().manual_seed(1))
     seeds = [2**64 - 1, 0, 7]
     for num_steps in (None, 4):
-        kernel, plain = Sampler(ours, DEVICE, impl="triton"), Sampler(ours, "cpu", impl="torch")
+        kernel, plain = Sampler(ours, DEVICE, impl="triton", precision="ieee"), Sampler(ours, "cpu", impl="torch")
         found = kernel.sample(condition.to(DEVICE), seeds, num_steps=num_steps).tokens.cpu()
         expected = plain.sample(condition, seeds, num_steps=num_steps).tokens
         mask = bank.layout.mask
@@ -189,7 +190,7 @@ def test_prepared_banks_agree(tmp_path):
     features = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
     task, config = TaskConfig(ways=3, shots=1, queries=2), PrepareConfig(tasks=4, steps=6)
     banks = [
-        prepare_bank(tmp_path / impl, features.to(device), task, config, 3, 5, impl=impl)
+        prepare_bank(tmp_path / impl, features.to(device), task, config, 3, 5, impl=impl, precision="ieee")
         for impl, device in (("triton", DEVICE), ("torch", "cpu"))
     ]
     (targets, condition), (expected, expected_condition) = (bank.gather(torch.arange(4)) for bank in banks)

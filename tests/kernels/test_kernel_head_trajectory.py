@@ -64,7 +64,7 @@ def test_heads_too_large_for_a_program_go_step_by_step(rho):
     assert not fits(130, 71)  # padded 256 x 128
     start, features, labels, pick = case(3, 11, 70, 130, 2, steps=3)
     config = replace(CONFIG, steps=3, rho=rho)
-    found = prepare.head_trajectory(start, features, labels, config, 3, pick, impl="triton")
+    found = prepare.head_trajectory(start, features, labels, config, 3, pick, impl="triton", precision="ieee")
     exact, float32 = (
         head_trajectory_ref(start.to(t), features.to(t), labels, config, 3, pick)
         for t in (torch.float64, torch.float32)
@@ -78,7 +78,15 @@ def test_same_draws_whoever_trains():
     weight = torch.full((25,), 1 / 25, device=DEVICE)
     one, two = (
         train_heads(
-            features, labels, config, torch.Generator().manual_seed(7), 5, record=3, row_weight=weight, impl=impl
+            features,
+            labels,
+            config,
+            torch.Generator().manual_seed(7),
+            5,
+            record=3,
+            row_weight=weight,
+            impl=impl,
+            precision="ieee",
         )
         for impl in ("triton", "torch")
     )
