@@ -138,7 +138,9 @@ def test_reptile_net_against_a_plain_loop(images, backbone):
         with torch.no_grad():
             for p, value in zip(net.parameters(), before, strict=True):
                 p.copy_(value)
-        x = torch.cat([to_float(images.images[c, d]) for c, d in zip(episodes.classes[task], episodes.support[task])])
+        x = torch.cat(
+            [to_float(images.images[c, d]) for c, d in zip(episodes.classes[task], episodes.support[task], strict=True)]
+        )
         for pick in picks[:, task]:
             loss = F.cross_entropy(net(x[pick]), label[pick])
             optimizer.zero_grad()
