@@ -11,6 +11,7 @@ from torch import Tensor
 from mcdi_fast.evaluate import FeatureTasks, generate
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_accuracy, head_logits
+from mcdi_fast.weights import Normalizer
 
 _NOVELTY_CHUNK = 1024  # training rows compared at a time
 
@@ -64,16 +65,27 @@ def largest_eigenvalue(
 
 
 def target_distances(
-    generator: WeightGenerator, tasks: FeatureTasks, targets: Tensor, seed: int, eta_noise: float = 0.0
+    generator: WeightGenerator,
+    tasks: FeatureTasks,
+    targets: Tensor,
+    seed: int,
+    eta_noise: float = 0.0,
+    normalizer: Normalizer | None = None,
 ) -> list[list[float]]:
     """Theorem 1: root mean square distance (normalised) of x_t to each local target along the chain, mean over tasks.
 
-    targets: [B, k, N, D], of the same tasks. Returns [T + 1][k]; a chain that does what the theorem says is nearest to target i at t = e_i.
+    Args:
+        targets: [B, k, N, D], of the same tasks. normalizer: the measure, the generator's own by default.
+
+    Returns:
+        [T + 1][k]; a chain that does what the theorem says is nearest to target i at t = e_i.
     """
-    goals = generator.normalizer.normalize(targets)
+    measure = normalizer or generator.normalizer
+    goals = measure.normalize(targets)
     curve: list[list[float]] = []
 
     def note(t: int, x: Tensor) -> None:
+        x = measure.normalize(generator.normalizer.denormalize(x))
         curve.append((x.unsqueeze(1) - goals).square().mean((2, 3)).sqrt().mean(0).tolist())
 
     generate(generator, tasks.support, seed, eta_noise=eta_noise, callback=note)

@@ -53,6 +53,10 @@ class ReptileConfig:
     """Outer step at the start; it falls linearly to 0 (published: 0.7 to 1)."""
     test_steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Gradient steps on a new task that are tried; validation tasks choose (published: 86 to 100)."""
+    net_test_steps: tuple[int, ...] = (5, 10, 20, 50)
+    """The same for the whole network, where a step costs a hundred times more."""
+    net_validation_tasks: int = 100
+    """Validation tasks that choose rate and steps of the whole-network version (at most --evaluate.validation-tasks)."""
     checkpoint_every: int = 50
     """Outer steps between checkpoints of the whole-network version."""
 
@@ -62,9 +66,10 @@ def check_reptile(config: ReptileConfig) -> None:
     for name in ("head_steps", "head_batch", "net_steps", "net_batch", "inner_steps", "inner_batch", "train_shots"):
         if getattr(config, name) < 1:
             raise McdiError(f"--reptile.{name.replace('_', '-')} = {getattr(config, name)}: expected at least 1")
-    if config.checkpoint_every < 1:
-        raise McdiError(f"--reptile.checkpoint-every = {config.checkpoint_every}: expected at least 1")
-    for name in ("head_rates", "net_rates", "test_steps"):
+    for name in ("checkpoint_every", "net_validation_tasks"):
+        if getattr(config, name) < 1:
+            raise McdiError(f"--reptile.{name.replace('_', '-')} = {getattr(config, name)}: expected at least 1")
+    for name in ("head_rates", "net_rates", "test_steps", "net_test_steps"):
         values = getattr(config, name)
         if not values or min(values) <= 0:
             raise McdiError(f"--reptile.{name.replace('_', '-')} = {values}: expected one or more positive values")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +37,8 @@ class StoppedError(McdiError):
     """Something went wrong after work had begun: what was made so far is kept."""
 
 
+# What a run folder may be asked for with other values than before: where things lie and how the result is evaluated.
+_FREE = ("run_dir", "data_dir", "cache_dir", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
 _TEST_SEED, _VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
 
@@ -60,8 +62,8 @@ def check_config(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Take the run folder: make it, lock it, and see that it belongs to this configuration.
+def open_run(folder: Path, config: Any, free: Collection[str] = _FREE) -> Iterator[None]:
+    """Take the run folder: make it, lock it, and see that it belongs to this configuration (a dataclass), but for the fields `free`.
 
     Raises:
         McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
@@ -88,7 +90,7 @@ def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
         ours = json.loads(json.dumps(asdict(config), default=str))
         if path.exists():
             found = read_json(path)
-            for key in _binding(ours):
+            for key in [key for key in ours if key not in free]:
                 theirs = found.get(key) if isinstance(found, dict) else None
                 if theirs != ours[key]:
                     raise McdiError(
@@ -97,11 +99,6 @@ def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
                     )
         write_json(path, ours)
         yield
-
-
-def _binding(config: dict[str, Any]) -> list[str]:
-    """What must stay the same in a run folder: all but where things lie and how the result is evaluated."""
-    return [key for key in config if key not in ("run_dir", "data_dir", "cache_dir", "evaluate")]
 
 
 def _difference(key: str, found: Any, ours: Any) -> str:
