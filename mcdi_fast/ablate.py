@@ -359,11 +359,18 @@ class Workshop:
         with self.bar("backbone", self.config.backbone.steps, "episodes") as bar:
 
             def on_step(step: int, loss: float) -> None:
-                bar.update()
-                if step % every == 1 and step > 1:
+                if step % every == 1 % every and bar.n > first + 1:  # one step behind a checkpoint of this call
                     self.pause_if_late()
+                bar.update()
 
-            return bb.train_backbone(self.data, self.config.backbone, cache_dir, on_start=bar.update, on_step=on_step)
+            first = 0
+
+            def on_start(step: int) -> None:
+                nonlocal first
+                first = step
+                bar.update(step)
+
+            return bb.train_backbone(self.data, self.config.backbone, cache_dir, on_start=on_start, on_step=on_step)
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
@@ -513,10 +520,13 @@ class Workshop:
         validation = self.tasks(cell.setting, cell.seed, "val")
         checkpoint = self.folder / "partial" / f"{cell.name}.safetensors"
         clock = _Stopwatch(checkpoint.with_suffix(".json"))
+        begun: list[int] = []
+        every = config.meta.checkpoint_every
         with self.bar(cell.name, config.meta.steps, "steps") as bar:
 
             def on_start(trainer: MetaTrainer) -> None:
                 bar.update(trainer.step)
+                begun.append(trainer.step)
                 clock.extra["curve"] = [p for p in clock.extra.get("curve", []) if p[0] <= trainer.step]
 
             def on_step(trainer: MetaTrainer, loss: float) -> None:
@@ -528,8 +538,8 @@ class Workshop:
                     clock.extra["curve"].append([trainer.step, round(loss, 5), round(accuracy, 3)])
                     clock.save()
                 elif (
-                    trainer.step % trainer.meta.checkpoint_every == 1 % trainer.meta.checkpoint_every
-                ):  # one step behind a checkpoint
+                    trainer.step % every == 1 % every and trainer.step > begun[0] + 1
+                ):  # one step behind a checkpoint of this call
                     self.pause_if_late()
 
             generator = fit(
@@ -926,7 +936,8 @@ def _make_cells(config: AblateConfig, data: FewShotData, folder: Path, deadline:
     ) as all_:
         for i, cell in enumerate(pending):
             try:
-                shop.pause_if_late()
+                if i:  # a call always makes some progress, however short its time
+                    shop.pause_if_late()
                 record = run_cell(shop, cell)
             except PausedError:
                 all_.close()
