@@ -380,7 +380,7 @@ class Workshop:
             return load_tensors(path, "features")[0]
         network, result = self.network(), {}
         parts = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
-        with self.bar("features", (2 * self.copies + 1) * len(parts), "sets") as bar:
+        with self.bar("features", 2 * self.copies + 1, "sets") as bar:
             for split, images in parts.items():
                 copies = 1 if split == "val" else self.copies
                 made = []
