@@ -130,7 +130,10 @@ def whole(tmp_path_factory):
     return cells(folder / "run")
 
 
-@pytest.mark.parametrize("where", STOPS)
+QUICK = ("meta", "reptile evaluation", "record")
+
+
+@pytest.mark.parametrize("where", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in STOPS])
 def test_a_stop_anywhere_loses_nothing(options, tmp_path, monkeypatch, whole, where):
     owner, name, call = STOPS[where]
     function, calls = getattr(owner, name), iter(range(10**6))
