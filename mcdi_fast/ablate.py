@@ -292,6 +292,8 @@ def check_ablate(config: AblateConfig) -> None:
     if config.selection_tasks < 2:
         raise McdiError(f"--selection-tasks = {config.selection_tasks}: expected at least 2, for an interval")
     check_reptile(config.reptile)
+    if not plan(config):
+        raise McdiError("no cell to make: --parts, --methods and --variants exclude each other; ask for more of them")
     for cell in plan(config):
         check_config(train_config(config, cell))
 
@@ -342,7 +344,7 @@ class Workshop:
     def __init__(self, config: AblateConfig, data: FewShotData, folder: Path, deadline: float, bar: Callable[..., Any]):
         """Deadline: of time.monotonic(). bar: makes a progress bar (tqdm)."""
         self.config, self.data, self.folder, self.deadline, self.bar = config, data, folder, deadline, bar
-        self.copies = max(config.prepare.copies, *(train_config(config, c).prepare.copies for c in plan(config)))
+        self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
         self.tasks: Callable[[str, int, str], FeatureTasks] = cache(self._tasks)

@@ -99,12 +99,23 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
-        mine = [cell for cell in cells if cell["cell"]["setting"] == setting]
-        date = max(cell["date"] for cell in mine)
+        mine = {_key(cell): cell for cell in cells if cell["cell"]["setting"] == setting}
+        date = max(cell["date"] for cell in mine.values())
         path = records / f"{date}-ablation-{dataset}-{setting}.json"
-        lines = ",\n".join("  " + dumps(cell, path) for cell in mine)
+        if path.exists():  # of another run folder of the same day
+            there = read_json(path)
+            if there.get("config") != config:
+                raise McdiError(
+                    f"{show_path(path)}: a record with another budget or other settings; move it, or choose another --out"
+                )
+            mine = {_key(cell): cell for cell in there["cells"]} | mine
+        lines = ",\n".join("  " + dumps(mine[key], path) for key in sorted(mine))
         head = dumps({"format": _FORMAT, "dataset": dataset, "setting": setting, "config": config}, path)
         atomic_write(path, f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'.encode())
+
+
+def _key(cell: dict[str, Any]) -> str:
+    return json.dumps(cell["cell"], sort_keys=True)
 
 
 def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
@@ -118,7 +129,7 @@ def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
             raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
-        cells = {json.dumps(cell["cell"], sort_keys=True): cell for cell in record["cells"]}
+        cells = {_key(cell): cell for cell in record["cells"]}
         newest = result.setdefault(record["setting"], {"config": record["config"], "cells": {}, "files": []})
         if newest["config"] == record["config"]:
             newest["cells"] = cells | newest["cells"]

@@ -105,6 +105,19 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     assert "meta.steps (6, now 7)" in capsys.readouterr().err
 
 
+def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, tmp_path, capsys):
+    out = tmp_path / "docs"
+    common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--parts", "comparison", "--methods"]
+    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "a")]) == 0
+    assert ablate.main([*common, "finetune", "--run-dir", str(tmp_path / "b")]) == 0
+    (record,) = (out / "records").iterdir()
+    assert {cell["cell"]["method"] for cell in store.read_json(record)["cells"]} == {"prototype", "finetune"}
+    before = record.read_bytes()
+    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
+    assert "another budget" in capsys.readouterr().err
+    assert record.read_bytes() == before
+
+
 class Stop(Exception):
     """Stands for a kill: nothing catches it."""
 
@@ -172,6 +185,7 @@ def test_a_kill_while_a_record_is_written_leaves_none(options, tmp_path, monkeyp
     assert len(list((tmp_path / "run" / "cells").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_time_limit_goes_on_to_the_same_records(options, tmp_path, whole):
     calls = 0
     while (code := ablate.main([*ROWS, *options, "--time-limit", "0.0001"])) == 3:
@@ -195,6 +209,7 @@ BAD = {
     "--reptile.net-rates -1": "--reptile.net-rates",
     "--prepare.rho -1": "--prepare.rho = -1.0",
     "--selection-tasks 1": "--selection-tasks = 1",
+    "--parts variants --variants sam-augment": "no cell to make",
 }
 
 
