@@ -6,48 +6,34 @@ gradients stay in registers for the whole training.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast import prepare
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.heads import head_gradient
 from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output
-from mcdi_fast.kernels.sam_adam import adam_scalars, adam_update
-from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
+from mcdi_fast.kernels.sam_adam import adam_update
+from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
 MAX_STATE = 8192
 """Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
 
 
-def head_trajectory_ref(
-    start: Tensor, features: Tensor, labels: Tensor, config: PrepareConfig, record: int = 1, pick: Tensor | None = None
-) -> Tensor:
-    """As `head_trajectory`, in any dtype."""
-    theta, kept = start.clone(), []
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    for step in range(1, config.steps + 1):
-        x = features[0]
-        if pick is not None:
-            x = features.gather(0, pick[step - 1, :, :, None].expand_as(x).unsqueeze(0).long())[0]
-        gradient = head_gradient(theta, x, labels, config.weight_decay)
-        if config.rho > 0:
-            gradient = head_gradient(sam_perturbation(theta, gradient, config.rho), x, labels, config.weight_decay)
-        adam_step(theta, gradient, first, second, step, config.learning_rate)
-        if step % (config.steps // record) == 0:
-            kept.append(theta.clone())
-    return torch.stack(kept, 1)
+head_trajectory_ref = functools.partial(prepare.head_trajectory, impl="torch")
 
 
 @triton.jit
 def head_gradient_block(
-    weight, bias, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
-    HAS_PICK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
+    weight, bias, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+    HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. pick, where used, is this step's [B, R]."""
+    """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. Where used: pick, this step's [B, R]; row_weight [R]."""
     column, way = tl.arange(0, WIDTH), tl.arange(0, WAYS)
     to_weight, to_bias = tl.zeros([WAYS, WIDTH], tl.float32), tl.zeros([WAYS], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -69,7 +55,11 @@ def head_gradient_block(
         logits = tl.where((way < ways)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None] - tl.where(way[None, :] == label[:, None], 1.0, 0.0)
-        p = tl.where(inside[:, None], p / rows, 0.0)
+        if HAS_WEIGHT:
+            share = tl.load(row_weight + row, mask=inside, other=0.0)
+        else:
+            share = tl.where(inside, 1.0 / rows, 0.0)
+        p = tl.where(inside[:, None], p * share[:, None], 0.0)
         to_weight = dot(tl.trans(p), x, to_weight, PRECISION)
         to_bias += tl.sum(p, 0)
     return to_weight + weight_decay * weight, to_bias + weight_decay * bias
@@ -77,9 +67,9 @@ def head_gradient_block(
 
 @triton.jit
 def head_trajectory_kernel(
-    start, features, labels, pick, scalars, out,
+    start, features, labels, pick, row_weight, scalars, out,
     rho, weight_decay, keep_first, keep_second, eps, num_tasks, rows, width, ways, segments, per_segment,
-    SAM: tl.constexpr, HAS_PICK: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    SAM: tl.constexpr, HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a task; WAYS, WIDTH: ways and features padded to powers of two. The padding's gradient and thus its head stay 0."""
@@ -96,15 +86,15 @@ def head_trajectory_kernel(
     for segment in range(0, segments):  # `pick` walks along, a step at a time
         for step in range(segment * per_segment, (segment + 1) * per_segment):
             gw, gb = head_gradient_block(
-                w, b, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
-                HAS_PICK, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+                w, b, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+                HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
             )  # fmt: skip
             if SAM:
                 norm = tl.sqrt(tl.sum(tl.sum(gw * gw, 1), 0) + tl.sum(gb * gb, 0))
                 factor = rho / tl.maximum(norm, TINY)
                 gw, gb = head_gradient_block(
-                    w + factor * gw, b + factor * gb, features, labels, pick, task, num_tasks, rows, width, ways, weight_decay,
-                    HAS_PICK, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+                    w + factor * gw, b + factor * gb, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+                    HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
                 )  # fmt: skip
             rate, root = tl.load(scalars + 2 * step), tl.load(scalars + 2 * step + 1)
             w, w_first, w_second = adam_update(w, gw, w_first, w_second, rate, root, keep_first, keep_second, eps)
@@ -124,6 +114,12 @@ def head_blocks(rows: int, ways: int, width: int) -> tuple[int, int, int]:
     )
 
 
+def fits(ways: int, columns: int) -> bool:
+    """Whether a program can hold heads of [ways, columns], columns = F + 1."""
+    _, padded_ways, padded_width = head_blocks(1, ways, columns - 1)
+    return padded_ways * padded_width <= MAX_STATE
+
+
 def head_options() -> dict[str, int]:
     """One stage: features come from the L1."""
     return {"num_warps": 8, "num_stages": 1, **all_registers()}
@@ -136,16 +132,18 @@ def head_trajectory(
     config: PrepareConfig,
     record: int = 1,
     pick: Tensor | None = None,
+    row_weight: Tensor | None = None,
     *,
     out: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """Train the heads of B tasks and keep theta_d … theta_M: prepare.train_heads with its random draws made beforehand.
+    """Train the heads of B tasks and keep theta_d … theta_M: prepare.head_trajectory in one launch.
 
     Args:
         start: float32 [B, ways, F + 1], the Gaussian theta_0. features: [A, B, R, F], float32 or bfloat16. labels: int64 [B, R].
         config: steps M, learning rate, rho, weight decay. record: k, a divisor of M.
-        pick: int32 or int64 [M, B, R] in [0, A), the copy of every row in every step; None: copy 0.
+        pick: int32 or int64 [M, B, R] in [0, A), the version of every row in every step; None: version 0.
+        row_weight: float32 [R], the share of each row in the loss; None: 1 / R.
 
     Labels and picks are not range-checked: that would wait for the GPU.
 
@@ -167,22 +165,24 @@ def head_trajectory(
         )
     if pick is not None:
         check_tensor("pick", pick, (config.steps, b, rows), (torch.int32, torch.int64), device)
+    if row_weight is not None:
+        check_tensor("row_weight", row_weight, (rows,), (torch.float32,), device)
     check_precision(precision)
     block_rows, padded_ways, padded_width = head_blocks(rows, ways, width)
-    if padded_ways * padded_width > MAX_STATE:
+    if not fits(ways, columns):
         raise McdiError(
             f"start: heads of {ways} x {columns} (padded {padded_ways} x {padded_width}), expected at most {MAX_STATE} numbers, "
-            "which a program can hold; use prepare.train_heads"
+            "which a program can hold; use prepare.head_trajectory"
         )
     out = output("out", out, (b, record, ways, width + 1), device)
     check_runs(device, "head_trajectory")
-    betas, eps = (0.9, 0.999), 1e-8
-    scalars = [adam_scalars(step, config.learning_rate, betas) for step in range(1, config.steps + 1)]
+    scalars = [adam_scalars(step, config.learning_rate) for step in range(1, config.steps + 1)]
     with on_device(device):
         head_trajectory_kernel[(b,)](
-            start, features, labels, labels if pick is None else pick, torch.tensor(scalars, device=device), out,
-            config.rho, config.weight_decay, 1 - betas[0], 1 - betas[1], eps, b, rows, width, ways, record, config.steps // record,
-            config.rho > 0, pick is not None, SAM_TINY, precision,
+            start, features, labels, labels if pick is None else pick, start if row_weight is None else row_weight,
+            torch.tensor(scalars).to(device, non_blocking=True), out,
+            config.rho, config.weight_decay, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, b, rows, width, ways, record, config.steps // record,
+            config.rho > 0, pick is not None, row_weight is not None, SAM_TINY, precision,
             block_rows, padded_ways, padded_width, **head_options(),
         )  # fmt: skip
     return out

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
+from mcdi_fast.denoiser import parameter_shapes
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import interpreted
 from mcdi_fast.kernels.consistency_loss import consistency_loss_kernel
@@ -32,6 +33,8 @@ from mcdi_fast.kernels.head_trajectory import head_blocks, head_options, head_tr
 from mcdi_fast.kernels.inner_update import delta_chunks, outer_kernel
 from mcdi_fast.kernels.launch import BLOCK_COLUMNS, element_block, row_block, stages, sum_block
 from mcdi_fast.kernels.noising import noising_kernel
+from mcdi_fast.kernels.normal_noise import normal_noise_kernel
+from mcdi_fast.kernels.outer_update import outer_update_kernel
 from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
 from mcdi_fast.kernels.sample_chain import chain_blocks, chain_options, sample_chain_kernel
 from mcdi_fast.prepare import SAM_TINY
@@ -55,14 +58,24 @@ class Spec:
 
 
 def specs() -> list[Spec]:
-    """Every configuration launched at default sizes: 5-way heads of 64 features, 100 rows a task, conditions of width 64."""
+    """Every configuration launched at default sizes: 5-way heads of 64 features, 100 rows a task, conditions of width 65."""
     meta, width, depth = MetaConfig(), DenoiserConfig().width, DenoiserConfig().depth
     diffusion, prepare = DiffusionConfig(), PrepareConfig()
-    b, k, s, n, d, c, ways, features, rows = meta.meta_batch, meta.inner_steps, meta.samples, 5, 65, 64, 5, 64, 100
+    b, k, s, n, d, c, ways, features, rows = meta.meta_batch, meta.inner_steps, meta.samples, 5, 65, 65, 5, 64, 100
     f, i64 = "*fp32", "*i64"
     found = [
         Spec("sam", sam_kernel, (f, f, f, 0.05, n * d, SAM_TINY, element_block(n * d))),
         Spec("adam", adam_kernel, (f, f, f, f, 0.1, 0.1, 0.1, 0.001, 1e-8, 20000 * n * d, 1024)),
+        Spec("normal_noise", normal_noise_kernel, (i64, f, f, 0, n * d, False, element_block(n * d))),
+    ]
+    size = sum(i * o for i, o in parameter_shapes(d, c, diffusion.steps, width, depth).values())
+    found += [
+        Spec(
+            f"outer_update {outer}",
+            outer_update_kernel,
+            (f,) * 6 + ("*i32", 0.1, 0.001, 1e-8, size, outer == "adam", 1024),
+        )
+        for outer in ("adam", "reptile")
     ]
     for kind in (f, "*bf16"):
         end = "" if kind == f else " from bf16"
@@ -73,7 +86,7 @@ def specs() -> list[Spec]:
             ),
             Spec(
                 f"noising{end}", noising_kernel,
-                (kind, i64, i64, i64, f, kind, f, f, f, 0, k * s, n * d, diffusion.steps, False, element_block(k * s * n * d)),
+                (kind, i64, i64, i64, f, kind, f, f, f, 3, k * s, n * d, diffusion.steps, False, element_block(k * s * n * d)),
             ),
         ]  # fmt: skip
 
@@ -116,8 +129,8 @@ def specs() -> list[Spec]:
                 ),
             Spec(
                 f"head_trajectory {precision}", head_trajectory_kernel,
-                (f, f, i64, i64, f, f, prepare.rho, prepare.weight_decay, 0.1, 0.001, 1e-8, 1000, rows, features, ways,
-                 diffusion.segments, prepare.steps // diffusion.segments, True, True, SAM_TINY, precision,
+                (f, f, i64, "*i32", f, f, f, prepare.rho, prepare.weight_decay, 0.1, 0.001, 1e-8, 1000, rows, features, ways,
+                 diffusion.segments, prepare.steps // diffusion.segments, True, True, True, SAM_TINY, precision,
                  *head_blocks(rows, ways, features)),
                 head_options(),
             ),

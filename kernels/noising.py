@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from torch import Tensor
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import check_runs
 from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
+from mcdi_fast.kernels.normal_noise import philox_normal_block
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.schedule import Objective, Schedule
 
@@ -26,11 +26,11 @@ def noising_tables(schedule: Schedule, objective: Objective, device: torch.devic
 
 
 def noising_ref(
-    target: Tensor, segment: Tensor, step: Tensor, seeds: Sequence[int], tables: Tensor, stream: int = 0, mask: Tensor | None = None
+    target: Tensor, segment: Tensor, step: Tensor, seed: int, streams: Tensor, tables: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `noising`, in any dtype; the noise itself is float32 on every path."""
     shape = (*step.shape, *target.shape[1:])
-    eps = torch.from_numpy(philox_normal(seeds, math.prod(shape[1:]), stream)).view(shape).to(target)
+    eps = philox_normal([seed] * len(target), math.prod(shape[1:]), streams.tolist()).view(shape).to(target)
     if mask is not None:
         eps = eps * mask
     picked = tables[segment[:, None, None], step].to(target.dtype)
@@ -39,32 +39,19 @@ def noising_ref(
     return x, eps_weight[..., None, None] * eps - skip[..., None, None] * x, gain
 
 
-@triton.jit
-def philox_normal_block(seed, stream, counters):
-    """The normals 4j … 4j + 3 of every counter j, in order, [4 * BLOCK]: the numbers of noise.philox_normal."""
-    zero = counters * 0
-    u1, u2, u3, u4 = tl.philox(seed, counters, zero + stream, zero, zero)
-    u1, u2 = tl.uint_to_uniform_float(u1), tl.uint_to_uniform_float(u2)
-    u3, u4 = tl.uint_to_uniform_float(u3), tl.uint_to_uniform_float(u4)
-    n1, n2 = tl.pair_uniform_to_normal(u1, u2)
-    n3, n4 = tl.pair_uniform_to_normal(u3, u4)
-    return tl.interleave(tl.interleave(n1, n3), tl.interleave(n2, n4))
-
-
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["seed"])
 def noising_kernel(
-    target, segment, step, seeds, tables, mask, x, loss_target, gain,
-    stream, rows, per_row, num_steps, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    target, segment, step, streams, tables, mask, x, loss_target, gain,
+    seed, rows, per_row, num_steps, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (task, block): BLOCK normals of the task, BLOCK / 4 calls of Philox."""
+    """Program (task, block): BLOCK normals of the task, BLOCK / 8 calls of Philox."""
     task, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = rows * per_row
     first = block * BLOCK
     flat = first + tl.arange(0, BLOCK)
     inside = flat < count
     row, entry = flat // per_row, flat % per_row
-    counters = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    eps = philox_normal_block(tl.load(seeds + task), stream.to(tl.uint32), counters)
+    eps = philox_normal_block(seed, tl.load(streams + task), first, BLOCK)
     if HAS_MASK:
         eps *= tl.load(mask + entry, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(step + task * rows + row, mask=inside, other=0)
@@ -82,9 +69,9 @@ def noising(
     target: Tensor,
     segment: Tensor,
     step: Tensor,
-    seeds: Tensor,
+    seed: int,
+    streams: Tensor,
     tables: Tensor,
-    stream: int = 0,
     mask: Tensor | None = None,
     *,
     x: Tensor | None = None,
@@ -95,8 +82,8 @@ def noising(
 
     Args:
         target: [B, N, D], normalised local targets, float32 or bfloat16. segment: int64 [B]. step: int64 [B, K, S].
-        seeds: int64 [B], the bits of unsigned 64-bit seeds: eps of task b is `philox_normal(seeds, K S N D, stream)[b]`.
-        tables: float32 [k, T, 5] of `noising_tables`. stream: in [0, 2^32). mask: [N, D], 0 at padding, whose noise is 0 then.
+        seed: in [0, 2^63). streams: int64 [B], not negative: eps of task b is `philox_normal([seed], K S N D, streams[b])`.
+        tables: float32 [k, T, 5] of `noising_tables`. mask: [N, D], 0 at padding, whose noise is 0 then.
 
     Segments and steps are not range-checked: that would wait for the GPU.
 
@@ -113,12 +100,12 @@ def noising(
     check_tensor("target", target, (b, n, d))
     check_tensor("segment", segment, (b,), integer, device)
     check_tensor("step", step, (b, k, s), integer, device)
-    check_tensor("seeds", seeds, (b,), integer, device)
+    check_tensor("streams", streams, (b,), integer, device)
     check_tensor("tables", tables, (segments, steps, 5), (torch.float32,), device)
     if mask is not None:
         check_tensor("mask", mask, (n, d), device=device)
-    if not 0 <= stream < 2**32:
-        raise McdiError(f"stream = {stream}: expected an integer in [0, 2^32)")
+    if not 0 <= seed < 2**63:
+        raise McdiError(f"seed = {seed}: expected an integer in [0, 2^63)")
     if k * s * n * d >= 2**31:
         raise McdiError(f"step, target: {k * s * n * d} numbers a task, expected fewer than 2^31")
     x = output("x", x, (b, k, s, n, d), device)
@@ -128,7 +115,7 @@ def noising(
     block = element_block(k * s * n * d)
     with on_device(device):
         noising_kernel[(b, triton.cdiv(k * s * n * d, block))](
-            target, segment, step, seeds, tables, target if mask is None else mask, x, loss_target, gain,
-            stream, k * s, n * d, steps, mask is not None, block,
+            target, segment, step, streams, tables, target if mask is None else mask, x, loss_target, gain,
+            seed, k * s, n * d, steps, mask is not None, block,
         )  # fmt: skip
     return x, loss_target, gain

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import check_runs
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
-from mcdi_fast.prepare import SAM_TINY, adam_step, sam_perturbation
+from mcdi_fast.kernels.launch import check_tensor, element_block, on_device, output
+from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation
 adam_step_ref = adam_step
@@ -63,50 +63,43 @@ def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | Non
     """theta_b + rho * g_b / max(||g_b||, tiny), one norm a task.
 
     Args:
-        theta, gradient: float32 [B, P], contiguous.
+        theta, gradient: float32 [B, ...], contiguous.
 
     Returns:
-        [B, P], in `out` where given (theta itself is allowed).
+        [B, ...], in `out` where given (theta itself is allowed).
 
     Raises:
         McdiError: naming the tensor.
     """
-    shape = check_rank("theta", theta, "BP")
+    shape = tuple(theta.shape)
+    if len(shape) < 2:
+        raise McdiError(f"theta: shape {shape}, expected [B, ...]")
     check_tensor("theta", theta, shape, _FLOAT32)
     check_tensor("gradient", gradient, shape, _FLOAT32, theta.device)
     out = output("out", out, shape, theta.device)
     check_runs(theta.device, "sam_ascent")
+    count = theta[0].numel()
     with on_device(theta.device):
-        sam_kernel[(shape[0],)](theta, gradient, out, rho, shape[1], SAM_TINY, element_block(shape[1]))
+        sam_kernel[(shape[0],)](theta, gradient, out, rho, count, SAM_TINY, element_block(count))
     return out
 
 
-def adam_step_(
-    theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float, betas=(0.9, 0.999), eps=1e-8
-) -> None:
-    """One Adam step in place, with bias correction; `step` counts from 1.
+def adam_step_(theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float, root: float) -> None:
+    """One Adam step in place, with bias correction.
 
     Args:
-        theta, gradient, first, second: float32, contiguous, of one shape.
+        theta, gradient, first, second: float32, contiguous, of one shape. rate, root: of prepare.adam_scalars.
 
     Raises:
-        McdiError: naming the tensor; step < 1.
+        McdiError: naming the tensor.
     """
-    if step < 1:
-        raise McdiError(f"step = {step}: expected at least 1")
     names = {"theta": theta, "gradient": gradient, "first": first, "second": second}
     for name, tensor in names.items():
         check_tensor(name, tensor, tuple(theta.shape), _FLOAT32, theta.device)
     check_runs(theta.device, "adam_step_")
-    scalars = adam_scalars(step, rate, betas)
     count = theta.numel()
     block = element_block(count)
     with on_device(theta.device):
         adam_kernel[(triton.cdiv(count, block),)](
-            theta, gradient, first, second, *scalars, 1 - betas[0], 1 - betas[1], eps, count, block
+            theta, gradient, first, second, rate, root, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, count, block
         )
-
-
-def adam_scalars(step: int, rate: float, betas=(0.9, 0.999)) -> tuple[float, float]:
-    """(rate / (1 - beta1^step), sqrt(1 - beta2^step)), on the host: in float32 1 - 0.999 alone has lost four digits."""
-    return rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5

@@ -57,6 +57,7 @@ from mcdi_fast.heads import head_accuracy, prototype_head
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank, train_task_heads
 from mcdi_fast.report import machine
+from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import (
     load_tensors,
     make_folder,
@@ -94,6 +95,7 @@ PREPARED = ("ocd", "mv-di", "tw-di", "mc-di", "ceiling")  # their training data 
 OBJECTIVES = {"mv-di": "vanilla", "tw-di": "naive-local", "mc-di": "local-consistency"}
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
+_CPU = torch.device("cpu")
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
 # One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
@@ -376,7 +378,7 @@ class Workshop:
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
-        name = f"{bb.fingerprint(self.data, self.config.backbone)}-{self.copies}.safetensors"
+        name = f"{bb.fingerprint(self.data, self.config.backbone, _CPU)}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]
@@ -445,7 +447,7 @@ class Workshop:
             config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
         copies = self.features()["train"][: config.prepare.copies]
         meta = {
-            "backbone": bb.fingerprint(self.data, config.backbone),
+            "backbone": bb.fingerprint(self.data, config.backbone, _CPU),
             "prepare": asdict(config.prepare),
             "task": asdict(config.task),
             "seed": config.seed,
@@ -531,13 +533,13 @@ class Workshop:
                 begun.append(trainer.step)
                 clock.extra["curve"] = [p for p in clock.extra.get("curve", []) if p[0] <= trainer.step]
 
-            def on_step(trainer: MetaTrainer, loss: float) -> None:
+            def on_step(trainer: MetaTrainer, loss: Tensor) -> None:
                 bar.update()
                 if trainer.checkpoint_due():
                     with clock.stopped():
                         heads = self.sample(cell, trainer.generator(), validation)
                         accuracy = 100 * float(head_accuracy(heads, validation.query).mean())
-                    clock.extra["curve"].append([trainer.step, round(loss, 5), round(accuracy, 3)])
+                    clock.extra["curve"].append([trainer.step, round(float(loss), 5), round(accuracy, 3)])
                     clock.save()
                 elif (
                     trainer.step % every == 1 % every and trainer.step > begun[0] + 1
@@ -572,10 +574,8 @@ class Workshop:
         options |= change.get("sampler", {})
         what = change.get("bank", "")
         if what in ("", "residual"):
-            heads = generate(generator, tasks.support, cell.seed, **options)
+            heads = generate(Sampler(generator), tasks.support, cell.seed, **options)
         else:
-            from mcdi_fast.sampler import Sampler
-
             seeds = range(cell.seed, cell.seed + len(tasks))
             heads = Sampler(generator).sample(other_condition(what, tasks.support), seeds, **options).tokens
         if cell.method == "ocd" or what == "residual":
@@ -750,14 +750,14 @@ def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
         position = torch.arange(images.num_classes * images.num_drawers).view(images.num_classes, images.num_drawers, 1)
         seed = {"val": _VALIDATION_SEED, "test": _TEST_SEED}[purpose] + cell.seed
         tasks = draw_tasks(position, task, total, seed)
-        flat = images.images.reshape(-1, *images.images.shape[2:])
+        flat = torch.from_numpy(images.images).flatten(0, 1)
         label = torch.arange(task.ways).repeat_interleave(task.shots)
         truth = torch.arange(task.ways).repeat_interleave(task.queries)
         with shop.bar(f"{cell.name} {purpose}", total, "tasks") as bar:
             bar.update(len(counts))
             while len(counts) < total:
                 one = tasks[slice(len(counts), len(counts) + 1)]
-                x, query = (bb.to_float(flat[part.flatten().numpy()]) for part in (one.support, one.query))
+                x, query = (bb.to_float(flat[part.flatten()]) for part in (one.support, one.query))
                 logits = model.adapt(x, label, query, at)
                 counts.append([int((found.argmax(-1) == truth).sum()) for found in logits])
                 bar.update()
@@ -775,8 +775,8 @@ def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
     accuracy, count, rate = max(tried)
     counts = done.setdefault("test", [])
     count_correct(models[rate], "test", "test", shop.config.evaluate.tasks, counts, [-count])
-    x = bb.to_float(shop.data.test.images[: task.ways, : task.shots])
-    query = bb.to_float(shop.data.test.images[: task.ways, task.shots : task.shots + 1])
+    some = torch.from_numpy(shop.data.test.images[: task.ways])
+    x, query = bb.to_float(some[:, : task.shots]), bb.to_float(some[:, task.shots : task.shots + 1])
     label, times = torch.arange(task.ways).repeat_interleave(task.shots), []
     for _ in range(5):
         begun = time.perf_counter()
@@ -872,8 +872,8 @@ def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
     assert reference is not None
     bank, _ = shop.bank(cell)
     training, _ = bank.gather(torch.arange(min(len(bank), 5000)))
-    heads = generate(reference, test.support, cell.seed, eta_noise=eta)
-    plane = chain_plane(reference, test[:1], targets[0], cell.seed, eta)
+    heads = generate(Sampler(reference), test.support, cell.seed, eta_noise=eta)
+    plane = chain_plane(Sampler(reference), test[:1], targets[0], cell.seed, eta)
     return {
         "distances": curves,
         "ends": list(reference.schedule.ends),

@@ -11,6 +11,7 @@ from torch import Tensor
 from mcdi_fast.evaluate import FeatureTasks, generate
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_accuracy, head_logits
+from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import Normalizer
 
 _NOVELTY_CHUNK = 1024  # training rows compared at a time
@@ -88,7 +89,7 @@ def target_distances(
         x = measure.normalize(generator.normalizer.denormalize(x))
         curve.append((x.unsqueeze(1) - goals).square().mean((2, 3)).sqrt().mean(0).tolist())
 
-    generate(generator, tasks.support, seed, eta_noise=eta_noise, callback=note)
+    generate(Sampler(generator), tasks.support, seed, eta_noise=eta_noise, callback=note)
     return curve
 
 

@@ -60,14 +60,19 @@ def conv4() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), Standardize(FEATURE_WIDTH)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (there autocast trains 2.9 times faster, elsewhere slower)."""
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is multiplied in hardware (on such a CPU autocast trains 2.9 times faster, elsewhere slower)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small random affine maps: turn, shear, scale and shift within what drawers differ by. float32 [B, 1, 28, 28] in and out."""
+    """Small random affine maps: turn, shear, scale and shift within what drawers differ by. float32 [B, 1, 28, 28] in and out.
+
+    Drawn on the CPU wherever the images are: the same draws on every device.
+    """
     n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -81,18 +86,18 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     )
     cos, sin = angle.cos(), angle.sin()
     theta = torch.stack([cos * scale[:, 0], shear - sin, shift[:, 0], sin, cos * scale[:, 1], shift[:, 1]], 1)
-    grid = F.affine_grid(theta.view(n, 2, 3), list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta.view(n, 2, 3).to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def to_float(images: np.ndarray) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 [..., H, W] -> float32 [prod, 1, H, W], ink = 1."""
-    return torch.from_numpy(images).reshape(-1, 1, *images.shape[-2:]).float().div_(255)
+    return images.reshape(-1, 1, *images.shape[-2:]).float().div_(255)
 
 
-def fingerprint(data: FewShotData, config: BackboneConfig) -> str:
+def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
     """16 hex digits that change with the training images, the recipe and its precision."""
-    text = json.dumps([_RECIPE, data.name, data.fingerprint, asdict(config), native_bfloat16()])
+    text = json.dumps([_RECIPE, data.name, data.fingerprint, asdict(config), native_bfloat16(device)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -103,13 +108,14 @@ def extract_features(
     augment_seed: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Features of every image: float32 [classes, drawers, 64]; of one augmented copy of each where `augment_seed` is given."""
+    """Features of every image: float32 [classes, drawers, 64], where the backbone is; of an augmented copy of each with `augment_seed`."""
     backbone.eval()
+    device = next(backbone.parameters()).device
     classes, drawers = images.images.shape[:2]
     generator = torch.Generator().manual_seed(augment_seed or 0)
     out = []
     for start in range(0, classes, 64):
-        x = to_float(images.images[start : start + 64])
+        x = to_float(torch.from_numpy(images.images[start : start + 64]).to(device))
         if augment_seed is not None:
             x = augment(x, generator)
         out.append(backbone(x.to(memory_format=torch.channels_last)))
@@ -123,6 +129,7 @@ def train_backbone(
     config: BackboneConfig,
     folder: Path,
     *,
+    device: torch.device | str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
     on_start: Callable[[int], None] | None = None,
 ) -> nn.Sequential:
@@ -136,15 +143,16 @@ def train_backbone(
             to the same result bit for bit.
         on_start: called with the steps already done. on_step: called as on_step(step, loss).
     """
-    name = fingerprint(data, config)
+    device = torch.device(device)
+    name = fingerprint(data, config, device)
     final, partial = folder / f"{name}.safetensors", folder / f"{name}.partial.safetensors"
     backbone = conv4()
     if final.exists():
         tensors, _ = load_tensors(final, "backbone")
         backbone.load_state_dict(tensors)
-        return backbone.eval()
+        return backbone.eval().to(device)
 
-    images = data.train.images
+    images = torch.from_numpy(data.train.images).to(device)
     classes, drawers = images.shape[:2]
     ways, per_class = min(config.ways, classes), min(config.images_per_class, drawers)
     if ways < 2 or per_class < 2:
@@ -157,6 +165,7 @@ def train_backbone(
         for module in backbone.modules():
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
+    backbone.to(device)
     optimizer = torch.optim.Adam(backbone.parameters(), lr=config.learning_rate)
     first = 0
     if partial.exists():
@@ -174,15 +183,15 @@ def train_backbone(
 
     backbone.train()
     step = first
-    label = torch.arange(ways).repeat_interleave(per_class - 1)
+    label = torch.arange(ways, device=device).repeat_interleave(per_class - 1)
     for step in range(first + 1, config.steps + 1):
         rate = config.learning_rate * 0.5 * (1 + np.cos(np.pi * (step - 1) / config.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.randperm(classes, generator=generator)[:ways]
         drawer = torch.rand(ways, drawers, generator=generator).argsort(1)[:, :per_class]
-        x = augment(to_float(images[chosen[:, None].numpy(), drawer.numpy()]), generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
+        x = augment(to_float(images[chosen[:, None].to(device), drawer.to(device)]), generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
             features = backbone(x.to(memory_format=torch.channels_last)).float().view(ways, per_class, -1)
         prototype, query = features[:, 0], features[:, 1:].flatten(0, 1)
         loss = F.cross_entropy(-torch.cdist(query, prototype).square(), label)

@@ -20,7 +20,7 @@ from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, prototype_head, support_condition
-from mcdi_fast.prepare import SHARD_TASKS, adam_step, sam_perturbation
+from mcdi_fast.prepare import SHARD_TASKS, head_trajectory
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.tasks import ClassImages, sample_episodes
 
@@ -85,6 +85,12 @@ def minibatches(rows: int, batch: int, steps: int, count: int, generator: torch.
     return order[:, : steps * batch].view(count, steps, batch).transpose(0, 1)
 
 
+def momentumless_adam(theta: Tensor, gradient: Tensor, second: Tensor, step: int, rate: float) -> None:
+    """One step of Adam with beta1 = 0, in place; `step` counts from 1."""
+    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    theta.addcdiv_(gradient, second.sqrt().div_((1 - _BETAS[1] ** step) ** 0.5).add_(1e-8), value=-rate)
+
+
 @dataclass
 class HeadStart:
     """What Reptile learns for the head: a start that a few gradient steps adapt.
@@ -124,11 +130,10 @@ def reptile_head(
         )
         rows = episodes.take(features)[0].flatten(1, 2)
         head, second = (value.expand(count, -1, -1).clone() for value in (start.head, start.second))
-        first = torch.zeros_like(head)
         for pick in minibatches(rows.shape[1], config.inner_batch, config.inner_steps, count, generator):
             x = rows.gather(1, pick.unsqueeze(-1).expand(-1, -1, width))
             start.steps += 1
-            adam_step(head, head_gradient(head, x, label[pick]), first, second, start.steps, rate, _BETAS)
+            momentumless_adam(head, head_gradient(head, x, label[pick]), second, start.steps, rate)
         start.second = second.mean(0)
         start.head = start.head + config.outer_rate * (1 - outer / config.head_steps) * (head.mean(0) - start.head)
         on_step()
@@ -144,9 +149,9 @@ def adapt_head(start: HeadStart, support: Tensor, steps: Sequence[int]) -> list[
     label = torch.arange(ways).repeat_interleave(shots).expand(tasks, -1)
     rows = support.flatten(1, 2)
     head, second = (value.expand(tasks, -1, -1).clone() for value in (start.head, start.second))
-    first, kept = torch.zeros_like(head), []
+    kept = []
     for step in range(1, steps[-1] + 1):
-        adam_step(head, head_gradient(head, rows, label), first, second, start.steps + step, start.rate, _BETAS)
+        momentumless_adam(head, head_gradient(head, rows, label), second, start.steps + step, start.rate)
         if step in steps:
             kept.append(head.clone())
     return kept
@@ -184,7 +189,7 @@ class ReptileNet:
     def outer_step(self, images: ClassImages) -> float:
         """One outer step over `net_batch` training tasks; returns the loss of their first inner steps."""
         c = self.config
-        shots = min(c.train_shots, images.num_drawers)
+        shots, pixels = min(c.train_shots, images.num_drawers), torch.from_numpy(images.images)
         label = torch.arange(self.ways).repeat_interleave(shots)
         episodes = sample_episodes(
             images.num_classes,
@@ -203,7 +208,7 @@ class ReptileNet:
         loss = 0.0
         for task in range(c.net_batch):
             self._assign(start)
-            x = to_float(images.images[episodes.classes[task][:, None].numpy(), episodes.support[task].numpy()])
+            x = to_float(pixels[episodes.classes[task][:, None], episodes.support[task]])
             for inner, pick in enumerate(picks[:, task]):
                 value = self._inner_step(x[pick], label[pick])
                 loss += value / c.net_batch if inner == 0 else 0.0
@@ -265,24 +270,13 @@ def overfit_heads(
     Returns:
         [B, ways, F + 1]
     """
-    copies, tasks, ways, drawers, width = images.shape
-    label = torch.arange(ways).repeat_interleave(drawers).expand(tasks, -1)
+    copies, tasks, ways, drawers, _ = images.shape
+    label = torch.arange(ways).repeat_interleave(drawers).repeat(tasks, 1)
     weight = row_shares(ways, drawers, shots, config.support_share)
-    rows = images.flatten(2, 3)
-    theta = base.clone()
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    for step in range(1, config.steps + 1):
-        x = rows[0]
-        if copies > 1:
-            pick = torch.randint(copies, (tasks, rows.shape[2], 1), generator=generator)
-            x = rows.gather(0, pick.expand(-1, -1, width).unsqueeze(0))[0]
-        gradient = head_gradient(theta, x, label, config.weight_decay, weight)
-        if config.rho > 0:
-            gradient = head_gradient(
-                sam_perturbation(theta, gradient, config.rho), x, label, config.weight_decay, weight
-            )
-        adam_step(theta, gradient, first, second, step, config.learning_rate)
-    return theta
+    rows, pick = images.flatten(2, 3), None
+    if copies > 1:
+        pick = torch.randint(copies, (config.steps, tasks, ways * drawers), generator=generator)
+    return head_trajectory(base, rows, label, config, 1, pick, weight)[:, -1]
 
 
 def row_shares(ways: int, drawers: int, shots: int, support_share: float | None) -> Tensor | None:

@@ -151,6 +151,12 @@ class TrainConfig:
     """Downloads and trained backbones, shared by runs."""
     seed: int = 0
     """Of tasks, starts, noise and meta-training. The backbone has its own."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:<number>. The CPU by default, even beside a GPU: no GPU has run this yet."""
+    impl: Literal["auto", "triton", "torch"] = "auto"
+    """Triton kernels or torch; auto: the environment variable MCDI_IMPL where set, else kernels on a GPU, torch on a CPU."""
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    """Of the kernels' matrix products (sums are float32 always); torch on a CPU computes float32."""
     task: TaskConfig = field(default_factory=TaskConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mcdi_fast.config import EvaluateConfig, PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_accuracy, head_loss, prototype_head, support_condition
 from mcdi_fast.prepare import train_task_heads
 from mcdi_fast.sampler import Sampler
@@ -42,6 +41,10 @@ class FeatureTasks:
     def __len__(self) -> int:
         """B."""
         return len(self.support)
+
+    def to(self, device: torch.device) -> FeatureTasks:
+        """The same on another device."""
+        return FeatureTasks(**{name: value.to(device) for name, value in vars(self).items()})
 
     def __getitem__(self, rows: slice) -> FeatureTasks:
         """Some of the tasks."""
@@ -77,10 +80,10 @@ def trained_targets(tasks: FeatureTasks, recipe: PrepareConfig, segments: int, s
     return train_task_heads(tasks.every.unsqueeze(0), tasks.support.shape[2], recipe, generator, segments)
 
 
-def generate(generator: WeightGenerator, support: Tensor, first_seed: int, **options: Any) -> Tensor:
-    """Heads for tasks by sampling: [B, ways, shots, F] -> [B, ways, F + 1]."""
+def generate(sampler: Sampler, support: Tensor, first_seed: int, **options: Any) -> Tensor:
+    """Heads for tasks by sampling: [B, ways, shots, F] -> [B, ways, F + 1], on the sampler's device, where the support is."""
     seeds = range(first_seed, first_seed + len(support))
-    return Sampler(generator).sample(support_condition(support), seeds, **options).tokens
+    return sampler.sample(support_condition(support), seeds, **options).tokens
 
 
 def interval(accuracy: Tensor) -> float:
@@ -95,12 +98,14 @@ def latency_ms(adapt: Callable[[Tensor], Tensor], support: Tensor) -> float:
         one = support[i % len(support)].unsqueeze(0)
         start = time.perf_counter()
         adapt(one)
+        if one.device.type == "cuda":
+            torch.cuda.synchronize(one.device)
         times.append(1000 * (time.perf_counter() - start))
     return median(times[2:])
 
 
 def evaluate(
-    generator: WeightGenerator,
+    sampler: Sampler,
     test: FeatureTasks,
     validation: FeatureTasks,
     config: EvaluateConfig,
@@ -108,7 +113,7 @@ def evaluate(
     seed: int,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Run every method on the test tasks.
+    """Run every method on the test tasks, where the sampler is.
 
     Args:
         recipe: how the targets were made. seed: of chains and of the targets' starts.
@@ -117,6 +122,8 @@ def evaluate(
     Returns:
         JSON-able: `methods` (accuracy in %, interval, latency), `sampling_steps`, `norms`, `plane` (see `report.py`).
     """
+    generator = sampler.generator
+    test, validation = test.to(sampler.device), validation.to(sampler.device)
     objective, num_steps = generator.diffusion.objective, config.sampling_steps or generator.diffusion.steps
     sample = {"num_steps": num_steps, "eta_noise": config.eta_noise}
 
@@ -139,7 +146,7 @@ def evaluate(
     on_stage("methods")
     targets = trained_targets(test, recipe, generator.diffusion.segments, seed)
     ways: dict[str, tuple[Callable[[Tensor], Tensor] | None, Tensor | None]] = {
-        objective: (lambda support: generate(generator, support, seed, **sample), None),
+        objective: (lambda support: generate(sampler, support, seed, **sample), None),
         "head-finetune": (plain, None),
         "head-finetune-decay": (decayed, None),
         "nearest-prototype": (prototype_head, None),
@@ -171,7 +178,7 @@ def evaluate(
     for count in sorted(
         {n for n in (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, num_steps) if fewest <= n <= generator.diffusion.steps}
     ):
-        head = generate(generator, test.support, seed, num_steps=count, eta_noise=config.eta_noise)
+        head = generate(sampler, test.support, seed, num_steps=count, eta_noise=config.eta_noise)
         accuracy = head_accuracy(head, test.query)
         error = (generator.normalizer.normalize(head) - last).square().mean((1, 2)).sqrt()
         curve.append(
@@ -184,7 +191,7 @@ def evaluate(
         )
 
     on_stage("chains")
-    generated = generate(generator, test.support, seed, **sample)
+    generated = generate(sampler, test.support, seed, **sample)
     return {
         "methods": methods,
         "sampling_steps": curve,
@@ -192,7 +199,7 @@ def evaluate(
             "generated": generated.flatten(1).norm(dim=1).tolist(),
             "target": targets[:, -1].flatten(1).norm(dim=1).tolist(),
         },
-        "plane": chain_plane(generator, test[:1], targets[0], seed, config.eta_noise),
+        "plane": chain_plane(sampler, test[:1], targets[0], seed, config.eta_noise),
     }
 
 
@@ -202,9 +209,7 @@ def _target_latency(test: FeatureTasks, recipe: PrepareConfig) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def chain_plane(
-    generator: WeightGenerator, task: FeatureTasks, targets: Tensor, seed: int, eta_noise: float
-) -> dict[str, Any]:
+def chain_plane(sampler: Sampler, task: FeatureTasks, targets: Tensor, seed: int, eta_noise: float) -> dict[str, Any]:
     """Figure 1 of the paper: sampling chains of one task in a plane of (normalised) weight space, over the task's loss.
 
     The plane holds the last target and the main two directions of the chains' points and the targets. targets: [k, N, D].
@@ -212,13 +217,14 @@ def chain_plane(
     Returns:
         `chains` [seeds][T + 1][2], `targets` [k][2], axes `x`, `y` and `log_loss` [y][x] of the query images.
     """
-    path: list[Tensor] = []
+    generator, path = sampler.generator, list[Tensor]()
+    stepwise = Sampler(generator, sampler.device, impl="torch")  # the one-launch kernel shows no points on the way
     support = task.support.expand(_CHAIN_SEEDS, -1, -1, -1)
     generate(
-        generator, support, seed, eta_noise=eta_noise, callback=lambda t, x: path.append(x.flatten(1).double().clone())
+        stepwise, support, seed, eta_noise=eta_noise, callback=lambda t, x: path.append(x.flatten(1).double().cpu())
     )
     chains = torch.stack(path, 1)  # [seeds, T + 1, N D]
-    goals = generator.normalizer.normalize(targets).flatten(1).double()
+    goals = generator.normalizer.normalize(targets).flatten(1).double().cpu()
     origin = goals[-1]
     points = torch.cat([chains.mean(0), goals]) - origin
     noise = (chains[:, 0] - chains[:, 0].mean(0))[:1]  # one start's own direction, so that chains spread
@@ -233,7 +239,9 @@ def chain_plane(
         for a, b in zip(low - margin, high + margin, strict=True)
     )
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-    heads = generator.normalizer.denormalize((origin + grid @ axes).float().view(-1, *targets.shape[1:]))
+    heads = generator.normalizer.denormalize(
+        (origin + grid @ axes).float().view(-1, *targets.shape[1:]).to(targets.device)
+    )
     loss = head_loss(heads, task.query.expand(len(heads), -1, -1, -1))
     return {
         "chains": flat.tolist(),

@@ -102,6 +102,14 @@ class WeightGenerator:
         normalized = self.condition_normalizer.normalize(condition)
         return chain_denoiser(self.phi, normalized, self.schedule.skip().tolist(), self.schedule.scale().tolist())
 
+    def to(self, device: torch.device | str) -> WeightGenerator:
+        """The same with its tensors on another device."""
+        phi = {name: value.to(device) for name, value in self.phi.items()}
+        normalizer, condition_normalizer = (
+            Normalizer(n.mean.to(device), n.std.to(device)) for n in (self.normalizer, self.condition_normalizer)
+        )
+        return WeightGenerator(phi, self.layout, normalizer, condition_normalizer, self.diffusion, self.provenance)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, each atomically.
 
@@ -109,9 +117,10 @@ class WeightGenerator:
             McdiError: naming the path, when it cannot be written.
         """
         folder = make_folder(folder)
-        tensors = {f"phi.{name}": value for name, value in self.phi.items()}
+        here = self.to("cpu")
+        tensors = {f"phi.{name}": value for name, value in here.phi.items()}
         for name in ("normalizer", "condition_normalizer"):
-            tensors |= {f"{name}.mean": getattr(self, name).mean, f"{name}.std": getattr(self, name).std}
+            tensors |= {f"{name}.mean": getattr(here, name).mean, f"{name}.std": getattr(here, name).std}
         config = {
             "format": FORMAT_VERSION,
             "kind": _KIND,

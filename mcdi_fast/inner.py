@@ -43,6 +43,10 @@ class InnerBatch:
     gain: Tensor
     target: Tensor
 
+    def to(self, device: torch.device) -> InnerBatch:
+        """The same on another device."""
+        return InnerBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
     def check(self, phi: Parameters) -> None:
         """Raise McdiError, naming the tensor, what was found and what was expected, unless the shapes and dtypes fit phi."""
         if self.x.ndim != 5 or 0 in self.x.shape:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
-from mcdi_fast.denoiser import init_parameters
+from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
 from mcdi_fast.diffusion import draw_steps, make_inner_batch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.inner import InnerBatch, inner_loop
+from mcdi_fast.impl import check_device, check_precision, resolve
+from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
+from mcdi_fast.noise import philox_normal
+from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.schedule import make_objective, make_schedule
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.weights import Normalizer
+
+if TYPE_CHECKING:
+    from mcdi_fast.kernels.meta_step import MetaStep
 
 _FLOOR = (
     0.1  # of Normalizer.fit: without it the inner loop diverged on Omniglot, where entries of 130 deviations came up
@@ -30,13 +36,28 @@ _FLOOR = (
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )
+_RECIPE = 2  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
+CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
+
+
+class Draws(NamedTuple):
+    """The random choices of a meta-step, int64 on the CPU.
+
+    task, segment: [B], task of the bank and local target of each base learner. step: [B, K, S]. streams: [B], of the noise.
+    """
+
+    task: Tensor
+    segment: Tensor
+    step: Tensor
+    streams: Tensor
 
 
 class MetaTrainer:
     """State and one outer step of meta-training. Everything random is a function of (seed, step), so a resumed run needs no RNG state.
 
     Attributes:
-        phi: the parameters being trained. average: their EMA, what `generator()` uses. step: outer steps done.
+        state: the parameters being trained, their average (which `generator()` uses), Adam's moments. step: outer steps done.
+        impl: what runs, resolved: "torch" or "triton" (or an oracle).
     """
 
     def __init__(
@@ -46,10 +67,16 @@ class MetaTrainer:
         diffusion: DiffusionConfig | None = None,
         denoiser: DenoiserConfig | None = None,
         seed: int = 0,
+        *,
+        device: torch.device | str = "cpu",
         impl: str = "auto",
+        precision: str = "ieee",
     ):
-        """Fit the normalisers on the bank and draw phi. impl: of the inner loop (inner.py)."""
-        self.bank, self.seed, self.impl = bank, seed, impl
+        """Fit the normalisers on the bank and draw phi. impl: impl.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
+        self.bank, self.seed, self.precision = bank, seed, precision
+        self.device = check_device(device)
+        check_precision(precision)
+        self.impl = impl if impl in ORACLES else resolve(impl, self.device)
         self.meta, self.diffusion, self.denoiser = (
             meta or MetaConfig(),
             diffusion or DiffusionConfig(),
@@ -72,79 +99,118 @@ class MetaTrainer:
         self.condition_normalizer = Normalizer.fit(
             condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), _FLOOR
         )
-        self.phi = init_parameters(
-            bank.layout.width, bank.condition_width, d.steps, self.denoiser.width, self.denoiser.depth, seed
-        )
-        self.average = {name: value.clone() for name, value in self.phi.items()}
-        self.optimizer = torch.optim.Adam(self.phi.values(), lr=self.meta.outer_rate)
+        sizes = (bank.layout.width, bank.condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
+        self._shapes = parameter_shapes(*sizes)
+        self.state = OuterState.start(init_parameters(*sizes, seed), self.device)
         self.step = 0
         self._noise_mask = None if mask.all() else mask.float()
+        self._kernels = self._meta_step() if self.impl == "triton" else None
+
+    def _meta_step(self) -> MetaStep:
+        from mcdi_fast.kernels.meta_step import MetaStep
+        from mcdi_fast.kernels.noising import noising_tables
+
+        return MetaStep(
+            self.state,
+            self.bank,
+            self.draws(0),
+            noising_tables(self.schedule, self.objective),
+            self.normalizer,
+            self.condition_normalizer,
+            self._noise_mask,
+            self._shapes,
+            seed=self.seed,
+            inner_rate=self.meta.inner_rate,
+            outer=self.meta.outer,
+            precision=self.precision,
+        )
+
+    @property
+    def phi(self) -> Parameters:
+        """The parameters being trained, by name: views, on the device."""
+        return named_views(self.state.phi, self._shapes)
+
+    def draws(self, step: int) -> Draws:
+        """The random choices of an outer step, a function of (seed, step)."""
+        m = self.meta
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        task = torch.randint(len(self.bank), (m.meta_batch,), generator=generator)
+        choices = torch.tensor(self.objective.targets)
+        segment = choices[torch.randint(len(choices), (m.meta_batch,), generator=generator)]
+        steps = draw_steps(self.objective, segment, m.inner_steps, m.samples, generator)
+        return Draws(task, segment, steps, (step << 32) + torch.arange(m.meta_batch))
 
     def batch(self, step: int) -> InnerBatch:
         """The meta-batch of an outer step, a function of (seed, step)."""
-        m, layout = self.meta, self.bank.layout
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        index = torch.randint(len(self.bank), (m.meta_batch,), generator=generator)
-        choices = torch.tensor(self.objective.targets)
-        segment = choices[torch.randint(len(choices), (m.meta_batch,), generator=generator)]
-        targets, condition = self.bank.gather(index)
-        target = self.normalizer.normalize(targets[torch.arange(m.meta_batch), segment])
-        steps = draw_steps(self.objective, segment, m.inner_steps, m.samples, generator)
-        eps = torch.randn(m.meta_batch, m.inner_steps, m.samples, layout.num_tokens, layout.width, generator=generator)
+        draws, layout = self.draws(step), self.bank.layout
+        targets, condition = self.bank.gather(draws.task)
+        target = self.normalizer.normalize(targets[torch.arange(len(targets)), draws.segment])
+        shape = (*draws.step.shape, layout.num_tokens, layout.width)
+        # by Philox, which the kernel draws too: the same noise on every path
+        eps = philox_normal([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
         if self._noise_mask is not None:  # padding stays exactly 0 in x, eps and target
-            eps *= self._noise_mask
+            eps = eps * self._noise_mask
         condition = self.condition_normalizer.normalize(condition)
-        return make_inner_batch(self.schedule, self.objective, target, condition, segment, steps, eps)
+        batch = make_inner_batch(self.schedule, self.objective, target, condition, draws.segment, draws.step, eps)
+        return batch.to(self.device)
 
-    def outer_rate(self, step: int) -> float:
-        """Warm-up over the first 1 % of the steps, then linearly to 0."""
-        warm_up = min(1.0, (step + 1) / (0.01 * self.meta.steps))
-        return self.meta.outer_rate * warm_up * (1 - step / self.meta.steps)
+    def outer_step(self) -> Tensor:
+        """One meta-step.
 
-    def outer_step(self) -> float:
-        """One meta-step; returns the mean loss of the base learners before their first inner step.
+        Returns:
+            the mean loss of the base learners before their first inner step, a number on the device. Through the kernels nothing waits
+            for it: reading it does, and the next step overwrites it.
 
         Raises:
-            McdiError: a loss that is not finite, naming the step; phi is still the last good one.
+            McdiError: a loss that is not finite, naming the step; phi is still the last good one. Through the kernels it comes up to
+                `CHECK_EVERY` steps later, with phi as it was before the bad one.
         """
+        scalars = outer_scalars(self.meta, self.step)
+        if self._kernels is not None:
+            loss = self._kernels.step(self.draws(self.step), self.step, scalars)
+            self.step += 1
+            if self.step % CHECK_EVERY == 0:
+                self.check()
+            return loss
         delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.impl)
+        flat = torch.cat([value.flatten() for value in delta.values()])
         # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
-        if not (losses.isfinite().all() and all(bool(value.isfinite().all()) for value in delta.values())):
-            bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
-            raise McdiError(
-                f"meta-training: loss not finite at outer step {self.step}, base learner {bad[0] if bad else 'unknown'}; lower --meta.inner-rate "
-                f"(now {self.meta.inner_rate}) or --meta.outer-rate (now {self.meta.outer_rate}); the last checkpoint is kept"
-            )
-        rate = self.outer_rate(self.step)
-        if self.meta.outer == "reptile":
-            for name, value in self.phi.items():
-                value.add_(delta[name], alpha=rate)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            for name, value in self.phi.items():
-                value.grad = delta[name].div_(-self.meta.inner_rate)
-            self.optimizer.step()
+        if not (losses.isfinite().all() and bool(flat.isfinite().all())):
+            self._stop(self.step, losses)
+        outer_update(self.state, flat, scalars, self.meta.outer)
         self.step += 1
-        # the average of the first steps would otherwise remember the initialisation
-        decay = min(self.meta.ema, self.step / (10 + self.step)) if self.meta.ema else 0.0
-        torch._foreach_lerp_(list(self.average.values()), list(self.phi.values()), 1 - decay)
-        return float(losses[:, 0].mean())
+        return losses[:, 0].mean()
+
+    def check(self) -> None:
+        """Wait for the device. Raises McdiError where a step since the last check was not finite; `step` and phi are then as before it."""
+        failure = self._kernels.failure() if self._kernels is not None else None
+        if failure is not None:
+            self.step = failure[0]
+            self._stop(*failure)
+
+    def _stop(self, step: int, losses: Tensor) -> NoReturn:
+        bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
+        raise McdiError(
+            f"meta-training: loss not finite at outer step {step}, base learner {bad[0] if bad else 'unknown'}; lower --meta.inner-rate "
+            f"(now {self.meta.inner_rate}) or --meta.outer-rate (now {self.meta.outer_rate}); the last checkpoint is kept"
+        )
 
     def checkpoint_due(self) -> bool:
         """Whether the step just done is one after which a checkpoint is written."""
         return self.step % self.meta.checkpoint_every == 0 or self.step == self.meta.steps
 
     def generator(self, provenance: dict[str, Any] | None = None) -> WeightGenerator:
-        """A weight generator from the averaged parameters."""
-        phi = {name: value.detach().clone() for name, value in self.average.items()}
+        """A weight generator from the averaged parameters, on the CPU. Raises as `check`."""
+        self.check()
+        phi = named_views(self.state.average.cpu().clone(), self._shapes)
         return WeightGenerator(
             phi, self.bank.layout, self.normalizer, self.condition_normalizer, self.diffusion, provenance or {}
         )
 
     def identity(self) -> str:
-        """16 hex digits of what a checkpoint must agree with: configuration, seed, bank."""
+        """16 hex digits of what a checkpoint must agree with: configuration, seed, bank. Not the device: a run may move."""
         parts = [
+            _RECIPE,
             asdict(self.meta) | {"checkpoint_every": 0},
             asdict(self.diffusion),
             asdict(self.denoiser),
@@ -155,11 +221,9 @@ class MetaTrainer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically: one safetensors file."""
-        tensors: dict[str, Tensor] = {f"phi.{name}": value for name, value in self.phi.items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.items()} | optimizer_tensors(
-            self.optimizer
-        )
+        """Write a checkpoint atomically: one safetensors file. Raises as `check`."""
+        self.check()
+        tensors = {name: value.cpu() for name, value in vars(self.state).items()}
         save_tensors(path, tensors, {"step": self.step, "identity": self.identity()}, "meta-checkpoint")
 
     def restore(self, path: Path) -> None:
@@ -174,11 +238,8 @@ class MetaTrainer:
                 f"{path}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected "
                 f"{self.identity()!r}); give the same options as before, or another --run-dir"
             )
-        restore_optimizer(self.optimizer, tensors)
-        with torch.no_grad():
-            for part, values in (("phi", self.phi), ("average", self.average)):
-                for name, value in values.items():
-                    value.copy_(tensors[f"{part}.{name}"])
+        for name, value in vars(self.state).items():
+            value.copy_(tensors[name])
         self.step = int(found["step"])
 
 
@@ -204,21 +265,26 @@ def fit(
     *,
     seed: int = 0,
     checkpoint: Path | None = None,
-    on_step: Callable[[MetaTrainer, float], None] | None = None,
+    on_step: Callable[[MetaTrainer, Tensor], None] | None = None,
     on_start: Callable[[MetaTrainer], None] | None = None,
     provenance: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+    precision: str = "ieee",
 ) -> WeightGenerator:
     """Train a weight generator from a bank.
 
     Args:
         checkpoint: a file; where it exists training goes on from it, bit for bit as if it had not stopped.
-        on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss.
+        on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss, a
+            number on the device: reading it waits for the device.
+        device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (impl.py). precision: of the kernels' products.
 
     Raises:
         McdiError: NaN in the bank (naming the shard), bad configuration, a checkpoint that does not belong, a loss that is not finite.
     """
     bank.check_finite()
-    trainer = MetaTrainer(bank, meta, diffusion, denoiser, seed)
+    trainer = MetaTrainer(bank, meta, diffusion, denoiser, seed, device=device, impl=impl, precision=precision)
     if checkpoint is not None and checkpoint.exists():
         trainer.restore(checkpoint)
     if on_start:

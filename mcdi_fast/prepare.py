@@ -13,9 +13,11 @@ from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
+from mcdi_fast.impl import resolve
 from mcdi_fast.tasks import sample_episodes
 
 SAM_TINY = 1e-12  # least norm: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, of every Adam here
 SHARD_TASKS = 500  # tasks trained together and appended as one shard: large products, and little lost by a kill
 
 
@@ -25,14 +27,64 @@ def sam_perturbation(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
     return theta + (rho / norm).view(-1, *[1] * (theta.ndim - 1)) * gradient
 
 
-def adam_step(
-    theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float, betas=(0.9, 0.999), eps=1e-8
-) -> None:
-    """One Adam step in place, with bias correction; `step` counts from 1. Same arithmetic as torch.optim.Adam."""
-    first.lerp_(gradient, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    denominator = second.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    theta.addcdiv_(first, denominator, value=-rate / (1 - betas[0] ** step))
+def adam_scalars(step: int, rate: float) -> tuple[float, float]:
+    """(rate / (1 - beta1^step), sqrt(1 - beta2^step)); `step` counts from 1. In double precision: in float32 1 - 0.999 has lost four digits."""
+    return rate / (1 - ADAM_BETAS[0] ** step), (1 - ADAM_BETAS[1] ** step) ** 0.5
+
+
+def adam_step(theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float, root: float) -> None:
+    """One Adam step in place, with bias correction. Same arithmetic as torch.optim.Adam. rate, root: of `adam_scalars`."""
+    first.lerp_(gradient, 1 - ADAM_BETAS[0])
+    second.mul_(ADAM_BETAS[1]).addcmul_(gradient, gradient, value=1 - ADAM_BETAS[1])
+    theta.addcdiv_(first, second.sqrt().div_(root).add_(ADAM_EPS), value=-rate)
+
+
+def head_trajectory(
+    start: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    config: PrepareConfig,
+    record: int = 1,
+    pick: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    precision: str = "ieee",
+) -> Tensor:
+    """Adam + SAM on the heads of B tasks from given starts; every random draw is made beforehand.
+
+    Args:
+        start: [B, ways, F + 1]. features: [A, B, R, F], A versions of each row. labels: int64 [B, R] in [0, ways).
+        record: k, a divisor of config.steps M; theta_d, theta_2d, …, theta_kd = theta_M are kept, d = M / k.
+        pick: integer [M, B, R] in [0, A): the version of every row in every step; version 0 by default.
+        row_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
+        impl: impl.py. Heads that are too large for the one-launch kernel go step by step, through SAM's and Adam's kernels.
+
+    Returns:
+        [B, k, ways, F + 1]
+    """
+    ascend, step_adam = sam_perturbation, adam_step
+    if resolve(impl, start.device) == "triton":
+        from mcdi_fast.kernels import head_trajectory as fused
+        from mcdi_fast.kernels import sam_adam
+
+        if fused.fits(*start.shape[1:]):
+            return fused.head_trajectory(start, features, labels, config, record, pick, row_weight, precision=precision)
+        ascend, step_adam = sam_adam.sam_ascent, sam_adam.adam_step_
+    theta, kept = start.clone(), []
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step in range(1, config.steps + 1):
+        x = features[0]
+        if pick is not None:
+            x = features.gather(0, pick[step - 1, None, :, :, None].long().expand(1, *x.shape))[0]
+        gradient = head_gradient(theta, x, labels, config.weight_decay, row_weight)
+        if config.rho > 0:
+            above = ascend(theta, gradient, config.rho)
+            gradient = head_gradient(above, x, labels, config.weight_decay, row_weight)
+        step_adam(theta, gradient, first, second, *adam_scalars(step, config.learning_rate))
+        if step % (config.steps // record) == 0:
+            kept.append(theta.clone())
+    return torch.stack(kept, 1)
 
 
 def train_heads(
@@ -44,6 +96,8 @@ def train_heads(
     *,
     record: int = 1,
     row_weight: Tensor | None = None,
+    impl: str = "auto",
+    precision: str = "ieee",
 ) -> Tensor:
     """Train the heads of B tasks together: the weight-preparation stage.
 
@@ -51,12 +105,13 @@ def train_heads(
         features: float [A, B, R, F], A augmented copies of each task's R rows; every step picks one of them a row.
         labels: int64 [B, R] in [0, ways).
         config: steps M, learning rate, rho (0: plain Adam, one gradient a step), start deviation.
-        generator: draws the Gaussian start and the copies.
+        generator: draws the Gaussian start and the copies, on the CPU wherever the features are: the same draws on every device.
         row_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
         record: k; the heads after steps d, 2d, …, kd = M are kept, d = M / k.
+        impl, precision: impl.py.
 
     Returns:
-        [B, k, ways, F + 1], the local targets theta_d … theta_M.
+        [B, k, ways, F + 1], the local targets theta_d … theta_M, where the features are.
 
     Raises:
         McdiError: k does not divide M; features that are not finite.
@@ -67,27 +122,24 @@ def train_heads(
             "preparation features: found NaN or infinity, expected finite numbers; look at the backbone that made them"
         )
     copies, num_tasks, rows, width = features.shape
-    theta = torch.randn(num_tasks, ways, width + 1, generator=generator, dtype=features.dtype) * config.start_deviation
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    kept = []
-    for step in range(1, config.steps + 1):
-        x = features[0]
-        if copies > 1:
-            pick = torch.randint(copies, (num_tasks, rows, 1), generator=generator)
-            x = features.gather(0, pick.expand(num_tasks, rows, width).unsqueeze(0))[0]
-        gradient = head_gradient(theta, x, labels, config.weight_decay, row_weight)
-        if config.rho > 0:
-            gradient = head_gradient(
-                sam_perturbation(theta, gradient, config.rho), x, labels, config.weight_decay, row_weight
-            )
-        adam_step(theta, gradient, first, second, step, config.learning_rate)
-        if step % (config.steps // record) == 0:
-            kept.append(theta.clone())
-    return torch.stack(kept, 1)
+    device = features.device
+    start = torch.randn(num_tasks, ways, width + 1, generator=generator, dtype=features.dtype) * config.start_deviation
+    pick = None
+    if copies > 1:  # int32 on the way to a GPU
+        pick = torch.randint(copies, (config.steps, num_tasks, rows), generator=generator).int().to(device)
+    return head_trajectory(
+        start.to(device), features, labels, config, record, pick, row_weight, impl=impl, precision=precision
+    )
 
 
 def train_task_heads(
-    images: Tensor, shots: int, config: PrepareConfig, generator: torch.Generator, segments: int
+    images: Tensor,
+    shots: int,
+    config: PrepareConfig,
+    generator: torch.Generator,
+    segments: int,
+    impl: str = "auto",
+    precision: str = "ieee",
 ) -> Tensor:
     """The preparation's heads of few-shot tasks.
 
@@ -98,14 +150,16 @@ def train_task_heads(
         [B, k, ways, F + 1]
     """
     _, num_tasks, ways, drawers, _ = images.shape
-    label = torch.arange(ways).repeat_interleave(drawers).expand(num_tasks, -1)
+    label = torch.arange(ways, device=images.device).repeat_interleave(drawers).repeat(num_tasks, 1)
     weight = None
     if config.support_share is not None and shots < drawers:
         weight = images.new_full((ways, drawers), (1 - config.support_share) / (ways * (drawers - shots)))
         weight[:, :shots] = config.support_share / (ways * shots)
         weight = weight.flatten()
     rows = images.flatten(2, 3)
-    return train_heads(rows, label, config, generator, ways, record=segments, row_weight=weight)
+    return train_heads(
+        rows, label, config, generator, ways, record=segments, row_weight=weight, impl=impl, precision=precision
+    )
 
 
 def check_prepare(config: PrepareConfig, segments: int) -> None:
@@ -138,15 +192,19 @@ def prepare_bank(
     meta: dict[str, Any] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_tasks: Callable[[int], None] | None = None,
+    impl: str = "auto",
+    precision: str = "ieee",
 ) -> TrajectoryBank:
     """Train the heads of many tasks and keep their trajectories; where the folder holds part of the same bank, make the rest.
 
     The targets of a task use every image of its classes, its condition only the support. Shard j is a function of (seed, j).
 
     Args:
-        features: float32 [copies, classes, drawers, F], of the training classes: the images and augmented ones.
+        features: float32 [copies, classes, drawers, F], of the training classes: the images and augmented ones, on the device that is
+            to do the work.
         meta: provenance, part of the bank's identity.
         on_start: called with the tasks there already. on_tasks: called with the number of tasks after each shard.
+        impl, precision: impl.py.
 
     Raises:
         McdiError: bad settings; another bank in the folder; a full disk.
@@ -169,11 +227,10 @@ def prepare_bank(
             count=count,
         )
         rows = torch.cat([episodes.support, episodes.query], 2)
-        x = torch.stack([copy[episodes.classes.unsqueeze(-1), rows] for copy in features])
+        x = features[:, episodes.classes.unsqueeze(-1).to(features.device), rows.to(features.device)]
         generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
-        targets = train_task_heads(x, task.shots, config, generator, segments)
-        support, _ = episodes.take(features[0])
-        bank.append(targets, support_condition(support))
+        targets = train_task_heads(x, task.shots, config, generator, segments, impl, precision)
+        bank.append(targets, support_condition(x[0, :, :, : task.shots]))
         if on_tasks:
             on_tasks(count)
     return bank

@@ -10,7 +10,8 @@ from torch import Tensor
 from mcdi_fast.diffusion import sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.noise import philox_normal
+from mcdi_fast.impl import check_device, check_precision, resolve
+from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
 
@@ -20,19 +21,57 @@ class Sampler:
     >>> generator = WeightGenerator.from_pretrained("runs/omniglot/generator")  # doctest: +SKIP
     >>> weights = Sampler(generator).sample(condition, seeds=range(len(condition)))  # doctest: +SKIP
     >>> weights.load_into(head, 0)  # doctest: +SKIP
+
+    On a GPU, `Sampler(generator, "cuda")`, a chain is one launch of a kernel (impl.py); with `seeds` as a tensor there, nothing in `sample` waits
+    for the host, and a CUDA graph can hold the call.
     """
 
-    def __init__(self, generator: WeightGenerator):
-        """Keep the generator; nothing is copied."""
-        self.generator = generator
+    def __init__(
+        self,
+        generator: WeightGenerator,
+        device: torch.device | str = "cpu",
+        *,
+        impl: str = "auto",
+        precision: str = "ieee",
+    ):
+        """Take the generator to `device`.
+
+        Args:
+            impl: "auto", "triton" or "torch" (impl.py). precision: of the kernels' products: "ieee", "tf32" or "bf16".
+
+        Raises:
+            McdiError: an unknown or absent device; an implementation that cannot run there.
+        """
+        self.device = check_device(device)
+        check_precision(precision)
+        self.generator = generator.to(self.device)
+        self.impl, self.precision = impl, precision
+        mask = generator.layout.mask
         # padding is no weight: its noise would only pollute the token's other columns
-        self._mask = generator.layout.mask.float() if not generator.layout.mask.all() else None
+        self._mask = None if mask.all() else mask.float().to(self.device)
+        self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._weights = None
+        if resolve(impl, self.device, self._missing()) == "triton":
+            from mcdi_fast.kernels.sample_chain import pack_weights
+
+            self._weights = pack_weights(
+                self.generator.phi, torch.bfloat16 if precision == "bf16" else torch.float32
+            )  # fmt: skip
+
+    def _missing(self, eta_noise: float = 0.0, callback: Callable | None = None) -> str | None:
+        """Why the kernel cannot run such a chain; None where it can."""
+        tokens = self.generator.layout.num_tokens
+        if tokens > 64:
+            return f"its chain holds at most 64 tokens, this generator has {tokens}"
+        if eta_noise != 0:
+            return f"its chain is noise-free, eta_noise = {eta_noise}"
+        return "its chain is one launch, without a callback" if callback is not None else None
 
     @torch.no_grad()
     def sample(
         self,
         condition: Tensor,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | Tensor,
         *,
         num_steps: int | None = None,
         eta_noise: float = 0.0,
@@ -41,47 +80,89 @@ class Sampler:
         """Draw the weights of B tasks.
 
         Args:
-            condition: float32 [B, N, C], a vector a token, or [B, C], the same vector for every token.
-            seeds: B integers in [0, 2^64). A sample depends on its own seed and condition, not on the batch around it (its noise to the
-                bit; the result to rounding, because matrix products of other sizes round differently).
+            condition: float32 [B, N, C], a vector a token, or [B, C], the same vector for every token, on the sampler's device.
+            seeds: B integers in [0, 2^64), or an int64 tensor of their bits. A sample depends on its own seed and condition, not on the
+                batch around it (its noise to the bit; the result to rounding, because matrix products of other sizes round differently).
             num_steps: a shorter chain, at least one step a segment; T by default.
             eta_noise: 0 noise-free (default: the chain Theorem 1 is about, and the more accurate one), 1 full noise.
             callback: callback(t, x_t), normalised x_t [B, N, D], before each step, and (T, x_T).
 
         Returns:
-            GeneratedWeights with tokens float32 [B, N, D].
+            GeneratedWeights with tokens float32 [B, N, D], on the sampler's device. On a GPU a condition with NaN gives that task NaN:
+            looking would wait for the GPU.
 
         Raises:
-            McdiError: a condition of another shape or dtype, or with NaN; another number of seeds; num_steps or eta_noise out of range.
+            McdiError: a condition of another shape, dtype or device, or (on a CPU) with NaN; another number of seeds; num_steps or eta_noise
+                out of range; impl="triton" with noise or a callback, which the kernel does not have.
         """
-        layout, width = self.generator.layout, self.generator.condition_width
-        shape = (layout.num_tokens, width)
-        if condition.ndim == 2 and condition.shape[1] == width:
+        condition = self._checked(condition, seeds)
+        missing = self._missing(eta_noise, callback)
+        if resolve(self.impl, self.device, missing) == "triton":
+            x = self._sample_in_one_launch(condition, seeds, num_steps)
+        else:
+            x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
+        return GeneratedWeights(self.generator.layout, self.generator.normalizer.denormalize(x))
+
+    def _checked(self, condition: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
+        """condition as [B, N, C]."""
+        shape = (self.generator.layout.num_tokens, self.generator.condition_width)
+        if condition.ndim == 2 and condition.shape[1] == shape[1]:
             condition = condition.unsqueeze(1).expand(-1, *shape)
         if condition.ndim != 3 or tuple(condition.shape[1:]) != shape or len(condition) == 0:
             raise McdiError(
-                f"condition: shape {list(condition.shape)}, expected [B, {shape[0]}, {width}] or [B, {width}] with B >= 1"
+                f"condition: shape {list(condition.shape)}, expected [B, {shape[0]}, {shape[1]}] or [B, {shape[1]}] with B >= 1"
             )
         if condition.dtype != torch.float32:
             raise McdiError(f"condition: {condition.dtype}, expected torch.float32; convert it by .float()")
-        if not condition.isfinite().all():
+        if condition.device != self.generator.normalizer.mean.device:
+            raise McdiError(
+                f"condition: on {condition.device}, expected {self.generator.normalizer.mean.device}, where the sampler is"
+            )
+        if condition.device.type == "cpu" and not condition.isfinite().all():
             task = int((~condition.isfinite()).flatten(1).any(1).nonzero()[0])
             raise McdiError(f"condition: task {task} has NaN or infinity, expected finite numbers")
         if len(seeds) != len(condition):
             raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
+        return condition
 
-        mask = None if self._mask is None else self._mask.to(condition.device)
+    def _sample_in_one_launch(self, condition: Tensor, seeds: Sequence[int] | Tensor, num_steps: int | None) -> Tensor:
+        from mcdi_fast.kernels.normal_noise import normal_noise
+        from mcdi_fast.kernels.sample_chain import chain_table, sample_chain
+
+        generator = self.generator
+        if num_steps not in self._tables:
+            steps, coefficients = chain_table(generator.schedule, generator.objective.ends, num_steps)
+            self._tables[num_steps] = steps.to(self.device), coefficients.float().to(self.device)
+        bits = seeds if isinstance(seeds, Tensor) and seeds.dtype == torch.int64 else seed_bits(seeds)
+        x = normal_noise(
+            bits.to(self.device, non_blocking=True), (generator.layout.num_tokens, generator.layout.width), 0, self._mask
+        )  # fmt: skip
+        normalized = generator.condition_normalizer.normalize(condition)
+        assert self._weights is not None
+        return sample_chain(
+            self._weights, x, normalized, *self._tables[num_steps], self._mask, out=x, precision=self.precision
+        )  # fmt: skip
+
+    def _sample_by_steps(
+        self,
+        condition: Tensor,
+        seeds: Sequence[int] | Tensor,
+        num_steps: int | None,
+        eta_noise: float,
+        callback: Callable[[int, Tensor], None] | None,
+    ) -> Tensor:
+        layout, mask = self.generator.layout, self._mask
         f_full = self.generator.f(condition)
 
         def noise(stream: int) -> Tensor:
-            flat = philox_normal(seeds, layout.num_tokens * layout.width, stream)
-            z = torch.from_numpy(flat).view(len(seeds), layout.num_tokens, layout.width).to(condition.device)
+            z = philox_normal(seeds, layout.num_tokens * layout.width, stream)
+            z = z.view(len(seeds), layout.num_tokens, layout.width).to(self.device)
             return z if mask is None else z * mask
 
         def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
             return f_full(x, t) if mask is None else f_full(x, t) * mask
 
-        x = sample_chain(
+        return sample_chain(
             f,
             noise(0),
             self.generator.schedule,
@@ -91,4 +172,3 @@ class Sampler:
             noise=lambda t: noise(t + 1),
             callback=callback,
         )
-        return GeneratedWeights(layout, self.generator.normalizer.denormalize(x))

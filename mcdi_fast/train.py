@@ -25,9 +25,11 @@ from mcdi_fast.config import TrainConfig, default_config
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import check_evaluate, draw_tasks, evaluate, generate
 from mcdi_fast.heads import head_accuracy
+from mcdi_fast.impl import check_device, check_precision, resolve
 from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_prepare, prepare_bank
 from mcdi_fast.report import git_sha, machine, write_report
+from mcdi_fast.sampler import Sampler
 from mcdi_fast.schedule import make_objective, make_schedule
 from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
@@ -37,8 +39,8 @@ class StoppedError(McdiError):
     """Something went wrong after work had begun: what was made so far is kept."""
 
 
-# What a run folder may be asked for with other values than before: where things lie and how the result is evaluated.
-_FREE = ("run_dir", "data_dir", "cache_dir", "evaluate")
+# What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
+_FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
 _TEST_SEED, _VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
 
@@ -53,6 +55,13 @@ def check_config(config: TrainConfig) -> None:
     d = config.diffusion
     make_objective(make_schedule(d.steps, d.segments, d.beta_start, d.beta_end), d.objective)
     check_prepare(config.prepare, d.segments)
+    noisy = (
+        f"its chain is noise-free, --evaluate.eta-noise = {config.evaluate.eta_noise}"
+        if config.evaluate.eta_noise
+        else None
+    )
+    resolve(config.impl, check_device(config.device), noisy)
+    check_precision(config.precision)
     for name in ("width", "depth"):
         if getattr(config.denoiser, name) < 1:
             raise McdiError(f"--denoiser.{name} = {getattr(config.denoiser, name)}: expected at least 1")
@@ -179,9 +188,12 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages) -> None:
 
     task = config.task
+    compute = {"impl": config.impl, "precision": config.precision}
     with stages("backbone", config.backbone.steps, "episodes") as bar:
         cache = make_folder(config.cache_dir / "backbones")
-        network = bb.train_backbone(data, config.backbone, cache, on_start=bar.update, on_step=lambda *_: bar.update())
+        network = bb.train_backbone(
+            data, config.backbone, cache, device=config.device, on_start=bar.update, on_step=lambda *_: bar.update()
+        )
 
     images = [data.train] * config.prepare.copies + [data.val, data.test]
     with stages("features", sum(part.num_classes * part.num_drawers for part in images), "images") as bar:
@@ -207,7 +219,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
     provenance = {
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
-        "backbone": bb.fingerprint(data, config.backbone),
+        "backbone": bb.fingerprint(data, config.backbone, torch.device(config.device)),
     }
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
         bank = prepare_bank(
@@ -220,6 +232,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             meta=provenance | {"prepare": asdict(config.prepare), "task": asdict(task), "seed": config.seed},
             on_start=bar.update,
             on_tasks=bar.update,
+            **compute,
         )
     del copies
 
@@ -230,17 +243,19 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             metrics.append(Metrics(folder / "metrics.jsonl", trainer.step))
             bar.update(trainer.step)
 
-        def on_step(trainer: MetaTrainer, loss: float) -> None:
-            entry: dict[str, Any] = {"step": trainer.step, "loss": loss}
-            if trainer.checkpoint_due():
-                heads = generate(
-                    trainer.generator(), validation.support, config.seed, eta_noise=config.evaluate.eta_noise
-                )
-                entry["validation_accuracy"] = 100 * float(head_accuracy(heads, validation.query).mean())
-                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False)
-            if trainer.step % _LOG_EVERY == 0 or len(entry) > 2:
-                metrics[0].write(entry)
+        def on_step(trainer: MetaTrainer, loss: torch.Tensor) -> None:
             bar.update()
+            if trainer.step % _LOG_EVERY and not trainer.checkpoint_due():
+                return  # reading the loss waits for the device
+            entry: dict[str, Any] = {"step": trainer.step, "loss": float(loss)}
+            if trainer.checkpoint_due():
+                sampler = Sampler(trainer.generator(), config.device, **compute)
+                heads = generate(sampler, validation.support, config.seed, eta_noise=config.evaluate.eta_noise)
+                entry["validation_accuracy"] = 100 * float(head_accuracy(heads, validation.query).mean())
+                bar.set_postfix(
+                    loss=f"{entry['loss']:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False
+                )
+            metrics[0].write(entry)
 
         generator = fit(
             bank,
@@ -252,12 +267,15 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             on_start=on_start,
             on_step=on_step,
             provenance=provenance | {"git": git_sha(), "config": json.loads(json.dumps(asdict(config), default=str))},
+            device=config.device,
+            **compute,
         )
     generator.save_pretrained(folder / "generator")
 
     with stages("evaluation", 4, "parts") as bar:
+        sampler = Sampler(generator, config.device, **compute)
         result = evaluate(
-            generator, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
+            sampler, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
         )
     result["config"] = json.loads(json.dumps(asdict(config), default=str))
     result["provenance"] = provenance

@@ -17,8 +17,9 @@ from mcdi_fast.analysis import (
     weight_error,
 )
 from mcdi_fast.denoiser import init_parameters
-from mcdi_fast.evaluate import FeatureTasks
+from mcdi_fast.evaluate import FeatureTasks, generate
 from mcdi_fast.heads import head_layout, prototype_head
+from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import Normalizer
 
 TASKS, WAYS, ROWS, WIDTH = 3, 4, 9, 5
@@ -78,9 +79,7 @@ def test_target_distances_and_weight_error():
     curve = target_distances(generator, FeatureTasks(support, support, support), targets, 0)
     assert len(curve) == 5
     assert all(len(point) == 2 for point in curve)
-    from mcdi_fast.evaluate import generate
-
-    head = generate(generator, support, 0)
+    head = generate(Sampler(generator), support, 0)
     last = ((head - targets[:, -1]) / 2).square().mean((1, 2)).sqrt().mean()
     assert math.isclose(curve[-1][-1], float(last), rel_tol=1e-4)
     assert math.isclose(weight_error(generator, head, targets[:, -1]), float(last), rel_tol=1e-4)

@@ -117,7 +117,7 @@ def backbone(images):
     net = conv4()
     net.train()
     with torch.no_grad():
-        net(to_float(images.images))  # some running statistics
+        net(to_float(torch.from_numpy(images.images)))  # some running statistics
     return net.eval()
 
 
@@ -139,7 +139,10 @@ def test_reptile_net_against_a_plain_loop(images, backbone):
             for p, value in zip(net.parameters(), before, strict=True):
                 p.copy_(value)
         x = torch.cat(
-            [to_float(images.images[c, d]) for c, d in zip(episodes.classes[task], episodes.support[task], strict=True)]
+            [
+                to_float(torch.from_numpy(images.images)[c, d])
+                for c, d in zip(episodes.classes[task], episodes.support[task], strict=True)
+            ]
         )
         for pick in picks[:, task]:
             loss = F.cross_entropy(net(x[pick]), label[pick])
@@ -157,7 +160,7 @@ def test_reptile_net_adapts_resumes_and_puts_the_start_back(images, backbone, tm
     model = ReptileNet(backbone, WAYS, SMALL, 0.001, seed=5)
     model.outer_step(images)
     model.save(tmp_path / "net.safetensors", {"seconds": 2.0})
-    support, query = to_float(images.images[:3, 0]), to_float(images.images[:3, 1])
+    support, query = to_float(torch.from_numpy(images.images[:3, 0])), to_float(torch.from_numpy(images.images[:3, 1]))
     before = [p.detach().clone() for p in model.parameters]
     first, last = model.adapt(support, torch.arange(3), query, (1, 3))
     assert not torch.equal(first, last)

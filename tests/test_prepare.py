@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient
-from mcdi_fast.prepare import adam_step, sam_perturbation, train_heads
+from mcdi_fast.prepare import adam_scalars, adam_step, sam_perturbation, train_heads
 
 B, WAYS, ROWS, WIDTH = 4, 3, 12, 6
 
@@ -66,7 +66,7 @@ def test_adam_step_is_torch_s(dtype):
         gradient[0, 0] = 0
         parameter.grad = gradient.clone()
         optimizer.step()
-        adam_step(theta, gradient, first, second, step, 0.03)
+        adam_step(theta, gradient, first, second, *adam_scalars(step, 0.03))
         # "the same arithmetic": to the last bits of twenty steps
         tolerance = 20 * torch.finfo(dtype).eps
         torch.testing.assert_close(theta, parameter.detach(), rtol=tolerance, atol=tolerance)

@@ -61,7 +61,7 @@ def test_is_the_chain_of_the_generator(module, eta_noise, num_steps):
     found = Sampler(generator).sample(condition, seeds, num_steps=num_steps, eta_noise=eta_noise)
 
     def noise(stream):
-        flat = torch.from_numpy(philox_normal(seeds, layout.num_tokens * layout.width, stream))
+        flat = philox_normal(seeds, layout.num_tokens * layout.width, stream)
         return flat.view(4, layout.num_tokens, layout.width) * layout.mask
 
     f = generator.f(condition)

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.kernels import api as K
+from mcdi_fast.outer import OuterState
 
 
 class NoDriver:
@@ -37,7 +38,17 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 
 JITFunction.run = compile_only
-for name in ("sam_adam", "consistency_loss", "noising", "denoiser", "inner_update", "head_trajectory", "sample_chain"):
+for name in (
+    "sam_adam",
+    "consistency_loss",
+    "noising",
+    "denoiser",
+    "inner_update",
+    "head_trajectory",
+    "sample_chain",
+    "normal_noise",
+    "outer_update",
+):
     importlib.import_module(f"mcdi_fast.kernels.{name}").check_runs = lambda *_: None
 
 
@@ -55,10 +66,14 @@ for dtype in (torch.float32, torch.bfloat16):
         return torch.ones(*shape, dtype=dtype)
 
     K.sam_ascent(f32(1, 1), f32(1, 1), 0.1)
-    K.adam_step_(f32(1, 1), f32(1, 1), f32(1, 1), f32(1, 1), 1, 0.1)
+    K.adam_step_(f32(1, 1), f32(1, 1), f32(1, 1), f32(1, 1), 0.1, 0.1)
+    for outer in ("adam", "reptile"):
+        K.outer_update_(OuterState(f32(1), f32(1), f32(1), f32(1)), f32(1), f32(4), torch.ones(1).int(), outer)
+    for stream in (0, 1, 2**40):
+        K.normal_noise(index(1), (1,), stream, f32(1))
     K.consistency_loss(ones(1, 1, 1, 1), ones(1, 1), ones(1, 1, 1, 1))
-    for stream in (0, 1, 2**32 - 1):
-        K.noising(ones(1, 1, 1), index(1), index(1, 1, 1), index(1), f32(1, 1, 5), stream, ones(1, 1))
+    for seed in (0, 1, 2**40):
+        K.noising(ones(1, 1, 1), index(1), index(1, 1, 1), seed, index(1), f32(1, 1, 5), ones(1, 1))
     for p in ("ieee", "bf16"):
         for r, o in ((0, 1), (1, 1), (2, 7)):
             earlier = (ones(r, 3, 1, 1), ones(r, 3, 1, o))
@@ -71,7 +86,7 @@ for dtype in (torch.float32, torch.bfloat16):
         config = PrepareConfig(steps=2)
         K.head_trajectory(f32(1, 1, 2), ones(1, 1, 1, 1), index(1, 1), config, 1, precision=p)
         K.head_trajectory(
-            f32(3, 5, 65), ones(2, 3, 130, 64), index(3, 130), config, 2, index(2, 3, 130).int(), precision=p
+            f32(3, 5, 65), ones(2, 3, 130, 64), index(3, 130), config, 2, index(2, 3, 130).int(), f32(130), precision=p
         )
         for tokens in (1, 3, 64):
             weights = K.ChainWeights(ones(1, 1), ones(1, 1), ones(1, 1, 1), ones(1, 2, 1), ones(1, 1, 1), ones(1, 1))

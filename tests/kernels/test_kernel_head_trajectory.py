@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
+from kernel_helpers import DEVICE, assert_close, error, normal, poisoned, same_bits
 
+from mcdi_fast import prepare
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.head_trajectory import head_trajectory, head_trajectory_ref
+from mcdi_fast.kernels.head_trajectory import fits, head_trajectory, head_trajectory_ref
 from mcdi_fast.prepare import train_heads
 
 CONFIG = PrepareConfig(steps=6, rho=0.05, weight_decay=0.03)
@@ -44,6 +45,46 @@ def test_same_as_train_heads():
     assert torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_row_weights():
+    start, features, labels, pick = case(3, 23, 13, 4, 2)
+    weight = normal(23, seed=5).abs()
+    weight /= weight.sum()
+    found = head_trajectory(start, features, labels, CONFIG, 3, pick, weight, out=poisoned(3, 3, 4, 14))
+    exact, float32 = (
+        head_trajectory_ref(start.to(t), features.to(t), labels, CONFIG, 3, pick, weight.to(t))
+        for t in (torch.float64, torch.float32)
+    )
+    assert_close(found, exact, float32)
+    assert error(found, head_trajectory_ref(start, features, labels, CONFIG, 3, pick)) > 0.01
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.0])
+def test_heads_too_large_for_a_program_go_step_by_step(rho):
+    assert fits(5, 65)
+    assert not fits(130, 71)  # padded 256 x 128
+    start, features, labels, pick = case(3, 11, 70, 130, 2, steps=3)
+    config = replace(CONFIG, steps=3, rho=rho)
+    found = prepare.head_trajectory(start, features, labels, config, 3, pick, impl="triton")
+    exact, float32 = (
+        head_trajectory_ref(start.to(t), features.to(t), labels, config, 3, pick)
+        for t in (torch.float64, torch.float32)
+    )
+    assert_close(found, exact, float32)
+
+
+def test_same_draws_whoever_trains():
+    _, features, labels, _ = case(3, 25, 16, 5, 2)
+    config = replace(CONFIG, copies=2)
+    weight = torch.full((25,), 1 / 25, device=DEVICE)
+    one, two = (
+        train_heads(
+            features, labels, config, torch.Generator().manual_seed(7), 5, record=3, row_weight=weight, impl=impl
+        )
+        for impl in ("triton", "torch")
+    )
+    assert error(one, two) < 1e-4  # other draws would differ in the first digit
+
+
 def test_bf16_products_stay_near():
     start, features, labels, _ = case(3, 25, 16, 5)
     found = head_trajectory(start, features, labels, CONFIG, 1, precision="bf16")
@@ -72,6 +113,7 @@ def test_bad_input():
         ({"features": features.double()}, "features: torch.float64"),
         ({"labels": labels.int()}, "labels: torch.int32"),
         ({"pick": pick[:5]}, "pick: shape"),
+        ({"row_weight": torch.ones(8)}, r"row_weight: shape \(8,\), expected \(9,\)"),
         ({"record": 4}, "M = 6: expected a positive multiple of the segments k = 4"),
         ({"start": normal(3, 600, 14)}, "start: heads of 600 x 14"),
     ]:

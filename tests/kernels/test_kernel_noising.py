@@ -8,6 +8,8 @@ from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.schedule import OBJECTIVES, make_objective, make_schedule
 
+SEED = 2**40 + 3
+
 
 def case(b, k, s, n, d, objective="local-consistency", dtype=torch.float32):
     schedule = make_schedule(7, 3)
@@ -15,14 +17,13 @@ def case(b, k, s, n, d, objective="local-consistency", dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     segment = torch.randint(3, (b,), generator=generator)
     step = (torch.rand(b, k, s, generator=generator) * objective.ends[segment][:, None, None]).long()
-    seeds = [2**64 - 1, 0, *range(5, 3 + b)][:b]
-    return schedule, objective, normal(b, n, d, dtype=dtype), segment, step, seeds
+    streams = torch.tensor([2**63 - 1, 0, *range(5, 3 + b)][:b])
+    return schedule, objective, normal(b, n, d, dtype=dtype), segment, step, streams
 
 
-def run(schedule, objective, target, segment, step, seeds, **options):
+def run(schedule, objective, target, segment, step, streams, seed=SEED, **options):
     tables = noising_tables(schedule, objective).float().to(DEVICE)
-    bits = torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds], device=DEVICE)
-    return noising(target, segment.to(DEVICE), step.to(DEVICE), bits, tables, **options)
+    return noising(target, segment.to(DEVICE), step.to(DEVICE), seed, streams.to(DEVICE), tables, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,13 +33,13 @@ def run(schedule, objective, target, segment, step, seeds, **options):
 )
 def test_same_as_make_inner_batch(shape, name, dtype):
     assert name in OBJECTIVES
-    schedule, objective, target, segment, step, seeds = case(*shape, name, dtype)
+    schedule, objective, target, segment, step, streams = case(*shape, name, dtype)
     b, k, s, n, d = shape
     found = run(
-        schedule, objective, target, segment, step, seeds, stream=3,
+        schedule, objective, target, segment, step, streams,
         x=poisoned(*shape), loss_target=poisoned(*shape), gain=poisoned(b, k, s),
     )  # fmt: skip
-    eps = torch.from_numpy(philox_normal(seeds, k * s * n * d, 3)).view(shape)
+    eps = philox_normal([SEED] * b, k * s * n * d, streams.tolist()).view(shape)
     results = []
     for kind in (torch.float64, torch.float32):
         batch = make_inner_batch(
@@ -47,43 +48,43 @@ def test_same_as_make_inner_batch(shape, name, dtype):
         results.append((batch.x, batch.target, batch.gain))
     tables = noising_tables(schedule, objective)
     for value, exact, float32, ref in zip(
-        found, *results, noising_ref(target.cpu().double(), segment, step, seeds, tables, 3), strict=True
+        found, *results, noising_ref(target.cpu().double(), segment, step, SEED, streams, tables), strict=True
     ):
         assert_close(value.cpu(), exact, float32)
         assert torch.allclose(ref, exact, rtol=1e-12, atol=1e-13)
 
 
 def test_mask_keeps_padding_at_zero():
-    schedule, objective, target, segment, step, seeds = case(3, 2, 3, 4, 5)
+    schedule, objective, target, segment, step, streams = case(3, 2, 3, 4, 5)
     mask = torch.ones(4, 5, device=DEVICE)
     mask[3, 2:] = 0
-    x, loss_target, _ = run(schedule, objective, target * mask, segment, step, seeds, mask=mask)
+    x, loss_target, _ = run(schedule, objective, target * mask, segment, step, streams, mask=mask)
     assert (x[..., 3, 2:] == 0).all()
     assert (loss_target[..., 3, 2:] == 0).all()
     assert (x[..., 3, :2] != 0).all()
 
 
 def test_per_task():
-    schedule, objective, target, segment, step, seeds = case(4, 2, 3, 5, 7)
-    alone = run(schedule, objective, target[2:3].contiguous(), segment[2:3], step[2:3], seeds[2:3])
+    schedule, objective, target, segment, step, streams = case(4, 2, 3, 5, 7)
+    alone = run(schedule, objective, target[2:3].contiguous(), segment[2:3], step[2:3], streams[2:3])
     target[0] = float("nan")
-    together = run(schedule, objective, target, segment, step, seeds)
+    together = run(schedule, objective, target, segment, step, streams)
     for a, b in zip(alone, together, strict=True):
         same_bits(a, b[2:3])
 
 
 def test_bad_input():
-    schedule, objective, target, segment, step, seeds = case(3, 2, 3, 5, 7)
+    schedule, objective, target, segment, step, streams = case(3, 2, 3, 5, 7)
     for changes, message in [
         ({"target": target[:0]}, "target: shape"),
         ({"segment": segment[:2]}, "segment: shape"),
         ({"step": step.int()}, "step: torch.int32, expected torch.int64"),
-        ({"seeds": seeds[:2]}, "seeds: shape"),
-        ({"stream": -1}, "stream = -1"),
+        ({"streams": streams[:2]}, "streams: shape"),
+        ({"seed": -1}, "seed = -1"),
         ({"mask": torch.ones(5, 6, device=DEVICE)}, "mask: shape"),
     ]:
         arguments = (
-            dict(schedule=schedule, objective=objective, target=target, segment=segment, step=step, seeds=seeds)
+            dict(schedule=schedule, objective=objective, target=target, segment=segment, step=step, streams=streams)
             | changes
         )
         with pytest.raises(McdiError, match=message):

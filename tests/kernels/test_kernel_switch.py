@@ -1,12 +1,15 @@
 """The switch, and what importing the kernels may not need or do. Run in processes of their own, for the environment decides at import."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from mcdi_fast import impl
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import interpreted, resolve
 
@@ -52,6 +55,7 @@ def test_triton_that_cannot_run_says_why():
     code = """
 import torch
 from mcdi_fast.kernels.api import sam_ascent
+from mcdi_fast import impl
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import resolve
 assert resolve("auto", "cpu") == "torch"
@@ -95,6 +99,57 @@ def test_compiles_for_hopper():
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
     assert len(inspect("--target", target)) == 48
+
+
+def test_hot_paths_neither_wait_nor_mix_devices():
+    done = python(f"import runpy; runpy.run_path({str(Path(__file__).with_name('fake_cuda.py'))!r})")
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
+    assert launches["sampler, no padding"] == "2 launches"
+    assert launches["heads of 5 x 64"] == "1 launches"
+    assert len([name for name in launches if name.startswith("meta-step")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [((7, 5), "cuda:0 (Old) has compute capability 7.5, expected at least 8.0"), ((8, 0), ""), ((9, 0), "")],
+)
+def test_a_gpu_that_is_too_old(capability, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert impl._unsupported.__wrapped__(0) == message
+    monkeypatch.setattr(impl, "interpreted", lambda: False)
+    monkeypatch.setattr(impl, "_unsupported", lambda index: message)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if message:
+        with pytest.raises(McdiError, match=r"impl = 'triton' cannot run: cuda:0 \(Old\).*use impl='torch'"):
+            resolve("triton", "cuda")
+    else:
+        assert resolve("triton", "cuda") == "triton"
+
+
+@pytest.mark.slow
+def test_the_main_job_through_the_kernels(tmp_path):
+    """The command itself, every stage that has a kernel through it, against the same run through torch."""
+    reports = {}
+    for name in ("triton", "torch"):
+        options = {
+            "run-dir": tmp_path / name, "cache-dir": tmp_path / "cache", "impl": name, "task.ways": 3, "task.queries": 3,
+            "backbone.steps": 2, "backbone.ways": 4, "prepare.tasks": 4, "prepare.steps": 3, "diffusion.steps": 4,
+            "denoiser.width": 16, "denoiser.depth": 1, "meta.steps": 3, "meta.meta-batch": 3, "meta.samples": 2,
+            "evaluate.tasks": 4, "evaluate.validation-tasks": 2, "evaluate.finetune-steps": 2,
+        }  # fmt: skip
+        arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+        code = f"import sys; from mcdi_fast.train import main; sys.exit(main({arguments!r}))"
+        done = python(code, TRITON_INTERPRET="1")
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports[name] = json.loads((tmp_path / name / "report.json").read_text())
+    kernels, plain = reports["triton"], reports["torch"]
+    for method, found in kernels["methods"].items():
+        assert found["accuracy_mean"] == pytest.approx(plain["methods"][method]["accuracy_mean"], abs=3), method
+    assert kernels["norms"]["generated"] == pytest.approx(plain["norms"]["generated"], rel=1e-3)
+    assert kernels["norms"]["target"] == pytest.approx(plain["norms"]["target"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,160 @@
+"""One meta-step on a GPU, from the drawn indices to the new phi: noising, inner loops, outer step. One CUDA graph after a few steps.
+
+Everything that changes from step to step comes in as one small int64 tensor; nothing waits for the GPU. A loss or difference that is not
+finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then on, and `failure` asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.denoiser import Parameters
+from mcdi_fast.impl import check_precision, check_runs
+from mcdi_fast.inner import InnerBatch, prefer_stacked
+from mcdi_fast.kernels.inner_loop import InnerLoop
+from mcdi_fast.kernels.launch import on_device
+from mcdi_fast.kernels.noising import noising
+from mcdi_fast.kernels.outer_update import outer_update_
+from mcdi_fast.meta import Draws
+from mcdi_fast.outer import OuterScalars, OuterState, named_views
+from mcdi_fast.weights import Normalizer
+
+EAGER_STEPS = 3  # before capture: they compile the kernels and settle the allocator
+RESIDENT_SHARE = (
+    0.5  # of the GPU's free memory: a smaller bank moves there whole, of a larger one each step's rows are copied
+)
+
+
+class MetaStep:
+    """A meta-step of fixed shapes.
+
+    Attributes:
+        loss: float32 [], mean over base learners before their first inner step; overwritten by the next step.
+    """
+
+    def __init__(
+        self,
+        state: OuterState,
+        bank: TrajectoryBank,
+        draws: Draws,
+        tables: Tensor,
+        normalizer: Normalizer,
+        condition_normalizer: Normalizer,
+        mask: Tensor | None,
+        shapes: dict[str, tuple[int, int]],
+        *,
+        seed: int,
+        inner_rate: float,
+        outer: str,
+        precision: str,
+    ):
+        """draws: for its shapes. tables: float64, of noising_tables. mask: float32 [N, D], 0 at padding, None without. shapes: of phi."""
+        device = state.phi.device
+        check_precision(precision)
+        check_runs(device, "impl = 'triton'")
+        self.state, self.bank, self.device = state, bank, device
+        self.seed, self.inner_rate, self.outer = seed, inner_rate, outer
+        (b, k, s), (n, d) = draws.step.shape, bank.layout.mask.shape
+        counts = {"row": b, "task": b, "segment": b, "step": b * k * s, "streams": b, "number": 1, "scalars": 4}
+        self._inbox = torch.zeros(sum(counts.values()), dtype=torch.int64, device=device)
+        parts = dict(zip(counts, self._inbox.split(list(counts.values())), strict=True))
+        self._row, self._task, self._segment = parts["row"], parts["task"], parts["segment"]
+        self._streams, self._number = parts["streams"], parts["number"]
+        self._step, self._scalars = parts["step"].view(b, k, s), parts["scalars"].view(torch.float64)
+
+        def to_device(tensor: Tensor) -> Tensor:
+            return tensor.float().to(device)
+
+        self._tables, self._mask = to_device(tables), None if mask is None else to_device(mask)
+        self._mean, self._std = to_device(normalizer.mean), to_device(normalizer.std)
+        self._condition_mean, self._condition_std = (
+            to_device(condition_normalizer.mean), to_device(condition_normalizer.std)
+        )  # fmt: skip
+        new = state.phi.new_empty
+        self._target, self._condition = new(b, n, d), new(b, n, bank.condition_width)
+        self._resident = self._move_bank()
+        self._batch = InnerBatch(
+            new(b, k, s, n, d), self._step, new(self._condition.shape), new(b, k, s), new(b, k, s, n, d)
+        )
+        phi: Parameters = named_views(state.phi, shapes)
+        self._delta = torch.empty_like(state.phi)
+        self._batch.check(phi)
+        self._loop = InnerLoop(
+            phi, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
+            delta=named_views(self._delta, shapes),
+        )  # fmt: skip
+        self.loss = new(())
+        self._failed = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._failed_losses = torch.zeros_like(self._loop.losses)
+        self._steps_taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _move_bank(self) -> tuple[Tensor, Tensor] | None:
+        """The whole bank on the device, targets [tasks * k, N, D], where it fits."""
+        bytes_ = 4 * len(self.bank) * (self.bank.num_segments * self._target[0].numel() + self._condition[0].numel())
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
+        if bytes_ > RESIDENT_SHARE * free:
+            return None
+        targets, condition = self.bank.gather(torch.arange(len(self.bank)))
+        return targets.flatten(0, 1).to(self.device), condition.to(self.device)
+
+    def step(self, draws: Draws, number: int, scalars: OuterScalars) -> Tensor:
+        """Take outer step `number`; returns `loss`, on the device, without waiting for it."""
+        row = draws.task * self.bank.num_segments + draws.segment
+        integers = [row, draws.task, draws.segment, draws.step.flatten(), draws.streams, torch.tensor([number])]
+        # from pageable memory: a copy this small is staged before the call returns, so the tensor may go
+        self._inbox.copy_(
+            torch.cat([*integers, torch.tensor(scalars, dtype=torch.float64).view(torch.int64)]), non_blocking=True
+        )
+        if self._resident is not None:
+            torch.index_select(self._resident[0], 0, self._row, out=self._target)
+            torch.index_select(self._resident[1], 0, self._task, out=self._condition)
+        else:
+            targets, condition = self.bank.gather(draws.task)
+            chosen = targets[torch.arange(len(targets)), draws.segment]
+            self._target.copy_(chosen, non_blocking=True)
+            self._condition.copy_(condition, non_blocking=True)
+        if self._graph is not None:
+            self._graph.replay()
+        elif self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:
+            self._graph = self._capture()
+            self._graph.replay()
+        else:
+            self._run()
+        self._steps_taken += 1
+        return self.loss
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with on_device(self.device), torch.cuda.graph(graph):
+            self._run()
+        return graph
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        """From `_inbox`, `_target` and `_condition` on: launches alone, nothing is read back."""
+        batch, losses = self._batch, self._loop.losses
+        self._target.sub_(self._mean).div_(self._std)
+        torch.sub(self._condition, self._condition_mean, out=batch.condition).div_(self._condition_std)
+        noising(
+            self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
+            x=batch.x, loss_target=batch.target, gain=batch.gain,
+        )  # fmt: skip
+        self._loop.run(batch, self.inner_rate)
+        torch.mean(losses[0], 0, out=self.loss)
+        # one sum decides: a NaN or infinity anywhere reaches it
+        finite = (self._delta.sum() + losses.sum()).isfinite()
+        well = self._failed < 0
+        outer_update_(self.state, self._delta, self._scalars.float(), (finite & well).int(), self.outer)
+        first_failure = finite.logical_not() & well
+        self._failed_losses.copy_(torch.where(first_failure, losses, self._failed_losses))
+        self._failed.copy_(torch.where(first_failure, self._number, self._failed))
+
+    def failure(self) -> tuple[int, Tensor] | None:
+        """Waits for the GPU. None, or the number of the first step that was not finite and its losses [B, K]; phi is as before it."""
+        number = int(self._failed)
+        return None if number < 0 else (number, self._failed_losses.T.cpu())

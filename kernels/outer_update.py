@@ -1,0 +1,65 @@
+"""The outer step in one pass: Adam or plain Reptile, and the average, unless this or an earlier step has failed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mcdi_fast.impl import check_runs
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device
+from mcdi_fast.kernels.sam_adam import adam_update
+from mcdi_fast.outer import OuterState, outer_update
+from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS
+
+outer_update_ref = outer_update
+
+
+@triton.jit
+def outer_update_kernel(
+    phi, average, first, second, delta, scalars, good, keep_first, keep_second, eps, count,
+    ADAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """In place, every element read and written once; nothing is written where `good` is 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (at < count) & (tl.load(good) != 0)
+    rate, root = tl.load(scalars), tl.load(scalars + 1)
+    gain, mix = tl.load(scalars + 2), tl.load(scalars + 3)
+    p, d = tl.load(phi + at, mask=inside), tl.load(delta + at, mask=inside)
+    if ADAM:
+        m, v = tl.load(first + at, mask=inside), tl.load(second + at, mask=inside)
+        p, m, v = adam_update(p, gain * d, m, v, rate, root, keep_first, keep_second, eps)
+        tl.store(first + at, m, mask=inside)
+        tl.store(second + at, v, mask=inside)
+    else:
+        p += rate * d
+    a = tl.load(average + at, mask=inside)
+    tl.store(phi + at, p, mask=inside)
+    tl.store(average + at, a + mix * (p - a), mask=inside)
+
+
+def outer_update_(state: OuterState, delta: Tensor, scalars: Tensor, good: Tensor, outer: str) -> None:
+    """mcdi_fast.outer.outer_update with everything that changes from step to step on the device, so that a CUDA graph can hold it.
+
+    Args:
+        delta: float32 [P]. scalars: float32 [4], an OuterScalars. good: int32 [1]; 0: nothing happens.
+        outer: "adam" or "reptile".
+
+    Raises:
+        McdiError: naming the tensor.
+    """
+    (count,) = check_rank("phi", state.phi, "P")
+    device = state.phi.device
+    for name in ("phi", "average", "first", "second"):
+        check_tensor(name, getattr(state, name), (count,), (torch.float32,), device)
+    check_tensor("delta", delta, (count,), (torch.float32,), device)
+    check_tensor("scalars", scalars, (4,), (torch.float32,), device)
+    check_tensor("good", good, (1,), (torch.int32,), device)
+    check_runs(device, "outer_update_")
+    block = element_block(count)
+    with on_device(device):
+        outer_update_kernel[(triton.cdiv(count, block),)](
+            state.phi, state.average, state.first, state.second, delta, scalars, good,
+            1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, count, outer == "adam", block,
+        )  # fmt: skip

@@ -1,0 +1,78 @@
+"""The outer step of Reptile: what the difference of the inner loops does to phi, its moments and its average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcdi_fast.config import MetaConfig
+from mcdi_fast.denoiser import Parameters
+from mcdi_fast.prepare import ADAM_BETAS, adam_step
+
+
+class OuterScalars(NamedTuple):
+    """What changes from one outer step to the next: `outer_scalars` computes it, on the host and in double precision."""
+
+    rate: float
+    """Of the step: for Adam divided by 1 - beta1^t, its first bias correction."""
+    root: float
+    """sqrt(1 - beta2^t), Adam's second bias correction."""
+    gain: float
+    """Adam's gradient is gain * delta."""
+    mix: float
+    """1 - the decay of the average: average += mix * (phi - average)."""
+
+
+def outer_scalars(meta: MetaConfig, step: int) -> OuterScalars:
+    """For the outer step number `step`, from 0: the rate warms up over the first 1 % of the steps, then falls linearly to 0."""
+    count = step + 1
+    rate = meta.outer_rate * min(1.0, count / (0.01 * meta.steps)) * (1 - step / meta.steps)
+    # the average of the first steps would otherwise remember the initialisation
+    mix = 1 - (min(meta.ema, count / (10 + count)) if meta.ema else 0.0)
+    if meta.outer == "reptile":
+        return OuterScalars(rate, 1.0, 1.0, mix)
+    return OuterScalars(
+        rate / (1 - ADAM_BETAS[0] ** count), (1 - ADAM_BETAS[1] ** count) ** 0.5, -1 / meta.inner_rate, mix
+    )
+
+
+@dataclass(frozen=True)
+class OuterState:
+    """What meta-training carries from step to step, each one flat float32 [P] of phi's matrices in a row, for one pass over all of them.
+
+    Attributes:
+        phi: the parameters being trained. average: their running average. first, second: Adam's moments.
+    """
+
+    phi: Tensor
+    average: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def start(cls, phi: Parameters, device: torch.device) -> OuterState:
+        """Copies of phi, and zero moments."""
+        flat = torch.cat([value.flatten() for value in phi.values()]).to(device)
+        return cls(flat, flat.clone(), torch.zeros_like(flat), torch.zeros_like(flat))
+
+
+def named_views(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> Parameters:
+    """The matrices of a flat [P] by name: views."""
+    parts = flat.split([rows * columns for rows, columns in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def outer_update(state: OuterState, delta: Tensor, scalars: OuterScalars, outer: str) -> None:
+    """One outer step in place.
+
+    Args:
+        delta: [P], the Reptile difference. outer: "adam" takes it as a gradient, "reptile" adds it (paper, algorithm 1).
+    """
+    if outer == "reptile":
+        state.phi.add_(delta, alpha=scalars.rate)
+    else:
+        adam_step(state.phi, delta * scalars.gain, state.first, state.second, scalars.rate, scalars.root)
+    state.average.lerp_(state.phi, scalars.mix)

@@ -1,0 +1,209 @@
+"""The engine through the kernels against the engine through torch: same draws, same numbers to rounding; nothing above kernels/ differs."""
+
+import math
+
+import pytest
+import torch
+from kernel_helpers import DEVICE, EPS, error
+from torch import nn
+
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig, TaskConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels import meta_step
+from mcdi_fast.meta import MetaTrainer, fit
+from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.sampler import Sampler
+from mcdi_fast.weights import WeightLayout
+
+META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_rate=0.05, outer_rate=0.02)
+DIFFUSION, DENOISER = DiffusionConfig(steps=6), DenoiserConfig(width=17, depth=1)
+MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wide
+    "plain": nn.Linear(4, 3),
+    "padded": nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
+}
+
+
+def make_bank(folder, module="plain", tasks=20):
+    layout = WeightLayout.from_module(MODULES[module])
+    generator = torch.Generator().manual_seed(0)
+    bank = TrajectoryBank.create(folder, layout, 3, 7)
+    targets = torch.randn(tasks, 3, layout.num_tokens, layout.width, generator=generator) * layout.mask
+    bank.append(targets, torch.randn(tasks, layout.num_tokens, 7, generator=generator))
+    return bank
+
+
+def trainer(bank, impl, meta=META, **options):
+    device = DEVICE if impl == "triton" else "cpu"
+    return MetaTrainer(bank, meta, DIFFUSION, DENOISER, 3, device=device, impl=impl, **options)
+
+
+def steps(trainer, count):
+    return [float(trainer.outer_step()) for _ in range(count)]
+
+
+def states(*trainers):
+    for name in ("phi", "average", "first", "second"):
+        yield name, *(getattr(t.state, name).cpu() for t in trainers)
+
+
+@pytest.mark.parametrize("outer", ["adam", "reptile"])
+@pytest.mark.parametrize("module", MODULES)
+def test_meta_steps(tmp_path, module, outer):
+    bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"outer": outer})
+    ours, torchs = trainer(bank, "triton", meta), trainer(bank, "torch", meta)
+    count = 5 if DEVICE == "cuda" else 2  # on a GPU the last of them are replays of a graph
+    # both are float32: what differs is the order of sums, and Adam divides by the size of an entry
+    assert steps(ours, count) == pytest.approx(steps(torchs, count), rel=1e-5)
+    for name, one, two in states(ours, torchs):
+        assert error(one, two) < 2e-4, name
+        assert name in ("first", "second") or not torch.equal(two, torch.zeros_like(two))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_meta_steps_in_low_precision_stay_near(tmp_path, precision):
+    bank, meta = make_bank(tmp_path), MetaConfig(**vars(META) | {"outer": "reptile"})
+    ours, torchs = trainer(bank, "triton", meta, precision=precision), trainer(bank, "torch", meta)
+    # products in a row: every layer forward and backward, in each inner step; the roundings add in squares (kernel_helpers.py)
+    allowed = 4 * math.sqrt(2 * (2 + 3) * META.inner_steps) * EPS[precision]
+    assert steps(ours, 1) == pytest.approx(steps(torchs, 1), rel=allowed)
+    start = trainer(bank, "torch", meta).state.phi
+    assert error(ours.state.phi.cpu() - start, torchs.state.phi - start) < allowed
+
+
+def test_same_seed_same_bits(tmp_path):
+    bank = make_bank(tmp_path)
+    one, two = trainer(bank, "triton"), trainer(bank, "triton")
+    assert steps(one, 2) == steps(two, 2)
+    for name, a, b in states(one, two):
+        assert torch.equal(a, b), name
+
+
+def test_a_bank_too_large_for_the_device_is_read_row_by_row(tmp_path, monkeypatch):
+    bank = make_bank(tmp_path)
+    resident = trainer(bank, "triton")
+    monkeypatch.setattr(meta_step, "RESIDENT_SHARE", -1.0)
+    streamed = trainer(bank, "triton")
+    assert resident._kernels._resident is not None
+    assert streamed._kernels._resident is None
+    assert steps(resident, 2) == steps(streamed, 2)
+    for name, a, b in states(resident, streamed):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_moves_between_implementations(tmp_path):
+    """A run may start on one and go on on the other; with the same one it is bit for bit as if it had not stopped."""
+    bank, path = make_bank(tmp_path / "bank"), tmp_path / "checkpoint.safetensors"
+    whole = trainer(bank, "triton")
+    steps(whole, 1)
+    whole.save(path)
+    steps(whole, 1)
+    for impl in ("triton", "torch"):
+        again = trainer(bank, impl)
+        again.restore(path)
+        assert again.step == 1
+        steps(again, 1)
+        for name, a, b in states(whole, again):
+            assert error(b, a) < 2e-4, name
+            assert impl == "torch" or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["mid", "first"])
+def test_a_step_that_is_not_finite_stops_with_phi_as_before_it(tmp_path, where):
+    bank = make_bank(tmp_path)
+    good, bad_step = trainer(bank, "triton"), 0 if where == "first" else 1
+    steps(good, bad_step)
+    bad = trainer(bank, "triton")
+    steps(bad, bad_step)
+    draws = bad.draws(bad_step)
+    learner = 1
+    bad._kernels._resident[0].view(len(bank), 3, -1)[draws.task[learner], draws.segment[learner]] = float("nan")
+    for _ in range(2):  # nothing is noticed on the host, and nothing is done on the device
+        bad.outer_step()
+    for name, a, b in states(good, bad):
+        assert torch.equal(a, b), name
+    again = [i for i in range(META.meta_batch) if draws.task[i] == draws.task[learner]]
+    with pytest.raises(McdiError, match=f"not finite at outer step {bad_step}, base learner {again[0]}"):
+        bad.check()
+    assert bad.step == bad_step
+    with pytest.raises(McdiError, match="not finite"):
+        bad.generator()
+    with pytest.raises(McdiError, match="not finite"):
+        bad.save(tmp_path / "checkpoint.safetensors")
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_torch_stops_at_once(tmp_path):
+    bank = make_bank(tmp_path)
+    torchs = trainer(bank, "torch", MetaConfig(**vars(META) | {"inner_rate": 1e20, "outer_rate": 1e-9}))
+    before = torchs.state.phi.clone()
+    with pytest.raises(McdiError, match="not finite at outer step 0"):
+        steps(torchs, 1)
+    assert torch.equal(torchs.state.phi, before)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
+    bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_rate": 0.2})
+    ours, torchs = (
+        fit(bank, meta, DIFFUSION, DENOISER, seed=1, device=device, impl=impl)
+        for impl, device in (("triton", DEVICE), ("torch", "cpu"))
+    )
+    for name, value in torchs.phi.items():
+        assert error(ours.phi[name], value) < 2e-4, name
+    condition = torch.randn(3, bank.layout.num_tokens, 7, generator=torch.Generator().manual_seed(1))
+    seeds = [2**64 - 1, 0, 7]
+    for num_steps in (None, 4):
+        kernel, plain = Sampler(ours, DEVICE, impl="triton"), Sampler(ours, "cpu", impl="torch")
+        found = kernel.sample(condition.to(DEVICE), seeds, num_steps=num_steps).tokens.cpu()
+        expected = plain.sample(condition, seeds, num_steps=num_steps).tokens
+        mask = bank.layout.mask
+        torch.testing.assert_close(found * mask, expected * mask, rtol=1e-4, atol=1e-4)
+    bits = torch.tensor([-1, 0, 7], device=DEVICE)  # the same seeds, where the sampler is
+    assert torch.equal(kernel.sample(condition.to(DEVICE), bits, num_steps=4).tokens.cpu(), found)
+    alone = kernel.sample(condition[1:2].to(DEVICE), seeds[1:2], num_steps=4).tokens.cpu()
+    torch.testing.assert_close(alone, found[1:2], rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_chain_kernel_lacks(tmp_path, monkeypatch):
+    generator = fit(make_bank(tmp_path), MetaConfig(**vars(META) | {"steps": 1}), DIFFUSION, DENOISER)
+    condition = torch.zeros(1, 3, 7)
+    plain, kernel = Sampler(generator), Sampler(generator, DEVICE, impl="triton")
+    for options, message in [
+        ({"eta_noise": 1.0}, "its chain is noise-free, eta_noise = 1.0; use impl='torch'"),
+        ({"callback": lambda t, x: None}, "without a callback; use impl='torch'"),
+    ]:
+        with pytest.raises(McdiError, match=message):
+            kernel.sample(condition.to(DEVICE), [0], **options)
+        plain.sample(condition, [0], **options)
+    with pytest.raises(McdiError, match="sampling steps = 2"):
+        kernel.sample(condition.to(DEVICE), [0], num_steps=2)
+    for eta_noise in (-0.5, math.nan):
+        with pytest.raises(McdiError, match="eta_noise"):
+            plain.sample(condition, [0], eta_noise=eta_noise)
+        with pytest.raises(McdiError, match="eta_noise"):
+            kernel.sample(condition.to(DEVICE), [0], eta_noise=eta_noise)
+
+
+def test_prepared_banks_agree(tmp_path):
+    features = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
+    task, config = TaskConfig(ways=3, shots=1, queries=2), PrepareConfig(tasks=4, steps=6)
+    banks = [
+        prepare_bank(tmp_path / impl, features.to(device), task, config, 3, 5, impl=impl)
+        for impl, device in (("triton", DEVICE), ("torch", "cpu"))
+    ]
+    (targets, condition), (expected, expected_condition) = (bank.gather(torch.arange(4)) for bank in banks)
+    assert torch.equal(condition, expected_condition)
+    # Adam moves an entry by its sign at first: one that is 0 to rounding may go the other way
+    assert error(targets, expected) < 1e-3
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    bank = make_bank(tmp_path)
+    with pytest.raises(McdiError, match=r"device 'tpu': expected cpu, cuda or cuda:<number>"):
+        MetaTrainer(bank, META, DIFFUSION, DENOISER, device="tpu")
+    with pytest.raises(McdiError, match="precision = 'fp8'"):
+        MetaTrainer(bank, META, DIFFUSION, DENOISER, precision="fp8")
+    if not torch.cuda.is_available():
+        with pytest.raises(McdiError, match="device cuda: torch finds no CUDA device"):
+            MetaTrainer(bank, META, DIFFUSION, DENOISER, device="cuda")
