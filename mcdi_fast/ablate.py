@@ -96,6 +96,7 @@ OBJECTIVES = {"mv-di": "vanilla", "tw-di": "naive-local", "mc-di": "local-consis
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 _CPU = torch.device("cpu")
+_CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
 # One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
@@ -804,7 +805,7 @@ def _ceiling(shop: Workshop, cell: Cell) -> dict[str, Any]:
     value = torch.cat(
         [
             largest_eigenvalue(heads[i : i + 50], test.every[i : i + 50].flatten(1, 2), row_weight=weight)
-            for i in range(0, len(heads), 50)
+            for i in range(0, min(len(heads), _CURVATURE_TASKS), 50)
         ]
     )
     return {
