@@ -196,7 +196,7 @@ class AblateConfig:
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=1500, checkpoint_every=100))
+    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=1000, checkpoint_every=100))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reptile: ReptileConfig = field(default_factory=ReptileConfig)
 

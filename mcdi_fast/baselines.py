@@ -31,13 +31,13 @@ _BETAS = (0.0, 0.999)  # Adam without momentum, as published: momentum would car
 class ReptileConfig:
     """Reptile (Nichol et al., 2018): the published Omniglot recipe, with a budget of its own."""
 
-    head_steps: int = 1500
+    head_steps: int = 1000
     """Outer steps of the head version, alike to the diffusion rows (ours)."""
     head_batch: int = 32
     """Tasks an outer step of the head version, as many as the diffusion rows have base learners (ours; published: 3 to 5)."""
-    head_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    head_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     """Inner Adam rates tried for the head version; validation tasks choose."""
-    net_steps: int = 500
+    net_steps: int = 200
     """Outer steps of the whole-network version, which starts from the trained backbone (published: 100000 from scratch)."""
     net_batch: int = 5
     """Tasks an outer step of the whole-network version (published: 3 to 5)."""
@@ -53,7 +53,7 @@ class ReptileConfig:
     """Outer step at the start; it falls linearly to 0 (published: 0.7 to 1)."""
     test_steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Gradient steps on a new task that are tried; validation tasks choose (published: 86 to 100)."""
-    net_test_steps: tuple[int, ...] = (5, 10, 20, 50)
+    net_test_steps: tuple[int, ...] = (5, 10, 20)
     """The same for the whole network, where a step costs a hundred times more."""
     net_validation_tasks: int = 100
     """Validation tasks that choose rate and steps of the whole-network version (at most --evaluate.validation-tasks)."""
