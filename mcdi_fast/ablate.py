@@ -53,7 +53,8 @@ from mcdi_fast.config import (
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import FeatureTasks, chain_plane, draw_tasks, finetune, generate, interval, latency_ms
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.heads import head_accuracy, prototype_head
+from mcdi_fast.heads import head_accuracy, prototype_head, support_condition
+from mcdi_fast.impl import check_device
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank, train_task_heads
 from mcdi_fast.report import machine
@@ -95,7 +96,6 @@ PREPARED = ("ocd", "mv-di", "tw-di", "mc-di", "ceiling")  # their training data 
 OBJECTIVES = {"mv-di": "vanilla", "tw-di": "naive-local", "mc-di": "local-consistency"}
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
-_CPU = torch.device("cpu")
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
@@ -184,6 +184,9 @@ class AblateConfig:
     """Stop after about so many seconds at a point from which the same command goes on (exit code 3); no limit by default."""
     threads: int | None = None
     """Of torch; its own choice by default."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:<number>: backbone, preparation, meta-training, sampling and Reptile's whole network go there; small sums stay on
+    the CPU. No GPU has run it yet."""
     report_only: bool = False
     """Compute nothing: write tables and figures from the records there are."""
     keep_banks: bool = False
@@ -203,8 +206,8 @@ class AblateConfig:
 
 # What a run folder may be asked for with other values than before.
 FREE = (
-    "run_dir out data_dir cache_dir settings seeds methods variants parts segment_numbers changes time_limit threads report_only "
-    "keep_banks"
+    "run_dir out data_dir cache_dir settings seeds methods variants parts segment_numbers changes time_limit threads device "
+    "report_only keep_banks"
 ).split()
 
 
@@ -294,6 +297,7 @@ def check_ablate(config: AblateConfig) -> None:
         raise McdiError(f"--threads = {config.threads}: expected at least 1")
     if config.selection_tasks < 2:
         raise McdiError(f"--selection-tasks = {config.selection_tasks}: expected at least 2, for an interval")
+    check_device(config.device)
     check_reptile(config.reptile)
     if not plan(config):
         raise McdiError("no cell to make: --parts, --methods and --variants exclude each other; ask for more of them")
@@ -347,6 +351,8 @@ class Workshop:
     def __init__(self, config: AblateConfig, data: FewShotData, folder: Path, deadline: float, bar: Callable[..., Any]):
         """Deadline: of time.monotonic(). bar: makes a progress bar (tqdm)."""
         self.config, self.data, self.folder, self.deadline, self.bar = config, data, folder, deadline, bar
+        self.device = torch.device(config.device)
+        self._sampler: tuple[WeightGenerator, Sampler] | None = None
         self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
@@ -375,11 +381,13 @@ class Workshop:
                 first = step
                 bar.update(step)
 
-            return bb.train_backbone(self.data, self.config.backbone, cache_dir, on_start=on_start, on_step=on_step)
+            return bb.train_backbone(
+                self.data, self.config.backbone, cache_dir, device=self.device, on_start=on_start, on_step=on_step
+            )
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
-        name = f"{bb.fingerprint(self.data, self.config.backbone, _CPU)}-{self.copies}.safetensors"
+        name = f"{bb.fingerprint(self.data, self.config.backbone, self.device)}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]
@@ -390,7 +398,7 @@ class Workshop:
                 copies = 1 if split == "val" else self.copies
                 made = []
                 for copy in range(copies):
-                    made.append(bb.extract_features(network, images, augment_seed=copy or None))
+                    made.append(bb.extract_features(network, images, augment_seed=copy or None).cpu())
                     bar.update()
                 result[split] = torch.stack(made)
         save_tensors(path, result, {"data": self.data.name}, "features")
@@ -446,9 +454,9 @@ class Workshop:
         folder = self.folder / "banks" / name
         if cell.method == "mv-di":  # shared with the other objectives
             config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
-        copies = self.features()["train"][: config.prepare.copies]
+        copies = self.features()["train"][: config.prepare.copies].to(self.device)
         meta = {
-            "backbone": bb.fingerprint(self.data, config.backbone, _CPU),
+            "backbone": bb.fingerprint(self.data, config.backbone, self.device),
             "prepare": asdict(config.prepare),
             "task": asdict(config.task),
             "seed": config.seed,
@@ -554,6 +562,7 @@ class Workshop:
                 config.denoiser,
                 seed=config.seed,
                 checkpoint=checkpoint,
+                device=self.device,
                 on_start=on_start,
                 on_step=on_step,
             )
@@ -574,11 +583,12 @@ class Workshop:
         change = CHANGES[cell.change] if cell.change else {}
         options |= change.get("sampler", {})
         what = change.get("bank", "")
-        if what in ("", "residual"):
-            heads = generate(Sampler(generator), tasks.support, cell.seed, **options)
-        else:
-            seeds = range(cell.seed, cell.seed + len(tasks))
-            heads = Sampler(generator).sample(other_condition(what, tasks.support), seeds, **options).tokens
+        if self._sampler is None or self._sampler[0] is not generator:
+            self._sampler = generator, Sampler(generator, self.device)
+        plain = what in ("", "residual")
+        condition = support_condition(tasks.support) if plain else other_condition(what, tasks.support)
+        seeds = range(cell.seed, cell.seed + len(tasks))
+        heads = self._sampler[1].sample(condition.to(self.device), seeds, **options).tokens.cpu()
         if cell.method == "ocd" or what == "residual":
             heads = heads + prototype_head(tasks.support)
         return heads

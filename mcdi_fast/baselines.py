@@ -175,11 +175,13 @@ class ReptileNet:
         head = nn.Linear(FEATURE_WIDTH, ways)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        self.net = nn.Sequential(body, head).eval()
+        self.device = next(backbone.parameters()).device
+        self.net = nn.Sequential(body, head).to(self.device).eval()
         self.parameters = list(self.net.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=rate, betas=_BETAS)
 
     def _inner_step(self, x: Tensor, label: Tensor) -> float:
+        x, label = x.to(self.device), label.to(self.device)
         loss = F.cross_entropy(self.net(x.contiguous(memory_format=torch.channels_last)), label)
         self.optimizer.zero_grad()
         loss.backward()
@@ -239,7 +241,7 @@ class ReptileNet:
             self._inner_step(support, label)
             if step in steps:
                 with torch.no_grad():
-                    kept.append(self.net(query.contiguous(memory_format=torch.channels_last)))
+                    kept.append(self.net(query.to(self.device).contiguous(memory_format=torch.channels_last)).cpu())
         self._assign(start)
         restore_optimizer(self.optimizer, state)
         return kept
@@ -271,11 +273,13 @@ def overfit_heads(
         [B, ways, F + 1]
     """
     copies, tasks, ways, drawers, _ = images.shape
-    label = torch.arange(ways).repeat_interleave(drawers).repeat(tasks, 1)
+    label = torch.arange(ways, device=images.device).repeat_interleave(drawers).repeat(tasks, 1)
     weight = row_shares(ways, drawers, shots, config.support_share)
+    weight = None if weight is None else weight.to(images.device)
     rows, pick = images.flatten(2, 3), None
     if copies > 1:
         pick = torch.randint(copies, (config.steps, tasks, ways * drawers), generator=generator)
+        pick = pick.int().to(images.device)
     return head_trajectory(base, rows, label, config, 1, pick, weight)[:, -1]
 
 
@@ -320,9 +324,9 @@ def prepare_difference_bank(
             count=count,
         )
         rows = torch.cat([episodes.support, episodes.query], 2)
-        x = torch.stack([copy[episodes.classes.unsqueeze(-1), rows] for copy in features])
+        x = features[:, episodes.classes.unsqueeze(-1).to(features.device), rows.to(features.device)]
         generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
-        support, _ = episodes.take(features[0])
+        support = x[0, :, :, : task.shots]
         base = prototype_head(support)
         difference = overfit_heads(x, base, task.shots, config, generator) - base
         bank.append(difference.unsqueeze(1), support_condition(support))
