@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -317,9 +317,8 @@ def train_config(config: AblateConfig, cell: Cell) -> TrainConfig:
     if cell.method in OBJECTIVES:
         diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])  # type: ignore[arg-type]
     meta = config.meta
-    if (
-        cell.method == "ocd"
-    ):  # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
+    if cell.method == "ocd":
+        # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
         diffusion = replace(diffusion, objective="vanilla")
         meta = replace(meta, inner_steps=1, samples=meta.samples * meta.inner_steps, outer="adam")
     result = TrainConfig(
@@ -356,7 +355,7 @@ class Workshop:
         self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
-        self.tasks: Callable[[str, int, str], FeatureTasks] = cache(self._tasks)
+        self.tasks: Callable[[str, int, str], FeatureTasks] = lru_cache(4)(self._tasks)
 
     def pause_if_late(self) -> None:
         """Raise PausedError behind the deadline; called where nothing is lost."""
