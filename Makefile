@@ -1,4 +1,4 @@
-# make train [DATASET=omniglot] [ARGS="--seed 1"] | make test | make setup | make bench | make lint
+# make train [DATASET=omniglot] [ARGS="--seed 1"] | make test | make setup | make bench | make bench-report | make lint
 PYTHON ?= python3
 DATASET ?= glyphs
 ARGS ?=
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Waiting threads spin for a moment, then sleep (see mcdi_fast/train.py).
 export GOMP_SPINCOUNT ?= 100000
 
-.PHONY: train test slow bench lint setup clean
+.PHONY: train test slow bench bench-report lint setup clean
 
 train: setup
 	$(BIN)/python -m mcdi_fast.train --dataset $(DATASET) $(ARGS)
@@ -18,7 +18,10 @@ slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json=bench/results/$$(date +%F)-cpu.json $(ARGS)
+	$(BIN)/python -m pytest bench/ -q --benchmark-only --benchmark-json=bench/results/$$(date +%F)-$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")').json --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+bench-report: setup
+	$(BIN)/python bench/report.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from mcdi_fast import prepare
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import check_precision, check_runs
-from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output
+from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output, pinned
 from mcdi_fast.kernels.sam_adam import adam_update
 from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
@@ -180,7 +180,7 @@ def head_trajectory(
     with on_device(device):
         head_trajectory_kernel[(b,)](
             start, features, labels, labels if pick is None else pick, start if row_weight is None else row_weight,
-            torch.tensor(scalars).to(device, non_blocking=True), out,
+            pinned(torch.tensor(scalars), device).to(device, non_blocking=True), out,
             config.rho, config.weight_decay, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, b, rows, width, ways, record, config.steps // record,
             config.rho > 0, pick is not None, row_weight is not None, SAM_TINY, precision,
             block_rows, padded_ways, padded_width, **head_options(),

@@ -61,6 +61,11 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor from where a copy to `device` need not wait; torch keeps the memory until the copy is done."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 # Block sizes. No autotuning: in-place kernels would run twice, and the shapes are few. The reasons, not measurements (no GPU yet):
 # - 128 threads move 1024 float32 as two 16-byte loads each;
 # - a product has the weights' columns as its M, for Hopper's wgmma takes M = 64 only, and a task's rows, often fewer than 64, as its N;

@@ -16,7 +16,7 @@ from mcdi_fast.denoiser import Parameters
 from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.inner import InnerBatch, prefer_stacked
 from mcdi_fast.kernels.inner_loop import InnerLoop
-from mcdi_fast.kernels.launch import on_device
+from mcdi_fast.kernels.launch import on_device, pinned
 from mcdi_fast.kernels.noising import noising
 from mcdi_fast.kernels.outer_update import outer_update_
 from mcdi_fast.meta import Draws
@@ -106,18 +106,15 @@ class MetaStep:
         """Take outer step `number`; returns `loss`, on the device, without waiting for it."""
         row = draws.task * self.bank.num_segments + draws.segment
         integers = [row, draws.task, draws.segment, draws.step.flatten(), draws.streams, torch.tensor([number])]
-        # from pageable memory: a copy this small is staged before the call returns, so the tensor may go
-        self._inbox.copy_(
-            torch.cat([*integers, torch.tensor(scalars, dtype=torch.float64).view(torch.int64)]), non_blocking=True
-        )
+        self._copy(self._inbox, torch.cat([*integers, torch.tensor(scalars, dtype=torch.float64).view(torch.int64)]))
         if self._resident is not None:
             torch.index_select(self._resident[0], 0, self._row, out=self._target)
             torch.index_select(self._resident[1], 0, self._task, out=self._condition)
         else:
             targets, condition = self.bank.gather(draws.task)
             chosen = targets[torch.arange(len(targets)), draws.segment]
-            self._target.copy_(chosen, non_blocking=True)
-            self._condition.copy_(condition, non_blocking=True)
+            self._copy(self._target, chosen)
+            self._copy(self._condition, condition)
         if self._graph is not None:
             self._graph.replay()
         elif self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:
@@ -127,6 +124,9 @@ class MetaStep:
             self._run()
         self._steps_taken += 1
         return self.loss
+
+    def _copy(self, there: Tensor, here: Tensor) -> None:
+        there.copy_(pinned(here, self.device), non_blocking=True)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -105,10 +105,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "schedule-start-0.5": {"diffusion.beta_start": 0.5},
     "schedule-start-0.95": {"diffusion.beta_start": 0.95},
     "schedule-end-0.001": {"diffusion.beta_end": 0.001},
+    "schedule-end-0.1": {"diffusion.beta_end": 0.1},
+    "schedule-end-0.3": {"diffusion.beta_end": 0.3},
+    "schedule-end-0.5": {"diffusion.beta_end": 0.5},
     "T-6": {"diffusion.steps": 6},
     "T-10": {"diffusion.steps": 10},
     "T-40": {"diffusion.steps": 40},
     "full-noise": {"sampler": {"eta_noise": 1.0}},
+    "half-noise": {"sampler": {"eta_noise": 0.5}},
     "3-sampling-steps": {"sampler": {"num_steps": 3}},
     "5-sampling-steps": {"sampler": {"num_steps": 5}},
     "B-8": {"meta.meta_batch": 8},
@@ -522,6 +526,8 @@ class Workshop:
 
     def generator(self, cell: Cell) -> tuple[WeightGenerator, dict[str, Any]]:
         """The trained generator of a cell, from disk where it is there, and `training_seconds`, `preparation_seconds`, `curve`."""
+        if set(CHANGES[cell.change] if cell.change else ()) <= {"sampler"}:
+            cell = replace(cell, change="")  # trained as in the comparison
         folder = self.folder / "generators" / cell.name
         if (folder / "config.json").exists():
             generator = WeightGenerator.from_pretrained(folder)

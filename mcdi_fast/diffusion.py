@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -97,14 +98,14 @@ def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps
 
 def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     """float64 [len(steps) - 1, 3]: x' = a x + b f + eta_noise * sigma * z for the jump from steps[j] to steps[j + 1] (method, section 2)."""
-    now, then = torch.tensor(steps[:-1]), torch.tensor(steps[1:])
-    abar_now, abar_then = schedule.abar[now], schedule.abar[then]
-    # from the alphas, not abar_now / abar_then: that ratio underflows for long harsh schedules
-    alpha = torch.stack([schedule.alpha[i:j].prod() for i, j in pairwise(steps)])
-    a = alpha.rsqrt()
-    b = -(1 - alpha) / (1 - abar_now).sqrt() * a
-    sigma = ((1 - alpha) * (1 - abar_then) / (1 - abar_now)).sqrt()
-    return torch.stack([a, b, sigma], 1)
+    alphas, abar = schedule.alpha.tolist(), schedule.abar.tolist()
+    rows = []
+    for now, then in pairwise(steps):  # in Python: as tensors these few numbers cost as much as two steps of a chain
+        alpha = prod(alphas[now:then])  # not abar_now / abar_then: that ratio underflows for long harsh schedules
+        a = 1 / sqrt(alpha)
+        sigma = sqrt((1 - alpha) * (1 - abar[then]) / (1 - abar[now]))
+        rows.append((a, -(1 - alpha) / sqrt(1 - abar[now]) * a, sigma))
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def sample_chain(
@@ -121,7 +122,8 @@ def sample_chain(
     """Run the chain from noise to weights.
 
     Args:
-        f: called as f(x, t), any callable that predicts f(x_t, t, c); the condition is its own business.
+        f: called as f(x, t), any callable that predicts f(x_t, t, c); the condition is its own business. Where it has a method
+            `advance(x, t, a, b)` giving a x + b f(x, t) (`denoiser.ChainDenoiser`), that is called instead.
         x: the start, standard normal, any shape. ends: segment ends a shortened chain must visit, `schedule.ends` by default.
         num_steps: a shorter chain (`sampling_steps`); T by default.
         eta_noise: 0 the noise-free mean step (the one Theorem 1 is about), 1 the full posterior noise.
@@ -136,10 +138,11 @@ def sample_chain(
     if eta_noise > 0 and noise is None:
         raise McdiError(f"eta_noise = {eta_noise} needs noise: pass noise=lambda t: torch.randn_like(x)")
     steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
+    advance = getattr(f, "advance", None)
     for t, (a, b, sigma) in zip(steps, sampler_coefficients(schedule, steps).tolist(), strict=False):
         if callback is not None:
             callback(t, x)
-        x = torch.add(a * x, f(x, t), alpha=b)
+        x = advance(x, t, a, b) if advance is not None else torch.add(a * x, f(x, t), alpha=b)
         if noise is not None and eta_noise > 0:
             x = x + eta_noise * sigma * noise(t)
     if callback is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.denoiser import Parameters, chain_denoiser, depth_of, parameter_shapes
+from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes
 from mcdi_fast.errors import McdiError
 from mcdi_fast.schedule import Objective, Schedule, make_objective, make_schedule
 from mcdi_fast.store import (
@@ -58,6 +57,8 @@ class WeightGenerator:
         d = self.diffusion
         object.__setattr__(self, "_schedule", make_schedule(d.steps, d.segments, d.beta_start, d.beta_end))
         object.__setattr__(self, "_objective", make_objective(self.schedule, d.objective))
+        tables = self.schedule.skip().tolist(), self.schedule.scale().tolist()
+        object.__setattr__(self, "_skip_and_scale", tables)
         out = self.phi.get("out.token")
         width = out.shape[0] if out is not None and out.ndim == 2 else 1
         # shapes alone: what a file declares must not decide how much is allocated
@@ -97,10 +98,15 @@ class WeightGenerator:
         """C."""
         return self.condition_normalizer.mean.shape[1]
 
-    def f(self, condition: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
         normalized = self.condition_normalizer.normalize(condition)
-        return chain_denoiser(self.phi, normalized, self.schedule.skip().tolist(), self.schedule.scale().tolist())
+        folded = self.__dict__.get("_folded")
+        if folded is None or not folded.is_of(self.phi):
+            folded = FoldedDenoiser(self.phi)
+            object.__setattr__(self, "_folded", folded)
+        skip, scale = self._skip_and_scale  # type: ignore[attr-defined]
+        return ChainDenoiser(self.phi, normalized, skip, scale, folded)
 
     def to(self, device: torch.device | str) -> WeightGenerator:
         """The same with its tensors on another device."""

@@ -153,14 +153,17 @@ class Sampler:
     ) -> Tensor:
         layout, mask = self.generator.layout, self._mask
         f_full = self.generator.f(condition)
+        f: Callable[[Tensor, int], Tensor] = f_full
 
         def noise(stream: int) -> Tensor:
             z = philox_normal(seeds, layout.num_tokens * layout.width, stream)
             z = z.view(len(seeds), layout.num_tokens, layout.width).to(self.device)
             return z if mask is None else z * mask
 
-        def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
-            return f_full(x, t) if mask is None else f_full(x, t) * mask
+        if mask is not None:
+
+            def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
+                return f_full(x, t) * mask
 
         return sample_chain(
             f,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcdi_fast.denoiser import chain_denoiser, denoise, depth_of, init_parameters
+from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, depth_of, init_parameters
 from mcdi_fast.errors import McdiError
 
 D, C, T, H, L = 6, 3, 5, 8, 2
@@ -175,9 +175,20 @@ def test_chain_denoiser_is_denoise(shape):
     x = torch.randn(tasks, tokens, width, generator=g, dtype=torch.float64)
     condition = torch.randn(tasks, tokens, condition_width, generator=g, dtype=torch.float64)
     skip, scale = torch.rand(2, steps, generator=g, dtype=torch.float64).tolist()
-    f = chain_denoiser(phi, condition, skip, scale)
+    f = ChainDenoiser(phi, condition, skip, scale)
     before = x.clone()
     for t in range(steps):
         net = denoise(phi, x.unsqueeze(-3), torch.full((tasks, 1), t), condition).squeeze(-3)
         torch.testing.assert_close(f(x, t), skip[t] * x + scale[t] * net, rtol=1e-12, atol=1e-12)
     assert torch.equal(x, before)
+
+
+def test_folded_matrices_know_when_phi_has_changed():
+    phi = init_parameters(3, 2, 4, 5, 2, 0)
+    folded = FoldedDenoiser(phi)
+    assert folded.is_of(phi)
+    assert folded.is_of(dict(phi))
+    phi["in.token"].mul_(2)
+    assert not folded.is_of(phi)
+    folded = FoldedDenoiser(phi)
+    assert not folded.is_of(phi | {"out.token": phi["out.token"].clone()})

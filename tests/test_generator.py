@@ -357,3 +357,17 @@ def test_parts_that_do_not_fit():
     assert "parameter" in error_of(make, phi={})
     message = error_of(make, phi=good.phi | {"in.token": good.phi["in.token"].double()})
     assert "'in.token' is torch.float64 [5, 8], expected torch.float32 [5, 8]" in message
+
+
+def test_parameters_changed_in_place_are_seen():
+    """`f` keeps products of the parameters from call to call."""
+    generator = make()
+    tokens, width = generator.layout.num_tokens, generator.layout.width
+    condition, x = torch.randn(2, tokens, generator.condition_width), torch.randn(2, tokens, width)
+    before = generator.f(condition)(x, 1)
+    assert torch.equal(generator.f(condition)(x, 1), before)
+    for value in generator.phi.values():
+        value.mul_(0.5)
+    after = generator.f(condition)(x, 1)
+    assert not torch.equal(after, before)
+    assert torch.equal(copy.deepcopy(generator).f(condition)(x, 1), after)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,13 @@ def test_compiles_for_hopper():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
-    assert len(inspect("--target", target)) == 48
+    rows = inspect("--target", target)
+    assert len(rows) == 51
+    wanted = {"cuda:80": "mma ", "cuda:90": "wgmma ", "hip:gfx942": "v_mfma_"}[target]
+    products = [row for row in rows if re.match(r"\| (?!.* from ).* (tf32|bf16) \|", row)]
+    assert len(products) == 28
+    for row in products:  # every product of low precision is on the matrix units
+        assert wanted in row
 
 
 def test_hot_paths_neither_wait_nor_mix_devices():
@@ -156,7 +163,7 @@ def test_the_main_job_through_the_kernels(tmp_path):
 def test_launchers_compile():
     done = python(f"import runpy; runpy.run_path({str(Path(__file__).with_name('compile_launches.py'))!r})")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("compiled 8 kernels")
+    assert done.stdout.startswith("compiled 10 kernels")
 
 
 def test_inspect_refuses_the_interpreter():

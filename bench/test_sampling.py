@@ -1,0 +1,119 @@
+"""Heads of new tasks: latency of one, throughput of thousands, beside the gradient fine-tuning they replace, with both accuracies.
+
+The generator is trained here for half a minute on Gaussian classes, so that the accuracies mean something; the times do not depend on it.
+"""
+
+import providers as P
+import pytest
+import torch
+from checks import close_to
+
+from mcdi_fast import Sampler
+from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig, TaskConfig
+from mcdi_fast.denoiser import denoise
+from mcdi_fast.evaluate import draw_tasks, finetune
+from mcdi_fast.heads import head_accuracy, support_condition
+from mcdi_fast.meta import fit
+from mcdi_fast.noise import philox_normal
+from mcdi_fast.prepare import prepare_bank
+
+TASKS = [1, 32, 600, 4096]
+FINETUNE_STEPS, FINETUNE_RATES = (5, 10, 20, 50, 100), (0.01, 0.05, 0.2)
+
+
+def gaussian_classes(classes, drawers, seed):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(classes, 1, P.FEATURES, generator=g) + 1.6 * torch.randn(
+        classes, drawers, P.FEATURES, generator=g
+    )
+    return torch.nn.functional.normalize(images, dim=-1)
+
+
+def trained(folder, meta_steps=400, tasks=2000, width=256):
+    recipe = PrepareConfig(tasks=tasks, copies=1)
+    bank = prepare_bank(folder, gaussian_classes(400, 20, 0).unsqueeze(0), TaskConfig(), recipe, 3, 0)
+    generator = fit(bank, MetaConfig(steps=meta_steps, ema=0.99), denoiser=DenoiserConfig(width=width))
+    return generator, draw_tasks(gaussian_classes(200, 20, 1), TaskConfig(), 600, 7)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("bench") / "bank")
+
+
+def providers(generator, condition):
+    """Chains from the same start: ours; the network as it is written; the same compiled; one task after the other."""
+    tasks, tokens, _ = condition.shape
+    start = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device)
+    compiled = torch.compile(denoise, dynamic=False)
+    sampler = Sampler(generator)
+
+    @torch.no_grad()
+    def chain(rows=slice(None), network=denoise):
+        return P.chain_by_denoise(generator, condition[rows], start[rows], network)
+
+    return {
+        "ours": lambda: sampler.sample(condition, range(tasks)).tokens,
+        "eager": chain,
+        "compiled": lambda: chain(network=compiled),
+        "loop": lambda: torch.cat([chain(slice(i, i + 1)) for i in range(tasks)]),
+    }
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("provider", ["ours", "eager", "compiled", "loop"])
+def test_sampling(benchmark, measure, setup, provider, tasks):
+    benchmark.group = f"sampling, {tasks} tasks, T = 20"
+    if (provider == "loop" and tasks not in (32,)) or (provider == "compiled" and tasks != 1):
+        pytest.skip("timed at fewer sizes")
+    generator, test = setup
+    support = test.support[torch.arange(tasks) % len(test)]
+    found = providers(P.on_device(generator), support_condition(support).to(P.DEVICE))
+    run = found[provider]
+    measure(
+        run,
+        close_to(found["eager"](), 1e-3),
+        operations=P.chain_operations(tasks, P.WAYS, generator.phi, P.STEPS),
+        bytes=P.chain_bytes(generator.phi, P.STEPS),
+        what="sampling",
+        provider=provider,
+        size=f"{tasks} tasks",
+        work=tasks,
+        accuracy=100 * float(head_accuracy(found["ours"]()[: len(test)].cpu(), test.query[:tasks]).mean())
+        if tasks >= 600
+        else None,
+    )
+
+
+@pytest.mark.parametrize("tasks", [1, 600])
+def test_finetuning(benchmark, measure, setup, tasks):
+    """The fewest Adam steps, at the best rate, that reach the accuracy of the generated heads; 100 where none does."""
+    benchmark.group = f"sampling, {tasks} tasks, T = 20"
+    generator, test = setup
+    generated = head_accuracy(
+        Sampler(generator).sample(support_condition(test.support), range(len(test))).tokens, test.query
+    ).mean()
+    tried = [
+        (float(head_accuracy(finetune(test.support, steps, rate), test.query).mean()), steps, rate)
+        for steps in FINETUNE_STEPS
+        for rate in FINETUNE_RATES
+    ]
+    reached = [entry for entry in tried if entry[0] >= generated]
+    accuracy, steps, rate = min(reached, key=lambda entry: entry[1]) if reached else max(tried)
+    support = test.support[:tasks]
+    expected = finetune(support.double(), steps, rate)
+    rows = support.shape[1] * support.shape[2]
+    measure(
+        lambda: finetune(support, steps, rate),
+        close_to(expected, 1e-3),
+        operations=tasks * steps * (2 * 2 * rows * P.WAYS * P.FEATURES + 16 * P.WAYS * (P.FEATURES + 1)),
+        bytes=tasks * steps * 2 * 4 * rows * P.FEATURES,
+        what="sampling",
+        provider="fine-tuning",
+        size=f"{tasks} tasks",
+        work=tasks,
+        accuracy=100 * accuracy,
+        generated_accuracy=100 * float(generated),
+        adam_steps=steps,
+        reached=bool(reached),
+    )

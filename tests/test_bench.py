@@ -1,0 +1,113 @@
+"""The benchmarks do not rot: every provider at a tiny size against its reference, untimed, and the report from a record."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import checks
+import providers as P
+import report
+import test_pieces as kernel_list
+import test_sampling as sampling
+
+INNER = P.inner_providers()
+
+
+# compiling takes most of a minute: left to the benchmark, which checks it too
+@pytest.mark.parametrize("provider", sorted(INNER.keys() - {"compiled"}))
+def test_meta_step(provider):
+    phi, batch = P.meta_case(3, 2, 2, width=16, inner=2)
+    check = checks.meta_check(phi, batch)
+    check(P.meta_step(INNER[provider], phi, batch)())
+    delta, losses = INNER[provider](phi, batch)
+    with pytest.raises(AssertionError):
+        check(({name: 1.1 * value for name, value in delta.items()}, losses))
+
+
+@pytest.mark.parametrize("provider", P.prepare_providers())
+def test_prepare(provider):
+    case = P.prepare_case(2, 10)
+    checks.prepare_check(*case, count=2)(P.prepare_providers()[provider](*case))
+
+
+def test_sampling(tmp_path):
+    generator, test = sampling.trained(tmp_path / "bank", meta_steps=3, tasks=20, width=16)
+    condition = sampling.support_condition(test.support[:2])
+    found = sampling.providers(generator, condition)
+    for name in ("ours", "loop"):
+        checks.close_to(found["eager"](), 1e-4)(found[name]())
+
+
+@pytest.mark.parametrize("name", kernel_list.NAMES)
+def test_piece(name):
+    _, ours, plain, operations, moved = next(piece for piece in kernel_list.pieces(3, width=16) if piece[0] == name)
+    checks.close_to(plain(), 1e-4)(ours())
+    assert operations > 0
+    assert moved > 0
+
+
+def test_operations_of_a_meta_step_by_hand():
+    phi, batch = P.meta_case(1, 1, 1, width=1, inner=1)
+    # in: 65 and 64 inputs twice each; two blocks of token, sample (21 inputs) and out, three times each; out.token three times
+    assert P.meta_operations(phi, batch) == 2 * (2 * (65 + 64) + 2 * 3 * (1 + 21 + 1) + 3 * 65)
+
+
+def row(what, size, provider, median, work=1, **more):
+    shares = {"share_of_peak": 0.5, "nearest_peak": "arithmetic", "device": "cpu"}
+    info = {
+        "what": what,
+        "size": size,
+        "provider": provider,
+        "work": work,
+        "median_ms": median,
+        "p20_ms": median,
+        "p80_ms": median,
+    }
+    return {"extra_info": info | shares | more}
+
+
+def test_report_from_a_record(tmp_path):
+    machine = {"processor": "CPU", "threads": 2, "torch": "2", "git": "abc", "device": "cpu"}
+    rows = [
+        row("meta-step", "32x16", "ours", 10.0),
+        row("meta-step", "32x16", "vmap", 25.0),
+        row("meta-step", "32x16", "loop", 50.0),
+    ]
+    rows += [row("preparation", "500 tasks", "ours", 100.0, 500), row("preparation", "8 tasks", "loop", 64.0, 8)]
+    rows += [row("sampling", "1 tasks", "ours", 2.0)]
+    record = {
+        "format": 2,
+        "machine_info": machine,
+        "peak": {"gflop_per_s": 100.0, "gb_per_s": 10.0},
+        "benchmarks": rows,
+    }
+    (tmp_path / "2026-01-02-cpu.json").write_text(json.dumps(record))
+    (tmp_path / "2026-01-01-cpu.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
+    (found,) = report.records(tmp_path)
+    section = report.text(found)
+    assert "| meta-step 32x16: at least 3 times vmap | 2.5 times | missed by 17 % |" in section
+    assert "| meta-step 32x16: at least 4 times loop | 5 times | met |" in section
+    assert "| preparation 500 tasks: at least 30 times loop | 40 times | met |" in section
+    assert "| one head sampled in at most 3 ms | 2 ms | met |" in section
+    assert report.plots(found, tmp_path)[0].stat().st_size > 1000
+    readme = report.rewrite(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", section)
+    assert "old" not in readme
+    assert report.rewrite(readme, section) == readme
+
+
+def test_readme_has_the_place_for_the_table():
+    readme = (Path(report.__file__).parents[1] / "README.md").read_text()
+    assert report.BEGIN in readme
+    assert report.END in readme
+
+
+def test_torch_is_not_left_in_another_state():
+    before = torch.get_num_threads(), torch.is_grad_enabled()
+    phi, batch = P.meta_case(1, 1, 1, width=4, inner=1)
+    INNER["ours"](phi, batch)
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
