@@ -80,6 +80,7 @@ MethodName = Literal[
     "ocd",
     "mv-di",
     "tw-di",
+    "mc-di-paper",
     "mc-di",
     "ceiling",
 ]
@@ -92,8 +93,20 @@ SETTINGS: dict[str, TaskConfig] = {
     "20way1shot": TaskConfig(20, 1),
 }
 METHODS: tuple[MethodName, ...] = MethodName.__args__  # type: ignore[attr-defined]
-PREPARED = ("ocd", "mv-di", "tw-di", "mc-di", "ceiling")  # their training data is what the preparation makes
-OBJECTIVES = {"mv-di": "vanilla", "tw-di": "naive-local", "mc-di": "local-consistency"}
+PREPARED = (
+    "ocd",
+    "mv-di",
+    "tw-di",
+    "mc-di-paper",
+    "mc-di",
+    "ceiling",
+)  # their training data is what the preparation makes
+OBJECTIVES = {
+    "mv-di": "vanilla",
+    "tw-di": "naive-local",
+    "mc-di-paper": "local-consistency",
+    "mc-di": "local-consistency",
+}
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
@@ -102,6 +115,8 @@ FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 # One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
+    "window-whole": {"diffusion.window": "whole"},
+    "carry-full": {"sampler": {"carry": "full"}},
     "schedule-start-0.5": {"diffusion.beta_start": 0.5},
     "schedule-start-0.95": {"diffusion.beta_start": 0.95},
     "schedule-end-0.001": {"diffusion.beta_end": 0.001},
@@ -201,7 +216,7 @@ class AblateConfig:
     """Validation tasks that judge a change; other ones than those that choose rates."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(window="segment", carry="scaled"))
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=1000, checkpoint_every=100))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -256,7 +271,7 @@ def plan(config: AblateConfig) -> list[Cell]:
     def rows(setting: str, seed: int, variant: str) -> Iterable[Cell]:
         for method in config.methods:
             if method in PREPARED:
-                segments = {"mc-di": k, "tw-di": k}.get(method, 1 if method != "ceiling" else 0)
+                segments = {"mc-di": k, "mc-di-paper": k, "tw-di": k}.get(method, 1 if method != "ceiling" else 0)
                 yield Cell(setting, seed, method, variant, segments)
             elif variant == "sam-augment":
                 yield Cell(setting, seed, method)
@@ -320,6 +335,8 @@ def train_config(config: AblateConfig, cell: Cell) -> TrainConfig:
     diffusion = replace(config.diffusion, segments=k)
     if cell.method in OBJECTIVES:
         diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])  # type: ignore[arg-type]
+    if cell.method == "mc-di-paper":
+        diffusion = replace(diffusion, window="whole", carry="full")
     meta = config.meta
     if cell.method == "ocd":
         # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
@@ -587,6 +604,8 @@ class Workshop:
         options = {"eta_noise": self.config.evaluate.eta_noise, **options}
         change = CHANGES[cell.change] if cell.change else {}
         options |= change.get("sampler", {})
+        if "carry" in options:
+            generator = replace(generator, diffusion=replace(generator.diffusion, carry=options.pop("carry")))
         what = change.get("bank", "")
         if self._sampler is None or self._sampler[0] is not generator:
             self._sampler = generator, Sampler(generator, self.device)
@@ -880,7 +899,7 @@ def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
     eta = shop.config.evaluate.eta_noise
     curves: dict[str, Any] = {}
     reference: WeightGenerator | None = None
-    for method in ("mc-di", "tw-di", "mv-di"):
+    for method in ("mc-di", "mc-di-paper", "tw-di", "mv-di"):
         row = replace(cell, method=method, segments=1 if method == "mv-di" else cell.segments)
         generator, _ = shop.generator(row)
         reference = reference or generator

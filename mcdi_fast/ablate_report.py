@@ -27,10 +27,21 @@ TITLES = {
     "ocd": "single-level diffusion (OCD)",
     "mv-di": "Mv-Di",
     "tw-di": "Tw-Di",
+    "mc-di-paper": "Mc-Di as the paper trains and samples it",
     "mc-di": "**Mc-Di**",
     "ceiling": "trained targets (ceiling)",
 }
-_BASELINES = ("finetune", "finetune-decay", "reptile-head", "reptile-net", "ocd", "mv-di", "tw-di", "prototype")
+_BASELINES = (
+    "finetune",
+    "finetune-decay",
+    "reptile-head",
+    "reptile-net",
+    "ocd",
+    "mv-di",
+    "tw-di",
+    "mc-di-paper",
+    "prototype",
+)
 _DEFAULT, _K = "sam-augment", 3
 
 
@@ -148,8 +159,8 @@ def pick(cells: Sequence[dict[str, Any]], method: str, variant: str = "", **want
 
 def row(cells: Sequence[dict[str, Any]], method: str, variant: str = _DEFAULT) -> list[dict[str, Any]]:
     """The cells of a row of the comparison."""
-    wanted = {"segments": _K} if method in ("mc-di", "tw-di") else {}
-    prepared = method in ("ocd", "mv-di", "tw-di", "mc-di", "ceiling")
+    wanted = {"segments": _K} if method in ("mc-di", "mc-di-paper", "tw-di") else {}
+    prepared = method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling")
     return pick(cells, method, variant if prepared else "", **wanted)
 
 
@@ -290,7 +301,7 @@ def _claims(setting: str, cells: list[dict[str, Any]], ours: list[dict[str, Any]
 
 def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for method in ("ocd", "mv-di", "tw-di", "mc-di"):
+    for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di"):
         entries = row(cells, method)
         counts = sorted({int(c) for e in entries for c in e.get("by_steps", {})})
         for count in counts:
@@ -324,7 +335,7 @@ def _variants(cells: list[dict[str, Any]]) -> list[str]:
         "| row | SAM + augmentation | SAM | augmentation | neither |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for method in ("ocd", "mv-di", "tw-di", "mc-di", "ceiling"):
+    for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling"):
         values = []
         for variant in variants:
             entries = row(cells, method, variant)
@@ -372,8 +383,8 @@ def _theorem_one(cells: list[dict[str, Any]], figures: dict[str, bytes], setting
     if not entries:
         return []
     ends = entries[0]["ends"]
-    curves = {m: np.mean([e["distances"][m] for e in entries], 0) for m in ("mc-di", "tw-di", "mv-di")}
-    figure, axes = _figure(3)
+    curves = {m: np.mean([e["distances"][m] for e in entries], 0) for m in ("mc-di", "mc-di-paper", "tw-di", "mv-di")}
+    figure, axes = _figure(len(curves))
     for ax, (method, curve) in zip(axes, curves.items(), strict=True):
         for i in range(curve.shape[1]):
             ax.plot(curve[:, i], label=f"target {i + 1}")

@@ -86,6 +86,7 @@ def target_distances(
     curve: list[list[float]] = []
 
     def note(t: int, x: Tensor) -> None:
+        x = x / generator.schedule.carry[t].item()  # what was reached, not what the chain goes on with
         x = measure.normalize(generator.normalizer.denormalize(x))
         curve.append((x.unsqueeze(1) - goals).square().mean((2, 3)).sqrt().mean(0).tolist())
 

@@ -64,9 +64,10 @@ def _pick(table: Tensor, segment: Tensor, step: Tensor, like: Tensor) -> Tensor:
 def draw_steps(
     objective: Objective, segment: Tensor, inner_steps: int, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """t uniform in [0, ends[segment]): int64 [B, inner_steps, samples]."""
+    """t uniform in [starts[segment], ends[segment]): int64 [B, inner_steps, samples]."""
     uniform = torch.rand(len(segment), inner_steps, samples, generator=generator, dtype=torch.float64)
-    return (uniform * objective.ends[segment][:, None, None]).long()
+    first, end = objective.starts[segment][:, None, None], objective.ends[segment][:, None, None]
+    return first + (uniform * (end - first)).long()
 
 
 def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps: int | None = None) -> list[int]:

@@ -30,7 +30,7 @@ from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_prepare, prepare_bank
 from mcdi_fast.report import git_sha, machine, write_report
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import make_objective, make_schedule
+from mcdi_fast.schedule import diffusion_tables
 from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
 
@@ -53,7 +53,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.seed < _TEST_SEED:
         raise McdiError(f"--seed {config.seed}: expected 0 to {_TEST_SEED - 1}")
     d = config.diffusion
-    make_objective(make_schedule(d.steps, d.segments, d.beta_start, d.beta_end), d.objective)
+    diffusion_tables(d)
     check_prepare(config.prepare, d.segments)
     noisy = (
         f"its chain is noise-free, --evaluate.eta-noise = {config.evaluate.eta_noise}"

@@ -72,7 +72,7 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     for path in before:
         record = json.loads(path.read_text())
         if record["cell"]["method"] == "analysis":
-            assert [len(curve) for curve in record["distances"].values()] == [7, 7, 7]
+            assert [len(curve) for curve in record["distances"].values()] == [7, 7, 7, 7]
             continue
         assert len(record["correct"]) == 4
         assert all(0 <= count <= 25 for count in record["correct"])
@@ -247,6 +247,9 @@ def test_a_cells_settings():
     assert mv.meta == config.meta
     assert ocd.meta.inner_steps == 1
     assert ocd.meta.samples == config.meta.samples * config.meta.inner_steps
+    paper = of(method="mc-di-paper", segments=3).diffusion
+    assert (paper.window, paper.carry) == ("whole", "full")
+    assert (mc.diffusion.window, mc.diffusion.carry) == ("segment", "scaled")
     plain = of(method="mc-di", segments=3, variant="plain").prepare
     assert (plain.rho, plain.copies) == (0, 1)
     assert of(method="mc-di", segments=3, variant="sam").prepare.rho == config.prepare.rho
