@@ -91,6 +91,13 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     return float(np.mean(values)), deviation, _STUDENT.get(n, 1.96) * deviation / n**0.5
 
 
+def _accuracy(entries: Sequence[dict[str, Any]], interval: bool = True) -> str:
+    """Mean ± deviation over seeds (± half of the 95 % interval over tasks); no deviation of a single seed."""
+    mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in entries])
+    text = f"{mean:.2f} ± {deviation:.2f}" if len(entries) > 1 else f"{mean:.2f}"
+    return f"{text} (± {pooled_interval(entries):.2f})" if interval else text
+
+
 def pooled_interval(entries: Sequence[dict[str, Any]]) -> float:
     """Half of the 95 % interval over the tasks of all seeds, in percent."""
     every = np.concatenate([100 * np.array(entry["correct"]) / entry["queries"] for entry in entries])
@@ -240,11 +247,10 @@ def _comparison(cells: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list
         entries = row(cells, method)
         if not entries:
             continue
-        mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in entries])
         difference = paired(ours, entries) if method != "mc-di" else None
         steps = sorted({e["gradient_steps"] for e in entries})
         lines.append(
-            f"| {title} | {len(entries)} | {mean:.2f} ± {deviation:.2f} (± {pooled_interval(entries):.2f}) | {difference or ''} | "
+            f"| {title} | {len(entries)} | {_accuracy(entries)} | {difference or ''} | "
             f"{np.median([e['adapt_ms'] for e in entries]):.2f} | {' / '.join(map(str, steps))} | "
             f"{_seconds(entries, 'training_seconds')} | {_seconds(entries, 'preparation_seconds')} |"
         )
@@ -306,10 +312,8 @@ def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
         counts = sorted({int(c) for e in entries for c in e.get("by_steps", {})})
         for count in counts:
             few = steps_of(entries, count)
-            mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in few])
             lines.append(
-                f"| {TITLES[method]} | {count} | {mean:.2f} ± {deviation:.2f} (± {pooled_interval(few):.2f}) | "
-                f"{np.median([e['adapt_ms'] for e in few]):.2f} |"
+                f"| {TITLES[method]} | {count} | {_accuracy(few)} | {np.median([e['adapt_ms'] for e in few]):.2f} |"
             )
     if not lines:
         return []
@@ -339,8 +343,7 @@ def _variants(cells: list[dict[str, Any]]) -> list[str]:
         values = []
         for variant in variants:
             entries = row(cells, method, variant)
-            mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in entries]) if entries else (0, 0, 0)
-            values.append(f"{mean:.2f} ± {deviation:.2f}" if entries else "")
+            values.append(_accuracy(entries, interval=False) if entries else "")
         lines.append(f"| {TITLES[method]} | {' | '.join(values)} |")
     values = []
     for variant in variants:
@@ -354,15 +357,15 @@ def _segments(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: s
     for k in range(1, 65):
         entries = pick(cells, "mc-di", _DEFAULT, segments=k)
         if entries:
-            mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in entries])
             error = float(np.mean([e["weight_error"] for e in entries]))
-            points.append((k, len(entries), mean, deviation, pooled_interval(entries), error))
+            points.append((k, entries, over_seeds([e["accuracy_mean"] for e in entries])[0], error))
     if len(points) < 2:
         return []
     figure, (left, right) = _figure(2)
-    left.errorbar([p[0] for p in points], [p[2] for p in points], [p[4] for p in points], fmt="o-", ms=3, capsize=3)
+    half = [pooled_interval(p[1]) for p in points]
+    left.errorbar([p[0] for p in points], [p[2] for p in points], half, fmt="o-", ms=3, capsize=3)
     left.set(xlabel="segments k", ylabel="accuracy, %")
-    right.plot([p[0] for p in points], [p[5] for p in points], "o-", ms=3)
+    right.plot([p[0] for p in points], [p[3] for p in points], "o-", ms=3)
     right.set(xlabel="segments k", ylabel="weight error (normalised RMS)", ylim=(0, None))
     figures[f"{setting}-segments.png"] = _png(figure)
     lines = [
@@ -371,10 +374,7 @@ def _segments(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: s
         "| k | seeds | accuracy, % | weight error |",
         "| --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {k} | {n} | {mean:.2f} ± {dev:.2f} (± {half:.2f}) | {error:.3f} |"
-        for k, n, mean, dev, half, error in points
-    ]
+    lines += [f"| {k} | {len(entries)} | {_accuracy(entries)} | {error:.3f} |" for k, entries, _, error in points]
     return [*lines, "", f"![accuracy and weight error against k](figures/{setting}-segments.png)", ""]
 
 
