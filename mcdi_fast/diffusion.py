@@ -64,9 +64,10 @@ def _pick(table: Tensor, segment: Tensor, step: Tensor, like: Tensor) -> Tensor:
 def draw_steps(
     objective: Objective, segment: Tensor, inner_steps: int, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """t uniform in [0, ends[segment]): int64 [B, inner_steps, samples]."""
+    """t uniform in [starts[segment], ends[segment]): int64 [B, inner_steps, samples]."""
     uniform = torch.rand(len(segment), inner_steps, samples, generator=generator, dtype=torch.float64)
-    return (uniform * objective.ends[segment][:, None, None]).long()
+    first, end = objective.starts[segment][:, None, None], objective.ends[segment][:, None, None]
+    return first + (uniform * (end - first)).long()
 
 
 def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps: int | None = None) -> list[int]:
@@ -98,12 +99,12 @@ def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps
 
 def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     """float64 [len(steps) - 1, 3]: x' = a x + b f + eta_noise * sigma * z for the jump from steps[j] to steps[j + 1] (method, section 2)."""
-    alphas, abar = schedule.alpha.tolist(), schedule.abar.tolist()
+    alphas, abar, carry = schedule.alpha.tolist(), schedule.abar.tolist(), schedule.carry.tolist()
     rows = []
     for now, then in pairwise(steps):  # in Python: as tensors these few numbers cost as much as two steps of a chain
         alpha = prod(alphas[now:then])  # not abar_now / abar_then: that ratio underflows for long harsh schedules
-        a = 1 / sqrt(alpha)
-        sigma = sqrt((1 - alpha) * (1 - abar[then]) / (1 - abar[now]))
+        a = carry[then] / sqrt(alpha)
+        sigma = carry[then] * sqrt((1 - alpha) * (1 - abar[then]) / (1 - abar[now]))
         rows.append((a, -(1 - alpha) / sqrt(1 - abar[now]) * a, sigma))
     return torch.tensor(rows, dtype=torch.float64)
 

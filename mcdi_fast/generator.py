@@ -15,7 +15,7 @@ from torch import Tensor
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes
 from mcdi_fast.errors import McdiError
-from mcdi_fast.schedule import Objective, Schedule, make_objective, make_schedule
+from mcdi_fast.schedule import Objective, Schedule, diffusion_tables
 from mcdi_fast.store import (
     FORMAT_VERSION,
     dumps,
@@ -55,8 +55,9 @@ class WeightGenerator:
     def __post_init__(self) -> None:
         """Check that the parts fit each other: they may come from a stranger's file."""
         d = self.diffusion
-        object.__setattr__(self, "_schedule", make_schedule(d.steps, d.segments, d.beta_start, d.beta_end))
-        object.__setattr__(self, "_objective", make_objective(self.schedule, d.objective))
+        schedule, objective = diffusion_tables(d)
+        object.__setattr__(self, "_schedule", schedule)
+        object.__setattr__(self, "_objective", objective)
         tables = self.schedule.skip().tolist(), self.schedule.scale().tolist()
         object.__setattr__(self, "_skip_and_scale", tables)
         out = self.phi.get("out.token")

@@ -23,7 +23,7 @@ from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, res
 from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
-from mcdi_fast.schedule import make_objective, make_schedule
+from mcdi_fast.schedule import diffusion_tables
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.weights import Normalizer
 
@@ -90,8 +90,7 @@ class MetaTrainer:
                 f"segments k = {self.diffusion.segments}, but the bank {bank.folder} holds {bank.num_segments} local targets a task; set k to that"
             )
         d = self.diffusion
-        self.schedule = make_schedule(d.steps, d.segments, d.beta_start, d.beta_end)
-        self.objective = make_objective(self.schedule, d.objective)
+        self.schedule, self.objective = diffusion_tables(d)
         every = torch.linspace(0, len(bank) - 1, min(len(bank), _FIT_TASKS), dtype=torch.float64).long()
         targets, condition = bank.gather(every)
         mask = bank.layout.mask

@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.errors import McdiError
 
 OBJECTIVES = ("local-consistency", "vanilla", "naive-local")
@@ -25,12 +26,14 @@ class Schedule:
         ends: e_1 < … < e_k = T, the step at which local target i must be reached, `round(i * T / k)`.
         abar: [T + 1], abar_t = prod_{j=t}^{T-1} alpha_j; abar_T = 1 (empty product).
         abar_segment: [k, T + 1], abar^i_t = prod_{j=t}^{e_i - 1} alpha_j for t <= e_i; 1 behind e_i, where it means nothing.
+        carry: [T + 1], what the sampler multiplies x by on arriving at t: 1, but where a chain may be told so, sqrt(abar^{i+1}_{e_i}) at e_i, i < k.
     """
 
     alpha: Tensor
     ends: tuple[int, ...]
     abar: Tensor
     abar_segment: Tensor
+    carry: Tensor
 
     @property
     def num_steps(self) -> int:
@@ -60,11 +63,16 @@ class Schedule:
         return ((1 - self.abar[:-1]) * a / (1 - a)).sqrt()
 
 
-def make_schedule(num_steps: int, num_segments: int, beta_start: float = 0.8, beta_end: float = 0.01) -> Schedule:
+def make_schedule(
+    num_steps: int, num_segments: int, beta_start: float = 0.8, beta_end: float = 0.01, carry_scaled: bool = False
+) -> Schedule:
     """Build the tables: 1 - alpha falls linearly from `beta_start` at t = 0 to `beta_end` at t = T - 1.
 
     The paper gives no values. 0.8 to 0.01 makes abar^1_0 about 0.0003 at T = 20, k = 3, so that a chain starts from noise
     (measured: a first experiment on Omniglot heads). T / k need not be an integer; e_i rounds to even on ties, as Python does.
+
+    carry_scaled: a chain that has reached target i goes on from sqrt(abar^{i+1}) times it. Training shows the next segment x_t =
+    sqrt(abar^{i+1}) theta + noise there; arriving with all of theta, the chain overshoots the later targets.
 
     Raises:
         McdiError: k < 1, k > T, or betas outside 0 < beta_end < beta_start < 1.
@@ -86,7 +94,11 @@ def make_schedule(num_steps: int, num_segments: int, beta_start: float = 0.8, be
     abar_segment = torch.ones(num_segments, num_steps + 1, dtype=torch.float64)
     for i, end in enumerate(ends):
         abar_segment[i, :end] = alpha[:end].flip(0).cumprod(0).flip(0)
-    return Schedule(alpha, ends, abar_segment[-1].clone(), abar_segment)
+    carry = torch.ones(num_steps + 1, dtype=torch.float64)
+    if carry_scaled:
+        for i, end in enumerate(ends[:-1]):
+            carry[end] = abar_segment[i + 1, end].sqrt()
+    return Schedule(alpha, ends, abar_segment[-1].clone(), abar_segment, carry)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Objective:
     Attributes:
         name: one of `OBJECTIVES`.
         targets: the local targets it trains on, 0-based.
-        ends: int64 [k], t is drawn from 0 <= t < ends[i].
+        ends: int64 [k], t is drawn from starts[i] <= t < ends[i].
         signal, noise, f_weight, eps_weight: [k, T] float64; entries with t >= ends[i] mean nothing.
     """
 
@@ -107,18 +119,23 @@ class Objective:
     noise: Tensor
     f_weight: Tensor
     eps_weight: Tensor
+    starts: Tensor
 
 
-def make_objective(schedule: Schedule, name: str) -> Objective:
+def make_objective(schedule: Schedule, name: str, window: str = "whole") -> Objective:
     """Tables of one of the paper's three objectives.
 
     - `local-consistency` (Mc-Di): target i is reached at e_i; f weighted by sqrt(1 - abar^i_t), eps by sqrt(1 - abar_t).
     - `vanilla` (Mv-Di): the last target only, reached at T; both weights 1.
     - `naive-local` (Tw-Di): all k targets, every chain ends at T; both weights 1.
 
+    window: "segment" trains target i of `local-consistency` in its own segment only, e_{i-1} <= t < e_i; the other two have no segments.
+
     Raises:
-        McdiError: another name.
+        McdiError: another name or window.
     """
+    if window not in ("whole", "segment"):
+        raise McdiError(f"window {window!r}: expected whole or segment")
     k, steps = schedule.num_segments, schedule.num_steps
     if name == "local-consistency":
         ends, a = torch.tensor(schedule.ends), schedule.abar_segment[:, :-1]
@@ -129,4 +146,17 @@ def make_objective(schedule: Schedule, name: str) -> Objective:
     else:
         raise McdiError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
     targets = (k - 1,) if name == "vanilla" else tuple(range(k))
-    return Objective(name, targets, ends, a.sqrt(), (1 - a).sqrt(), *weights)
+    starts = torch.zeros_like(ends)
+    if window == "segment" and name == "local-consistency":
+        starts[1:] = ends[:-1]
+    return Objective(name, targets, ends, a.sqrt(), (1 - a).sqrt(), *weights, starts)
+
+
+def diffusion_tables(diffusion: DiffusionConfig) -> tuple[Schedule, Objective]:
+    """Both of a configuration."""
+    d = diffusion
+    if d.carry not in ("full", "scaled"):
+        raise McdiError(f"carry {d.carry!r}: expected full or scaled")
+    scaled = d.carry == "scaled" and d.objective == "local-consistency"
+    schedule = make_schedule(d.steps, d.segments, d.beta_start, d.beta_end, scaled)
+    return schedule, make_objective(schedule, d.objective, d.window)

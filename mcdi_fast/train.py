@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +30,7 @@ from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_prepare, prepare_bank
 from mcdi_fast.report import git_sha, machine, write_report
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import make_objective, make_schedule
+from mcdi_fast.schedule import diffusion_tables
 from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
 
@@ -39,6 +39,8 @@ class StoppedError(McdiError):
     """Something went wrong after work had begun: what was made so far is kept."""
 
 
+# What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
+_FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
 _TEST_SEED, _VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
 
@@ -51,7 +53,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.seed < _TEST_SEED:
         raise McdiError(f"--seed {config.seed}: expected 0 to {_TEST_SEED - 1}")
     d = config.diffusion
-    make_objective(make_schedule(d.steps, d.segments, d.beta_start, d.beta_end), d.objective)
+    diffusion_tables(d)
     check_prepare(config.prepare, d.segments)
     noisy = (
         f"its chain is noise-free, --evaluate.eta-noise = {config.evaluate.eta_noise}"
@@ -69,8 +71,8 @@ def check_config(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Take the run folder: make it, lock it, and see that it belongs to this configuration.
+def open_run(folder: Path, config: Any, free: Collection[str] = _FREE) -> Iterator[None]:
+    """Take the run folder: make it, lock it, and see that it belongs to this configuration (a dataclass), but for the fields `free`.
 
     Raises:
         McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
@@ -97,7 +99,7 @@ def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
         ours = json.loads(json.dumps(asdict(config), default=str))
         if path.exists():
             found = read_json(path)
-            for key in _binding(ours):
+            for key in [key for key in ours if key not in free]:
                 theirs = found.get(key) if isinstance(found, dict) else None
                 if theirs != ours[key]:
                     raise McdiError(
@@ -106,12 +108,6 @@ def open_run(folder: Path, config: TrainConfig) -> Iterator[None]:
                     )
         write_json(path, ours)
         yield
-
-
-def _binding(config: dict[str, Any]) -> list[str]:
-    """What must stay the same in a run folder: all but where things lie, what computes and how the result is evaluated."""
-    free = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
-    return [key for key in config if key not in free]
 
 
 def _difference(key: str, found: Any, ours: Any) -> str:

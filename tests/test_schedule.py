@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.diffusion import consistency_loss, noising
 from mcdi_fast.errors import McdiError
-from mcdi_fast.schedule import OBJECTIVES, make_objective, make_schedule
+from mcdi_fast.schedule import OBJECTIVES, diffusion_tables, make_objective, make_schedule
 
 SIZES = [(20, 3), (20, 1), (6, 3), (7, 3), (10, 4), (5, 5), (1, 1), (50, 7)]
 
@@ -170,3 +171,26 @@ def test_with_one_segment_local_consistency_is_vanilla_times_its_weight():
     assert torch.equal(noising(local, theta, segment, step, eps), noising(vanilla, theta, segment, step, eps))
     expected = consistency_loss(vanilla, f, segment, step, eps) * (1 - schedule.abar[:-1])
     torch.testing.assert_close(consistency_loss(local, f, segment, step, eps), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("steps", "segments"), SIZES)
+def test_carry(steps, segments):
+    assert (make_schedule(steps, segments).carry == 1).all()
+    schedule = make_schedule(steps, segments, carry_scaled=True)
+    for t in range(steps + 1):
+        i = schedule.ends.index(t) if t in schedule.ends[:-1] else None
+        expected = 1.0 if i is None else math.sqrt(math.prod(schedule.alpha[t : schedule.ends[i + 1]].tolist()))
+        assert float(schedule.carry[t]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_diffusion_tables():
+    for name in OBJECTIVES:
+        schedule, objective = diffusion_tables(DiffusionConfig(objective=name, window="segment", carry="scaled"))
+        local = name == "local-consistency"
+        assert bool((schedule.carry < 1).any()) == local  # the other two have no segments to carry over
+        assert objective.starts.tolist() == ([0, 7, 13] if local else [0, 0, 0])
+        schedule, objective = diffusion_tables(DiffusionConfig(objective=name))
+        assert bool((schedule.carry == 1).all())
+        assert not objective.starts.any()
+    assert "expected full or scaled" in error_of(diffusion_tables, DiffusionConfig(carry="half"))  # type: ignore[arg-type]
+    assert "expected whole or segment" in error_of(diffusion_tables, DiffusionConfig(window="all"))  # type: ignore[arg-type]

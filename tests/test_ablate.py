@@ -1,0 +1,357 @@
+"""The comparison: cells are made once, a stop loses nothing, records are the same after it, and the arithmetic of the tables."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mcdi_fast import ablate, ablate_report, backbone, prepare, store
+from mcdi_fast.ablate import CHANGES, AblateConfig, Cell, other_condition, plan, scored_heads, train_config
+from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.baselines import ReptileNet
+from mcdi_fast.errors import McdiError
+from mcdi_fast.evaluate import FeatureTasks
+from mcdi_fast.heads import prototype_head, support_condition
+from mcdi_fast.meta import MetaTrainer
+from mcdi_fast.tasks import glyphs
+
+SMALL = (
+    "--dataset glyphs --settings 5way1shot --seeds 0 --queries 5 --backbone.steps 3 --backbone.ways 6 --backbone.images-per-class 3 "
+    "--prepare.tasks 20 --prepare.steps 6 --diffusion.steps 6 --denoiser.width 8 --denoiser.depth 1 --meta.steps 6 --meta.meta-batch 2 "
+    "--meta.checkpoint-every 2 --evaluate.tasks 4 --evaluate.validation-tasks 4 --evaluate.finetune-steps 3 --selection-tasks 4 "
+    "--reptile.head-steps 3 --reptile.head-batch 2 --reptile.net-steps 3 --reptile.net-batch 1 --reptile.inner-steps 2 "
+    "--reptile.test-steps 1 2 --reptile.net-test-steps 1 2 --reptile.checkpoint-every 1"
+).split()
+ROWS = [*SMALL, "--parts", "comparison"]
+
+
+@pytest.fixture(autouse=True)
+def small_glyphs(monkeypatch):
+    data = glyphs.load(12, 8, 8)
+    monkeypatch.setattr(glyphs, "load", lambda: data)
+    monkeypatch.setattr(prepare, "SHARD_TASKS", 10)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+
+
+def cells(folder):
+    """Every record without what a clock says."""
+    found = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        record = json.loads(path.read_text())
+        assert record.pop("machine")
+        assert record.pop("date")
+        found[path.stem] = _timeless(record)
+    return found
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if not k.endswith(("_ms", "_seconds"))}
+    return value
+
+
+def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys, monkeypatch):
+    parts = ["--variants", "sam-augment", "plain", "--segment-numbers", "1", "3", "--changes", "default", "M-30"]
+    assert ablate.main([*SMALL, *parts, *options]) == 0
+    folder = tmp_path / "run"
+    before = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
+    names = {path.stem for path in before}
+    for method in ablate.METHODS:
+        assert any(f"_{method}" in name for name in names), method
+    assert "5way1shot_seed0_mc-di_sam-augment_k1" in names
+    assert "5way1shot_seed0_mc-di_sam-augment_k3_M-30" in names
+    assert "5way1shot_seed0_ceiling_plain" in names
+    assert not any((folder / part).glob("*") and list((folder / part).glob("*")) for part in ("banks", "partial"))
+    for path in before:
+        record = json.loads(path.read_text())
+        if record["cell"]["method"] == "analysis":
+            assert [len(curve) for curve in record["distances"].values()] == [7, 7, 7, 7]
+            continue
+        assert len(record["correct"]) == 4
+        assert all(0 <= count <= 25 for count in record["correct"])
+        assert record["accuracy_mean"] == pytest.approx(100 * sum(record["correct"]) / 100, abs=1e-3)
+        assert record["adapt_ms"] > 0
+        assert record["gradient_steps"] >= 0
+    text = (folder / "results.md").read_text()
+    for word in ("Theorem 1", "figure 4", "Which claims hold here", "Are generated heads new", "One change at a time"):
+        assert word in text
+    for figure in ("accuracy", "segments", "theorem1", "chains"):
+        assert (folder / "figures" / f"5way1shot-{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+    def never(*args):
+        raise AssertionError("a finished cell was made again")
+
+    monkeypatch.setattr(ablate, "run_cell", never)
+    assert ablate.main([*SMALL, *parts, *options]) == 0
+    assert {path: path.read_bytes() for path in (folder / "cells").iterdir()} == before
+
+    out = tmp_path / "docs"  # the same tables from the records alone, elsewhere
+    assert ablate.main([*SMALL, *parts, *options, "--out", str(out), "--report-only"]) == 0
+    assert (out / "results.md").read_text() == text
+    (record,) = (out / "records").iterdir()
+    assert record.name.endswith("-ablation-glyphs-5way1shot.json")
+    assert len(store.read_json(record)["cells"]) == len(before)
+    assert render(out, "glyphs").read_text() == text
+
+    capsys.readouterr()
+    assert ablate.main([*SMALL, *parts, *options, "--meta.steps", "7"]) == 2
+    assert "meta.steps (6, now 7)" in capsys.readouterr().err
+
+
+def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, tmp_path, capsys):
+    out = tmp_path / "docs"
+    common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--parts", "comparison", "--methods"]
+    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "a")]) == 0
+    assert ablate.main([*common, "finetune", "--run-dir", str(tmp_path / "b")]) == 0
+    (record,) = (out / "records").iterdir()
+    assert {cell["cell"]["method"] for cell in store.read_json(record)["cells"]} == {"prototype", "finetune"}
+    before = record.read_bytes()
+    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
+    assert "another budget" in capsys.readouterr().err
+    assert record.read_bytes() == before
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing catches it."""
+
+
+STOPS = {
+    "bank": (TrajectoryBank, "append", 2),
+    "meta": (MetaTrainer, "outer_step", 9),
+    "reptile": (ReptileNet, "outer_step", 2),
+    "reptile evaluation": (ReptileNet, "adapt", 3),
+    "record": (ablate, "write_json", 5),
+    "backbone": (backbone, "augment", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        data = glyphs.load(12, 8, 8)
+        patch.setattr(glyphs, "load", lambda: data)
+        patch.setattr(prepare, "SHARD_TASKS", 10)
+        assert ablate.main([*ROWS, "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache")]) == 0
+    return cells(folder / "run")
+
+
+QUICK = ("meta", "reptile evaluation", "record")
+
+
+@pytest.mark.parametrize("where", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in STOPS])
+def test_a_stop_anywhere_loses_nothing(options, tmp_path, monkeypatch, whole, where):
+    owner, name, call = STOPS[where]
+    function, calls = getattr(owner, name), iter(range(10**6))
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            raise Stop
+        return function(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        with pytest.raises(Stop):
+            ablate.main([*ROWS, *options])
+    for path in (tmp_path / "run" / "cells").glob("*"):
+        json.loads(path.read_text())  # whole or not there
+    assert ablate.main([*ROWS, *options]) == 0
+    assert cells(tmp_path / "run") == whole
+
+
+def test_a_kill_while_a_record_is_written_leaves_none(options, tmp_path, monkeypatch):
+    def killed(source, target):
+        if "cells" in str(target):
+            raise Stop
+        return replace(source, target)
+
+    import os
+
+    replace = os.replace
+    one = [*SMALL, *options, "--parts", "comparison", "--methods", "prototype"]
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "replace", killed)
+        with pytest.raises(Stop):
+            ablate.main(one)
+    assert not list((tmp_path / "run" / "cells").glob("*.json"))
+    assert ablate.main(one) == 0
+    assert len(list((tmp_path / "run" / "cells").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_time_limit_goes_on_to_the_same_records(options, tmp_path, whole):
+    calls = 0
+    while (code := ablate.main([*ROWS, *options, "--time-limit", "0.0001"])) == 3:
+        calls += 1
+        assert calls < 100
+    assert code == 0
+    assert calls > len(whole)  # it stopped inside cells too
+    assert cells(tmp_path / "run") == whole
+
+
+BAD = {
+    "--seeds -1": "--seeds -1",
+    "--seeds 1 1": "--seeds 1 1: one stands twice",
+    "--changes nonsense": "--changes 'nonsense': expected some of default",
+    "--time-limit 0": "--time-limit = 0.0",
+    "--threads 0": "--threads = 0",
+    "--segment-numbers 7": "segments k = 7 exceed the steps T = 6",
+    "--settings 20way1shot": "--task.ways = 20: more than the 12 classes",
+    "--queries 20": "more than the 20 images",
+    "--meta.inner-rate 0": "--meta.inner-rate = 0.0",
+    "--reptile.net-rates -1": "--reptile.net-rates",
+    "--prepare.rho -1": "--prepare.rho = -1.0",
+    "--selection-tasks 1": "--selection-tasks = 1",
+    "--parts variants --variants sam-augment": "no cell to make",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_options_are_refused_before_any_work(options, tmp_path, capsys, bad):
+    assert ablate.main([*SMALL, "--segment-numbers", "1", *options, *bad.split()]) == 2
+    assert BAD[bad] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan():
+    config = AblateConfig(seeds=(0, 1))
+    found = plan(config)
+    assert len(set(found)) == len(found) == len({cell.name for cell in found})
+    assert Cell("20way1shot", 1, "reptile-net") in found
+    assert Cell("5way5shot", 0, "mc-di", "plain", 3) in found
+    assert Cell("5way1shot", 0, "mv-di", "sam", 1) in found
+    assert [c for c in found if c.method == "mc-di" and c.segments == 8] == [
+        Cell("5way1shot", s, "mc-di", "sam-augment", 8) for s in (0, 1)
+    ]
+    assert sum(bool(c.change) for c in found) == len(CHANGES)
+    none = plan(AblateConfig(methods=("prototype",), parts=("comparison",), settings=("5way5shot",), seeds=(3,)))
+    assert none == [Cell("5way5shot", 3, "prototype")]
+
+
+def test_a_cells_settings():
+    config = AblateConfig()
+
+    def of(**cell):
+        return train_config(config, Cell(**{"setting": "5way1shot", "seed": 0, "variant": "sam-augment"} | cell))
+
+    mc, mv, ocd = of(method="mc-di", segments=3), of(method="mv-di", segments=1), of(method="ocd", segments=1)
+    assert (mc.prepare, mc.meta, mc.diffusion) == (config.prepare, config.meta, config.diffusion)
+    assert (mv.diffusion.objective, mv.diffusion.segments) == ("vanilla", 1)
+    assert mv.meta == config.meta
+    assert ocd.meta.inner_steps == 1
+    assert ocd.meta.samples == config.meta.samples * config.meta.inner_steps
+    paper = of(method="mc-di-paper", segments=3).diffusion
+    assert (paper.window, paper.carry) == ("whole", "full")
+    assert (mc.diffusion.window, mc.diffusion.carry) == ("segment", "scaled")
+    plain = of(method="mc-di", segments=3, variant="plain").prepare
+    assert (plain.rho, plain.copies) == (0, 1)
+    assert of(method="mc-di", segments=3, variant="sam").prepare.rho == config.prepare.rho
+    assert [of(method="mc-di", segments=k).prepare.steps for k in (1, 7, 8)] == [60, 63, 64]
+    assert of(method="mc-di", segments=3, change="T-6").diffusion.steps == 6
+    assert of(method="mc-di", segments=3, change="half-the-steps").meta.steps == config.meta.steps // 2
+    assert of(method="mc-di", segments=3, change="twice-the-tasks").prepare.tasks == 2 * config.prepare.tasks
+    assert of(method="mc-di", segments=3, change="no-ema").meta.ema == 0
+    for change in CHANGES:
+        of(method="mc-di", segments=3, change=change)
+
+
+def test_other_conditions():
+    support = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(other_condition("prototypes", support), support_condition(support)[..., :-1])
+    spread = other_condition("spread", support)
+    assert spread.shape == (2, 5, 9)
+    torch.testing.assert_close(spread[..., 5:], support.std(2, unbiased=False))
+    assert other_condition("support", support).shape == (2, 5, 17)
+    with pytest.raises(McdiError, match="expected prototypes"):
+        other_condition("other", support)
+
+
+def test_counts_are_whole_numbers():
+    support, query = torch.randn(6, 5, 1, 4), torch.randn(6, 5, 15, 4)
+    record = scored_heads(prototype_head(support), FeatureTasks(support, query, query))
+    assert record["queries"] == 75
+    assert all(isinstance(c, int) for c in record["correct"])
+
+
+def entry(seed, correct, queries=75):
+    return {"seed": seed, "correct": correct, "queries": queries}
+
+
+def test_paired_difference_and_intervals():
+    rng = np.random.default_rng(0)
+    a = [entry(s, rng.integers(60, 75, 50).tolist()) for s in (0, 1, 2)]
+    b = [entry(s, rng.integers(50, 75, 50).tolist()) for s in (2, 1, 4)]
+    difference = paired(a, b)
+    x = np.concatenate([a[1]["correct"], a[2]["correct"]]) - np.concatenate([b[1]["correct"], b[0]["correct"]])
+    x = 100 * x / 75
+    assert difference.mean == pytest.approx(x.mean())
+    assert difference.half == pytest.approx(1.96 * x.std(ddof=1) / 10)
+    assert len(difference.by_seed) == 2
+    assert np.mean(difference.by_seed) == pytest.approx(x.mean())
+    assert paired(a, [entry(7, [1])]) is None
+    same = paired(a, a)
+    assert (same.mean, same.half, same.verdict) == (0, 0, 0)
+    assert paired([entry(0, [75] * 9 + [74])], [entry(0, [1] * 10)]).verdict == 1
+    assert paired([entry(0, [1] * 10)], [entry(0, [75] * 9 + [74])]).verdict == -1
+    every = 100 * np.concatenate([e["correct"] for e in a]) / 75
+    assert pooled_interval(a) == pytest.approx(1.96 * every.std(ddof=1) / math.sqrt(150))
+
+
+def test_paired_interval_against_scipy():
+    scipy = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(60, 75, 600), rng.integers(58, 75, 600)
+    ours = paired([entry(0, a.tolist())], [entry(0, b.tolist())])
+    low, high = scipy.ttest_rel(a / 0.75, b / 0.75).confidence_interval(0.95)
+    assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx((low, high), abs=0.01)
+    for n, quantile in ablate_report._STUDENT.items():
+        assert quantile == pytest.approx(scipy.t.ppf(0.975, n - 1), abs=1e-4)
+
+
+def test_over_seeds():
+    mean, deviation, half = over_seeds([98.0, 98.2, 98.1, 98.3, 97.9])
+    assert mean == pytest.approx(98.1)
+    assert deviation == pytest.approx(0.158114, abs=1e-6)
+    assert half == pytest.approx(2.7764 * 0.158114 / 5**0.5, abs=1e-5)
+    assert over_seeds([97.0]) == (97.0, 0.0, 0.0)
+
+
+def test_student_quantiles():
+    """Against the integral of the density: the probability within them is 95 %."""
+    for n, quantile in ablate_report._STUDENT.items():
+        nu = n - 1
+        x = torch.linspace(-quantile, quantile, 200001, dtype=torch.float64)
+        density = torch.distributions.StudentT(torch.tensor(float(nu), dtype=torch.float64)).log_prob(x).exp()
+        assert float(torch.trapezoid(density, x)) == pytest.approx(0.95, abs=1e-5)
+
+
+def test_newest_record_wins_and_another_budget_is_left_out(tmp_path):
+    folder = tmp_path / "records"
+    folder.mkdir()
+
+    def write(date, config, seed, value):
+        cell = {"setting": "5way1shot", "seed": seed, "method": "prototype", "variant": "", "segments": 0, "change": ""}
+        record = {"format": 1, "dataset": "glyphs", "setting": "5way1shot", "config": config}
+        store.write_json(
+            folder / f"{date}-ablation-glyphs-5way1shot.json", record | {"cells": [{"cell": cell, "value": value}]}
+        )
+
+    write("2026-01-01", {"steps": 1}, 0, "another budget")
+    write("2026-01-02", {"steps": 2}, 0, "old")
+    write("2026-01-03", {"steps": 2}, 1, "new")
+    found = load_records(tmp_path, "glyphs")["5way1shot"]
+    assert sorted(c["value"] for c in found["cells"]) == ["new", "old"]
+    write("2026-01-04", {"steps": 2}, 0, "newest")
+    found = load_records(tmp_path, "glyphs")["5way1shot"]
+    assert sorted(c["value"] for c in found["cells"]) == ["new", "newest"]
+    assert len(found["files"]) == 3
+    (folder / "2026-01-05-ablation-glyphs-5way1shot.json").write_text("{}")
+    with pytest.raises(McdiError, match="2026-01-05-ablation"):
+        load_records(tmp_path, "glyphs")
