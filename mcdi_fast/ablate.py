@@ -1003,6 +1003,12 @@ def _report(folder: Path, out: Path, dataset: str) -> None:
     print(f"report: {render(out, dataset)}")
 
 
+def default_ablate_config(dataset: str) -> AblateConfig:
+    """The defaults for a task family: the backbone of glyphs takes seconds."""
+    default = AblateConfig(dataset=dataset)  # type: ignore[arg-type]
+    return replace(default, backbone=default_config(dataset).backbone) if dataset == "glyphs" else default
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 3 time limit, 130 Ctrl-C."""
     import tyro
@@ -1010,10 +1016,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default="omniglot")
     dataset = peek.parse_known_args(arguments)[0].dataset
-    default = AblateConfig(dataset=dataset)
-    if dataset == "glyphs":  # a small problem: its backbone takes seconds
-        default = replace(default, backbone=default_config(dataset).backbone)
-    config = tyro.cli(AblateConfig, default=default, prog="python -m mcdi_fast.ablate", args=arguments)
+    config = tyro.cli(
+        AblateConfig, default=default_ablate_config(dataset), prog="python -m mcdi_fast.ablate", args=arguments
+    )
     complete = True
 
     def run() -> None:

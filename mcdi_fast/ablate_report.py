@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +208,32 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
         config, machines = record["config"], [c["machine"] for c in record["cells"]]
         seeds = sorted({c["cell"]["seed"] for c in record["cells"]})
         lines.append(
-            f"- {setting}: records {', '.join(record['files'])}; seeds {', '.join(map(str, seeds))}; {config['evaluate']['tasks']} test tasks "
+            f"- {setting}: records {', '.join(record['files'])}; {_options(config)}; "
+            f"seeds {', '.join(map(str, seeds))}; {config['evaluate']['tasks']} test tasks "
             f"a seed; {config['meta']['steps']} outer steps, {config['prepare']['tasks']} tasks in the bank; "
             f"{machines[0]['processor']}, {machines[0]['threads']} thread(s), torch {machines[0]['torch']}; "
             f"git {', '.join(sorted({m['git'] for m in machines}))}"
         )
     return [*lines, ""]
+
+
+def _options(config: dict[str, Any]) -> str:
+    """The options of the command that differ from its defaults."""
+    from mcdi_fast.ablate import default_ablate_config  # here: it imports this module
+
+    default = json.loads(json.dumps(asdict(default_ablate_config(config["dataset"])), default=str))
+    found = []
+    for key, value in config.items():
+        parts = (
+            {f"{key}.{name}": (v, default[key].get(name)) for name, v in value.items()}
+            if isinstance(value, dict)
+            else {}
+        )
+        for name, (ours, theirs) in (parts or {key: (value, default[key])}).items():
+            if ours != theirs:
+                text = " ".join(map(str, ours)) if isinstance(ours, list) else str(ours)
+                found.append(f"--{name.replace('_', '-')} {text}")
+    return f"options `{' '.join(found)}`" if found else "default options"
 
 
 def _setting(setting: str, record: dict[str, Any], figures: dict[str, bytes], dataset: str) -> list[str]:
