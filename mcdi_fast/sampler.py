@@ -14,6 +14,8 @@ from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, res
 from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
+CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
+
 
 class Sampler:
     """Draws weights from a generator.
@@ -99,6 +101,11 @@ class Sampler:
         missing = self._missing(eta_noise, callback)
         if resolve(self.impl, self.device, missing) == "triton":
             x = self._sample_in_one_launch(condition, seeds, num_steps)
+        elif self.device.type == "cpu" and len(seeds) > CHUNK and callback is None:
+            parts = zip(
+                condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)), strict=True
+            )
+            x = torch.cat([self._sample_by_steps(*part, num_steps, eta_noise, None) for part in parts])
         else:
             x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
         return GeneratedWeights(self.generator.layout, self.generator.normalizer.denormalize(x))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from mcdi_fast import sampler
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.diffusion import sample_chain, sampling_steps
@@ -79,6 +80,17 @@ def test_is_the_chain_of_the_generator(module, eta_noise, num_steps):
     assert not found.tokens.requires_grad
     assert found.layout == layout
     torch.testing.assert_close(found.tokens * layout.mask, expected * layout.mask, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta_noise", [0.0, 1.0])
+def test_many_tasks_go_in_chunks(eta_noise, monkeypatch):
+    generator = make(PADDED)
+    condition, seeds = conditions(generator, 11), np.arange(11)
+    whole = Sampler(generator).sample(condition, seeds, eta_noise=eta_noise).tokens
+    monkeypatch.setattr(sampler, "CHUNK", 4)
+    for given in (seeds, list(seeds), range(11), torch.arange(11)):
+        found = Sampler(generator).sample(condition, given, eta_noise=eta_noise).tokens
+        torch.testing.assert_close(found, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("eta_noise", [0.0, 1.0])
