@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ("backbone", "features", "trajectories", "meta-training")  # learning; the rest is loading, evaluation, plots
 
+SHORT = "--backbone.steps 60 --prepare.tasks 1000 --meta.steps 500"  # a minute; MCDI_BENCH_JOB="" runs the whole job, about five
+
 _MEMORY = """
 import ctypes, json, re, resource, sys, tempfile, torch
 from pathlib import Path
@@ -41,7 +43,7 @@ def memory_mib(tasks):
 
 def test_main_job(benchmark, tmp_path):
     benchmark.group = "main job"
-    options = os.environ.get("MCDI_BENCH_JOB", "").split()  # e.g. --meta.steps 100, to try the benchmark out
+    options = os.environ.get("MCDI_BENCH_JOB", SHORT).split()
     command = [sys.executable, "-m", "mcdi_fast.train", "--dataset", "glyphs", "--run-dir", tmp_path / "run"]
     command += ["--cache-dir", tmp_path / "cache", *options]
     benchmark.pedantic(
@@ -54,7 +56,7 @@ def test_main_job(benchmark, tmp_path):
         what="main job", provider="ours", size="glyphs", device=P.DEVICE, stages=seconds, options=options
     )
     benchmark.extra_info.update(seconds=total, outside_core=outside / total)
-    if not options:
+    if not options:  # the whole job
         assert outside < total / 5, f"{outside:.1f} of {total:.1f} s outside the core"
 
 
