@@ -21,7 +21,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.impl import check_device, check_precision, resolve
 from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
-from mcdi_fast.noise import philox_normal
+from mcdi_fast.noise import check_seed, philox_normal
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.schedule import make_objective, make_schedule
@@ -87,6 +87,7 @@ class MetaTrainer:
             denoiser or DenoiserConfig(),
         )
         check_meta(self.meta)
+        check_seed(seed)
         if self.meta.meta_batch < ranks.size:
             raise McdiError(
                 f"--meta.meta-batch = {self.meta.meta_batch}: fewer tasks than the {ranks.size} processes; start fewer or raise it"

@@ -14,6 +14,7 @@ from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
 from mcdi_fast.impl import resolve
+from mcdi_fast.noise import check_seed
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.tasks import sample_episodes
 
@@ -213,6 +214,7 @@ def prepare_bank(
         McdiError: bad settings; another bank in the folder; a full disk; another process that has ended.
     """
     check_prepare(config, segments)
+    check_seed(seed)
     width = features.shape[-1]
     layout = head_layout(task.ways, width)
     bank = TrajectoryBank.create(folder, layout, segments, width + 1, meta) if ranks.leads else None

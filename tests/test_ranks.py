@@ -135,7 +135,7 @@ def test_shares_cover_everything_once():
     for size in range(1, 9):
         for count in range(size, 40):
             shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
-            assert sum(shares, []) == list(range(count))
+            assert [i for share in shares for i in share] == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
