@@ -1,7 +1,11 @@
 """One meta-step on a GPU, from the drawn indices to the new phi: noising, inner loops, outer step. One CUDA graph after a few steps.
 
 Everything that changes from step to step comes in as one small int64 tensor; nothing waits for the GPU. A loss or difference that is not
-finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then on, and `failure` asks for it.
+finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then on, and `failure` asks for it;
+or, by choice, it leaves phi as it is in such steps alone and counts them.
+
+With several processes one all-reduce stands between the inner loops and the outer step, in the graph too (NCCL's can be captured; no GPU has
+run it).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from mcdi_fast.kernels.noising import noising
 from mcdi_fast.kernels.outer_update import outer_update_
 from mcdi_fast.meta import Draws
 from mcdi_fast.outer import OuterScalars, OuterState, named_views
+from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.weights import Normalizer
 
 EAGER_STEPS = 3  # before capture: they compile the kernels and settle the allocator
@@ -51,8 +56,16 @@ class MetaStep:
         inner_rate: float,
         outer: str,
         precision: str,
+        skip: bool = False,
+        ranks: Ranks = ALONE,
+        meta_batch: int | None = None,
     ):
-        """draws: for its shapes. tables: float64, of noising_tables. mask: float32 [N, D], 0 at padding, None without. shapes: of phi."""
+        """Make the buffers.
+
+        Args:
+            draws: for its shapes; this process's. tables: float64, of noising_tables. mask: float32 [N, D], 0 at padding, None without.
+            shapes: of phi. skip: go on after a step that is not finite. meta_batch: B of all `ranks` together.
+        """
         device = state.phi.device
         check_precision(precision)
         check_runs(device, "impl = 'triton'")
@@ -81,7 +94,11 @@ class MetaStep:
             new(b, k, s, n, d), self._step, new(self._condition.shape), new(b, k, s), new(b, k, s, n, d)
         )
         phi: Parameters = named_views(state.phi, shapes)
-        self._delta = torch.empty_like(state.phi)
+        self._skip, self._ranks, meta_batch = skip, ranks, meta_batch or b
+        # one exchange: the mean difference, then the losses [K, B] of every base learner
+        self._sent = new(state.phi.numel() + k * meta_batch)
+        self._delta, losses = self._sent.split([state.phi.numel(), k * meta_batch])
+        self._losses, self._mine, self._part = losses.view(k, meta_batch), ranks.share(meta_batch), b / meta_batch
         self._batch.check(phi)
         self._loop = InnerLoop(
             phi, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
@@ -89,7 +106,8 @@ class MetaStep:
         )  # fmt: skip
         self.loss = new(())
         self._failed = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self._failed_losses = torch.zeros_like(self._loop.losses)
+        self._failed_losses = torch.zeros_like(self._losses)
+        self._skipped = torch.zeros_like(self._failed)
         self._steps_taken = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -137,7 +155,7 @@ class MetaStep:
     @torch.no_grad()
     def _run(self) -> None:
         """From `_inbox`, `_target` and `_condition` on: launches alone, nothing is read back."""
-        batch, losses = self._batch, self._loop.losses
+        batch, losses = self._batch, self._losses
         self._target.sub_(self._mean).div_(self._std)
         torch.sub(self._condition, self._condition_mean, out=batch.condition).div_(self._condition_std)
         noising(
@@ -145,11 +163,21 @@ class MetaStep:
             x=batch.x, loss_target=batch.target, gain=batch.gain,
         )  # fmt: skip
         self._loop.run(batch, self.inner_rate)
+        if self._ranks.size == 1:
+            losses.copy_(self._loop.losses)
+        else:
+            losses.zero_()
+            losses[:, self._mine] = self._loop.losses
+            self._delta.mul_(self._part)
+            self._ranks.sum_(self._sent)
         torch.mean(losses[0], 0, out=self.loss)
         # one sum decides: a NaN or infinity anywhere reaches it
         finite = (self._delta.sum() + losses.sum()).isfinite()
         well = self._failed < 0
         outer_update_(self.state, self._delta, self._scalars.float(), (finite & well).int(), self.outer)
+        if self._skip:
+            self._skipped.add_(finite.logical_not())
+            return
         first_failure = finite.logical_not() & well
         self._failed_losses.copy_(torch.where(first_failure, losses, self._failed_losses))
         self._failed.copy_(torch.where(first_failure, self._number, self._failed))
@@ -158,3 +186,7 @@ class MetaStep:
         """Waits for the GPU. None, or the number of the first step that was not finite and its losses [B, K]; phi is as before it."""
         number = int(self._failed)
         return None if number < 0 else (number, self._failed_losses.T.cpu())
+
+    def skipped(self) -> int:
+        """Waits for the GPU. Steps that were not finite and left phi as it was."""
+        return int(self._skipped)

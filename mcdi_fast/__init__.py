@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mcdi_fast.errors import McdiError
     from mcdi_fast.generator import WeightGenerator
     from mcdi_fast.meta import fit
-    from mcdi_fast.sampler import Sampler
+    from mcdi_fast.sampler import Sampler, StaticSampler
     from mcdi_fast.schedule import make_schedule
     from mcdi_fast.weights import GeneratedWeights, WeightLayout
 
@@ -21,6 +21,7 @@ __all__ = [
     "McdiError",
     "MetaConfig",
     "Sampler",
+    "StaticSampler",
     "TrajectoryBank",
     "WeightGenerator",
     "WeightLayout",
@@ -36,7 +37,7 @@ _HOMES = {
     "errors": ("McdiError",),
     "generator": ("WeightGenerator",),
     "meta": ("fit",),
-    "sampler": ("Sampler",),
+    "sampler": ("Sampler", "StaticSampler"),
     "schedule": ("make_schedule",),
     "weights": ("GeneratedWeights", "WeightLayout"),
 }

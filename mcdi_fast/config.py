@@ -121,6 +121,8 @@ class MetaConfig:
     """Decay of the average of phi that is sampled from; 0 turns it off."""
     checkpoint_every: int = 500
     """Outer steps between checkpoints."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """After a step whose loss is not finite: stop, or leave phi as it is, count the step and go on (ours)."""
 
 
 @dataclass(frozen=True)

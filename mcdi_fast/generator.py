@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from mcdi_fast.store import (
 )
 from mcdi_fast.weights import Normalizer, WeightLayout
 
-MAX_TABLE = 2**20  # steps times segments of a generator from a file: some tables of 8 bytes each are built
+FILES = ("config.json", "model.safetensors")
 
 _KIND = "generator"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,22 @@ class WeightGenerator:
         write_json(folder / "config.json", config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> WeightGenerator:
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> WeightGenerator:
         """Read what `save_pretrained` wrote.
 
+        Args:
+            path_or_hub_id: a folder; or, where there is no folder "owner", "owner/name" on the Hugging Face Hub, which needs the extra `hub` and
+                uses the hub's own cache (HF_HUB_OFFLINE=1 for that alone).
+            revision: branch, tag or commit of a hub repository.
+
         Raises:
-            McdiError: naming the file: missing, damaged, of another format or kind, or parts that do not fit.
+            McdiError: naming the file: missing, damaged, of another format or kind, or parts that do not fit; a hub that does not answer.
         """
-        folder = Path(folder)
+        folder = Path(path_or_hub_id)
+        if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not folder.parent.exists():
+            from mcdi_fast.hub import fetch
+
+            folder = fetch(path_or_hub_id, revision=revision)
         config = read_json(folder / "config.json")
         where, model = show_path(folder / "config.json"), show_path(folder / "model.safetensors")
         if not isinstance(config, dict) or config.get("kind") != _KIND:
@@ -170,11 +181,6 @@ class WeightGenerator:
                     raise McdiError(f"{where}: diffusion.{name} = {value!r:.40}, expected {kind}")
             if not isinstance(config["provenance"], dict):
                 raise McdiError(f"{where}: provenance is {type(config['provenance']).__name__}, expected a dict")
-            if diffusion.steps * diffusion.segments > MAX_TABLE:
-                raise McdiError(
-                    f"{where}: diffusion.steps = {diffusion.steps} times diffusion.segments = {diffusion.segments}, "
-                    f"expected at most {MAX_TABLE}; the file is damaged"
-                )
             if meta.get("config") != _digest(config):
                 raise McdiError(
                     f"{where}: not the one {model} was written with; the two files belong to different generators, or one was "

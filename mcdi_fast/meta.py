@@ -21,10 +21,11 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
-from mcdi_fast.noise import philox_normal
+from mcdi_fast.noise import check_seed, philox_normal
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
+from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.schedule import diffusion_tables
-from mcdi_fast.store import load_tensors, save_tensors
+from mcdi_fast.store import load_tensors, save_tensors, show_path
 from mcdi_fast.weights import Normalizer
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ _FLOOR = (
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )
-_RECIPE = 2  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
+_RECIPE = 3  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
+FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
 
 
@@ -58,6 +60,7 @@ class MetaTrainer:
     Attributes:
         state: the parameters being trained, their average (which `generator()` uses), Adam's moments. step: outer steps done.
         impl: what runs, resolved: "torch" or "triton" (or an oracle).
+        ranks: the processes that share the meta-batch; all of them take every step, and their states stay the same.
     """
 
     def __init__(
@@ -71,9 +74,10 @@ class MetaTrainer:
         device: torch.device | str = "cpu",
         impl: str = "auto",
         precision: str = DEFAULT_PRECISION,
+        ranks: Ranks = ALONE,
     ):
         """Fit the normalisers on the bank and draw phi. impl: impl.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
-        self.bank, self.seed, self.precision = bank, seed, precision
+        self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
         self.impl = impl if impl in ORACLES else resolve(impl, self.device)
@@ -83,6 +87,11 @@ class MetaTrainer:
             denoiser or DenoiserConfig(),
         )
         check_meta(self.meta)
+        check_seed(seed)
+        if self.meta.meta_batch < ranks.size:
+            raise McdiError(
+                f"--meta.meta-batch = {self.meta.meta_batch}: fewer tasks than the {ranks.size} processes; start fewer or raise it"
+            )
         if len(bank) == 0:
             raise McdiError(f"bank {bank.folder}: holds no task; append trajectories first")
         if bank.num_segments != self.diffusion.segments:
@@ -102,6 +111,8 @@ class MetaTrainer:
         self._shapes = parameter_shapes(*sizes)
         self.state = OuterState.start(init_parameters(*sizes, seed), self.device)
         self.step = 0
+        self._skipped = self._skipped_before = 0
+        self._saved: tuple[Path, int] | None = None
         self._noise_mask = None if mask.all() else mask.float()
         self._kernels = self._meta_step() if self.impl == "triton" else None
 
@@ -112,7 +123,7 @@ class MetaTrainer:
         return MetaStep(
             self.state,
             self.bank,
-            self.draws(0),
+            self._share(self.draws(0)),
             noising_tables(self.schedule, self.objective),
             self.normalizer,
             self.condition_normalizer,
@@ -122,6 +133,9 @@ class MetaTrainer:
             inner_rate=self.meta.inner_rate,
             outer=self.meta.outer,
             precision=self.precision,
+            skip=self.meta.on_bad_step == "skip",
+            ranks=self.ranks,
+            meta_batch=self.meta.meta_batch,
         )
 
     @property
@@ -139,9 +153,14 @@ class MetaTrainer:
         steps = draw_steps(self.objective, segment, m.inner_steps, m.samples, generator)
         return Draws(task, segment, steps, (step << 32) + torch.arange(m.meta_batch))
 
+    def _share(self, draws: Draws) -> Draws:
+        """This process's tasks of a meta-batch."""
+        mine = self.ranks.share(self.meta.meta_batch)
+        return Draws(*(choice[mine] for choice in draws))
+
     def batch(self, step: int) -> InnerBatch:
-        """The meta-batch of an outer step, a function of (seed, step)."""
-        draws, layout = self.draws(step), self.bank.layout
+        """The meta-batch of an outer step, this process's share of it: a function of (seed, step), not of the number of processes."""
+        draws, layout = self._share(self.draws(step)), self.bank.layout
         targets, condition = self.bank.gather(draws.task)
         target = self.normalizer.normalize(targets[torch.arange(len(targets)), draws.segment])
         shape = (*draws.step.shape, layout.num_tokens, layout.width)
@@ -157,28 +176,53 @@ class MetaTrainer:
         """One meta-step.
 
         Returns:
-            the mean loss of the base learners before their first inner step, a number on the device. Through the kernels nothing waits
-            for it: reading it does, and the next step overwrites it.
+            the mean loss of the base learners before their first inner step, a number on the device; not finite in a step that was
+            skipped. Through the kernels nothing waits for it: reading it does, and the next step overwrites it.
 
         Raises:
-            McdiError: a loss that is not finite, naming the step; phi is still the last good one. Through the kernels it comes up to
-                `CHECK_EVERY` steps later, with phi as it was before the bad one.
+            McdiError: a loss that is not finite, naming the step, the task and the last checkpoint; phi is still the last good one. Through
+                the kernels it comes up to `CHECK_EVERY` steps later, with phi as it was before the bad one. With `on_bad_step="skip"`
+                only when the last `CHECK_EVERY` steps were all skipped. Another process of the run that has ended.
         """
         scalars = outer_scalars(self.meta, self.step)
         if self._kernels is not None:
-            loss = self._kernels.step(self.draws(self.step), self.step, scalars)
-            self.step += 1
-            if self.step % CHECK_EVERY == 0:
-                self.check()
-            return loss
-        delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.impl)
-        flat = torch.cat([value.flatten() for value in delta.values()])
-        # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
-        if not (losses.isfinite().all() and bool(flat.isfinite().all())):
-            self._stop(self.step, losses)
-        outer_update(self.state, flat, scalars, self.meta.outer)
+            loss = self._kernels.step(self._share(self.draws(self.step)), self.step, scalars)
+        else:
+            delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.impl)
+            flat = torch.cat([value.flatten() for value in delta.values()])
+            if self.ranks.size > 1:
+                flat, losses = self._sum(flat, losses)
+            # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
+            if losses.isfinite().all() and bool(flat.isfinite().all()):
+                outer_update(self.state, flat, scalars, self.meta.outer)
+            elif self.meta.on_bad_step == "skip":
+                self._skipped += 1
+            else:
+                self._stop(self.step, losses)
+            loss = losses[:, 0].mean()
         self.step += 1
-        return losses[:, 0].mean()
+        if self.step % CHECK_EVERY == 0:
+            self.check()
+            if self.skipped - self._skipped_before == CHECK_EVERY:
+                self._stop(self.step - 1, None)
+            self._skipped_before = self.skipped
+        return loss
+
+    def _sum(self, delta: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean delta [P] and losses [B, K] over the meta-batch, from those of this process's share: one exchange."""
+        mine, (count, inner_steps) = self.ranks.share(self.meta.meta_batch), losses.shape
+        total = delta.new_zeros(len(delta) + self.meta.meta_batch * inner_steps)
+        together, every = total.split([len(delta), total.numel() - len(delta)])
+        every = every.view(-1, inner_steps)
+        torch.mul(delta, count / self.meta.meta_batch, out=together)
+        every[mine] = losses
+        self.ranks.sum_(total)
+        return together, every
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because they were not finite. Waits for the device."""
+        return self._skipped + (self._kernels.skipped() if self._kernels is not None else 0)
 
     def check(self) -> None:
         """Wait for the device. Raises McdiError where a step since the last check was not finite; `step` and phi are then as before it."""
@@ -187,11 +231,25 @@ class MetaTrainer:
             self.step = failure[0]
             self._stop(*failure)
 
-    def _stop(self, step: int, losses: Tensor) -> NoReturn:
-        bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
+    def _stop(self, step: int, losses: Tensor | None) -> NoReturn:
+        """Raise for a step whose losses [B, K] were not finite; None: for the last `CHECK_EVERY` steps, all skipped."""
+        if losses is None:
+            where = f"in each of the {CHECK_EVERY} outer steps up to {step}, all skipped"
+        else:
+            draws = self.draws(step)
+            bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
+            who = (
+                f"task {int(draws.task[bad[0]])} of the bank, target {int(draws.segment[bad[0]]) + 1}"
+                if bad
+                else "task unknown"
+            )
+            where = f"at outer step {step}, {who}"
+        kept = "there is no checkpoint yet" if self.ranks.leads else "rank 0 names the last good checkpoint"
+        if self._saved:
+            kept = f"the last good checkpoint is {show_path(self._saved[0])}, step {self._saved[1]}"
         raise McdiError(
-            f"meta-training: loss not finite at outer step {step}, base learner {bad[0] if bad else 'unknown'}; lower --meta.inner-rate "
-            f"(now {self.meta.inner_rate}) or --meta.outer-rate (now {self.meta.outer_rate}); the last checkpoint is kept"
+            f"meta-training: loss not finite {where}; lower --meta.inner-rate (now {self.meta.inner_rate}) or --meta.outer-rate "
+            f"(now {self.meta.outer_rate}) in another run, or go on with --meta.on-bad-step skip; {kept}"
         )
 
     def checkpoint_due(self) -> bool:
@@ -207,10 +265,10 @@ class MetaTrainer:
         )
 
     def identity(self) -> str:
-        """16 hex digits of what a checkpoint must agree with: configuration, seed, bank. Not the device: a run may move."""
+        """16 hex digits of what a checkpoint must agree with: configuration, seed, bank. Not device or processes: a run may move."""
         parts = [
             _RECIPE,
-            asdict(self.meta) | {"checkpoint_every": 0},
+            asdict(self.meta) | dict.fromkeys(FREE),
             asdict(self.diffusion),
             asdict(self.denoiser),
             self.seed,
@@ -223,7 +281,9 @@ class MetaTrainer:
         """Write a checkpoint atomically: one safetensors file. Raises as `check`."""
         self.check()
         tensors = {name: value.cpu() for name, value in vars(self.state).items()}
-        save_tensors(path, tensors, {"step": self.step, "identity": self.identity()}, "meta-checkpoint")
+        meta = {"step": self.step, "skipped": self.skipped, "identity": self.identity()}
+        save_tensors(path, tensors, meta, "meta-checkpoint")
+        self._saved = path, self.step
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -234,12 +294,33 @@ class MetaTrainer:
         tensors, found = load_tensors(path, "meta-checkpoint")
         if found.get("identity") != self.identity():
             raise McdiError(
-                f"{path}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected "
+                f"{show_path(path)}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected "
                 f"{self.identity()!r}); give the same options as before, or another --run-dir"
             )
+        for name in ("step", "skipped"):
+            if type(found.get(name)) is not int or not 0 <= found[name] <= self.meta.steps:
+                raise McdiError(
+                    f"{show_path(path)}: {name} is {found.get(name)!r:.40}, expected 0 to {self.meta.steps}; it is damaged"
+                )
+        for name, value in vars(self.state).items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != value.shape or tensor.dtype != value.dtype:
+                what = "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise McdiError(
+                    f"{show_path(path)}: {name} is {what}, expected {value.dtype} {list(value.shape)}; it is damaged"
+                )
         for name, value in vars(self.state).items():
             value.copy_(tensors[name])
-        self.step = int(found["step"])
+        self.step, self._skipped = found["step"], found["skipped"]
+        self._skipped_before = self._skipped
+        self._saved = path, self.step
+
+    def start_together(self) -> None:
+        """Take rank 0's state, so that all processes start from the same one."""
+        for value in vars(self.state).values():
+            self.ranks.from_lead_(value)
+        self.step, self._skipped = (self.ranks.number_from_lead(number) for number in (self.step, self._skipped))
+        self._skipped_before = self._skipped
 
 
 def check_meta(meta: MetaConfig) -> None:
@@ -254,6 +335,8 @@ def check_meta(meta: MetaConfig) -> None:
         raise McdiError(f"--meta.ema = {meta.ema}: expected 0 <= ema < 1")
     if meta.outer not in ("adam", "reptile"):
         raise McdiError(f"--meta.outer = {meta.outer!r}: expected adam or reptile")
+    if meta.on_bad_step not in ("stop", "skip"):
+        raise McdiError(f"--meta.on-bad-step = {meta.on_bad_step!r}: expected stop or skip")
 
 
 def fit(
@@ -270,6 +353,7 @@ def fit(
     device: torch.device | str = "cpu",
     impl: str = "auto",
     precision: str = DEFAULT_PRECISION,
+    ranks: Ranks = ALONE,
 ) -> WeightGenerator:
     """Train a weight generator from a bank.
 
@@ -278,14 +362,21 @@ def fit(
         on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss, a
             number on the device: reading it waits for the device.
         device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (impl.py). precision: of the kernels' products.
+        ranks: the processes that share the work, each of which calls `fit` alike, on the same bank; rank 0 alone touches the checkpoint.
+            The result is that of one process up to rounding.
 
     Raises:
-        McdiError: NaN in the bank (naming the shard), bad configuration, a checkpoint that does not belong, a loss that is not finite.
+        McdiError: NaN in the bank (naming the shard), bad configuration, a checkpoint that does not belong, a loss that is not finite,
+            another process that has ended.
     """
     bank.check_finite()
-    trainer = MetaTrainer(bank, meta, diffusion, denoiser, seed, device=device, impl=impl, precision=precision)
+    trainer = MetaTrainer(
+        bank, meta, diffusion, denoiser, seed, device=device, impl=impl, precision=precision, ranks=ranks
+    )
+    checkpoint = checkpoint if ranks.leads else None
     if checkpoint is not None and checkpoint.exists():
         trainer.restore(checkpoint)
+    trainer.start_together()
     if on_start:
         on_start(trainer)
     while trainer.step < trainer.meta.steps:

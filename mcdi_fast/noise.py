@@ -67,3 +67,9 @@ def _seed(value: object) -> int:
     if not 0 <= number < 2**64:
         raise McdiError(f"seed {value!s:.40}: expected an integer in [0, 2^64)")
     return number
+
+
+def check_seed(seed: int) -> None:
+    """Raise McdiError unless a run can take this seed: its draws are numbered seed * 2^32 + step, in 63 bits."""
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise McdiError(f"seed {seed!r:.40}: expected an integer from 0 to {2**31 - 1}")

@@ -14,6 +14,8 @@ from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
 from mcdi_fast.impl import DEFAULT_PRECISION, resolve
+from mcdi_fast.noise import check_seed
+from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.tasks import sample_episodes
 
 SAM_TINY = 1e-12  # least norm: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho
@@ -195,6 +197,7 @@ def prepare_bank(
     on_tasks: Callable[[int], None] | None = None,
     impl: str = "auto",
     precision: str = DEFAULT_PRECISION,
+    ranks: Ranks = ALONE,
 ) -> TrajectoryBank:
     """Train the heads of many tasks and keep their trajectories; where the folder holds part of the same bank, make the rest.
 
@@ -206,38 +209,84 @@ def prepare_bank(
         meta: provenance, part of the bank's identity.
         on_start: called with the tasks there already. on_tasks: called with the number of tasks after each shard.
         impl, precision: impl.py.
+        ranks: the processes that share the work, a shard each in turn; each calls this alike, and rank 0 writes the same bank as one process.
 
     Raises:
-        McdiError: bad settings; another bank in the folder; a full disk.
+        McdiError: bad settings; another bank in the folder; a full disk; another process that has ended.
     """
     check_prepare(config, segments)
-    _, classes, drawers, width = features.shape
-    bank = TrajectoryBank.create(folder, head_layout(task.ways, width), segments, width + 1, meta)
+    check_seed(seed)
+    width = features.shape[-1]
+    layout = head_layout(task.ways, width)
+    bank = TrajectoryBank.create(folder, layout, segments, width + 1, meta) if ranks.leads else None
+    done, shard = (ranks.number_from_lead(number) for number in ((len(bank), bank.num_shards) if bank else (0, 0)))
     if on_start:
-        on_start(len(bank))
-    flat = features.flatten(1, 2)
+        on_start(done)
     # one set of rows for all shards: freed and taken anew, they fragment the heap, and memory grows with the tasks
-    most = min(SHARD_TASKS, config.tasks)
-    rows = flat.new_empty(len(flat), most * task.ways * drawers, width)
-    while len(bank) < config.tasks:
-        count = min(SHARD_TASKS, config.tasks - len(bank))
-        episodes = sample_episodes(
-            classes,
-            drawers,
-            ways=task.ways,
-            shots=task.shots,
-            queries=drawers - task.shots,
-            seed=seed,
-            start=len(bank),
-            count=count,
-        )
-        drawer = torch.cat([episodes.support, episodes.query], 2)
-        index = (episodes.classes.unsqueeze(-1) * drawers + drawer).flatten()
-        taken = rows[:, : len(index)] if count == most else rows.new_empty(len(flat), len(index), width)
-        x = torch.index_select(flat, 1, index.to(flat.device), out=taken).view(-1, count, *drawer.shape[1:], width)
-        generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
-        targets = train_task_heads(x, task.shots, config, generator, segments, impl, precision)
-        bank.append(targets, support_condition(x[0, :, :, : task.shots]))
-        if on_tasks:
-            on_tasks(count)
-    return bank
+    copies, _, drawers, _ = features.shape
+    space = features.new_empty(copies, min(SHARD_TASKS, config.tasks) * task.ways * drawers, width)
+    while done < config.tasks:
+        # rank r makes shard + r, then rank 0 writes all of them in order
+        start = done + ranks.rank * SHARD_TASKS
+        count = min(SHARD_TASKS, config.tasks - start)
+        if count > 0:
+            made = _make_shard(
+                features, space, task, config, segments, seed, shard + ranks.rank, start, count, impl, precision
+            )
+        for rank in range(ranks.size):
+            count = min(SHARD_TASKS, config.tasks - done)
+            if count <= 0:
+                break
+            if bank is not None:
+                if rank:
+                    made = (
+                        ranks.receive(torch.empty(count, segments, layout.num_tokens, layout.width), rank),
+                        ranks.receive(torch.empty(count, layout.num_tokens, width + 1), rank),
+                    )
+                bank.append(*made)
+            elif rank == ranks.rank:
+                for tensor in made:
+                    ranks.to_lead(tensor.cpu().contiguous())
+            done, shard = done + count, shard + 1
+            if on_tasks:
+                on_tasks(count)
+    ranks.number_from_lead(done)  # only now is everything written
+    return TrajectoryBank.open(folder) if bank is None else bank
+
+
+def _make_shard(
+    features: Tensor,
+    space: Tensor,
+    task: TaskConfig,
+    config: PrepareConfig,
+    segments: int,
+    seed: int,
+    shard: int,
+    start: int,
+    count: int,
+    impl: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Targets [count, k, ways, F + 1] and condition [count, ways, F + 1] of the tasks from `start` on.
+
+    space: [copies, rows of the largest shard, F], for their features.
+    """
+    copies, classes, drawers, width = features.shape
+    episodes = sample_episodes(
+        classes,
+        drawers,
+        ways=task.ways,
+        shots=task.shots,
+        queries=drawers - task.shots,
+        seed=seed,
+        start=start,
+        count=count,
+    )
+    drawer = torch.cat([episodes.support, episodes.query], 2)
+    index = (episodes.classes.unsqueeze(-1) * drawers + drawer).flatten()
+    rows = space if len(index) == space.shape[1] else space.new_empty(copies, len(index), width)
+    torch.index_select(features.flatten(1, 2), 1, index.to(features.device), out=rows)
+    x = rows.view(copies, count, *drawer.shape[1:], width)
+    generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + shard)
+    targets = train_task_heads(x, task.shots, config, generator, segments, impl, precision)
+    return targets, support_condition(x[0, :, :, : task.shots])

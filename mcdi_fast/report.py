@@ -114,6 +114,12 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
     lines += ["", "## Where the time went", "", "| stage | s |", "| --- | --- |"]
     lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in result["seconds"].items()]
+    if result.get("skipped_steps"):
+        steps = config["meta"]["steps"]
+        lines += [
+            "",
+            f"**{result['skipped_steps']} of the {steps} outer steps were skipped: their loss was not finite.**",
+        ]
     lines += ["", "A stage that an earlier, interrupted run had (partly) done counts only what this one added."]
     lines += ["", "## Machine", ""] + [f"- {key}: {value}" for key, value in machine_.items()]
     lines += ["", "Every setting is in `config.json`, every number above in `report.json`.", ""]
@@ -141,7 +147,7 @@ def _png(figure: Any) -> bytes:
 def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
     figure, (left, right) = _figure(2)
     step = np.array([m["step"] for m in metrics])
-    loss = np.array([m["loss"] for m in metrics])
+    loss = np.array([m["loss"] for m in metrics], float)  # None, of a step that was skipped, becomes NaN
     left.plot(step, loss, color="0.8", lw=0.8, label="one meta-batch")
     window = max(1, len(loss) // 40)
     if len(loss) > window:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +17,21 @@ from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
+
+
+def _outside_compiled_code(method: Callable) -> Callable:
+    """`torch.compiler.disable`, whose import takes a second, for those alone who compile: `torch.compile` goes around the call."""
+    disabled: list[Callable] = []
+
+    @functools.wraps(method)
+    def call(*args, **options):
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **options)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args, **options)
+
+    return call
 
 
 class Sampler:
@@ -69,6 +86,7 @@ class Sampler:
             return f"its chain is noise-free, eta_noise = {eta_noise}"
         return "its chain is one launch, without a callback" if callback is not None else None
 
+    @_outside_compiled_code
     @torch.no_grad()
     def sample(
         self,
@@ -90,12 +108,12 @@ class Sampler:
             callback: callback(t, x_t), normalised x_t [B, N, D], before each step, and (T, x_T).
 
         Returns:
-            GeneratedWeights with tokens float32 [B, N, D], on the sampler's device. On a GPU a condition with NaN gives that task NaN:
-            looking would wait for the GPU.
+            GeneratedWeights with tokens float32 [B, N, D], on the sampler's device. On a GPU a condition with NaN gives that task NaN, and a
+            chain that diverged gives what it has come to: looking would wait for the GPU.
 
         Raises:
             McdiError: a condition of another shape, dtype or device, or (on a CPU) with NaN; another number of seeds; num_steps or eta_noise
-                out of range; impl="triton" with noise or a callback, which the kernel does not have.
+                out of range; weights that are not finite (on a CPU); impl="triton" with noise or a callback, which the kernel does not have.
         """
         condition = self._checked(condition, seeds)
         missing = self._missing(eta_noise, callback)
@@ -108,7 +126,13 @@ class Sampler:
             x = torch.cat([self._sample_by_steps(*part, num_steps, eta_noise, None) for part in parts])
         else:
             x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
-        return GeneratedWeights(self.generator.layout, self.generator.normalizer.denormalize(x))
+        tokens = self.generator.normalizer.denormalize(x)
+        if self.device.type == "cpu" and not tokens.isfinite().all():
+            task = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise McdiError(
+                f"weights of task {task} are not finite: its condition is far from those of training, or the training diverged"
+            )
+        return GeneratedWeights(self.generator.layout, tokens)
 
     def _checked(self, condition: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
         """condition as [B, N, C]."""
@@ -182,3 +206,46 @@ class Sampler:
             noise=lambda t: noise(t + 1),
             callback=callback,
         )
+
+
+class StaticSampler:
+    """Sampling of fixed shapes into fixed memory: what a CUDA graph or compiled code around it can hold on to.
+
+    >>> static = StaticSampler(Sampler(generator, "cuda"), tasks=8)  # doctest: +SKIP
+    >>> static.condition.copy_(condition); static.seeds.copy_(seeds)  # doctest: +SKIP
+    >>> static()  # doctest: +SKIP
+    >>> static.weights.functional_call(head, x)  # the same tensors after every call  # doctest: +SKIP
+
+    Through the kernels (impl.py) a call launches work and waits for nothing, so it may be captured in a larger CUDA graph. `torch.compile`
+    goes around the call, and as no shape or address changes, what is around it is compiled once.
+
+    Attributes:
+        condition: float32 [B, N, C]. seeds: int64 [B], the seeds' bits. Both on the sampler's device, to be filled before each call.
+        weights: GeneratedWeights of B tasks, overwritten by each call.
+    """
+
+    def __init__(self, sampler: Sampler, tasks: int, num_steps: int | None = None):
+        """Make the buffers and sample once, which compiles the kernels.
+
+        Args:
+            tasks: B. num_steps: as of `Sampler.sample`.
+
+        Raises:
+            McdiError: B < 1; num_steps out of range.
+        """
+        if tasks < 1:
+            raise McdiError(f"tasks = {tasks}: expected at least 1")
+        layout, device = sampler.generator.layout, sampler.device
+        self._sampler, self._num_steps = sampler, num_steps
+        self.condition = torch.zeros(tasks, layout.num_tokens, sampler.generator.condition_width, device=device)
+        self.seeds = torch.zeros(tasks, dtype=torch.int64, device=device)
+        self.weights = GeneratedWeights(layout, torch.empty(tasks, layout.num_tokens, layout.width, device=device))
+        self()
+
+    @_outside_compiled_code
+    @torch.no_grad()
+    def __call__(self) -> GeneratedWeights:
+        """Fill `weights` from `condition` and `seeds`. Raises as `Sampler.sample`."""
+        found = self._sampler.sample(self.condition, self.seeds, num_steps=self._num_steps)
+        self.weights.tokens.copy_(found.tokens)
+        return self.weights

@@ -14,6 +14,7 @@ from torch import Tensor
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.errors import McdiError
 
+MAX_TABLE = 2**20  # steps times segments: some tables of 8 bytes each are built
 OBJECTIVES = ("local-consistency", "vanilla", "naive-local")
 
 
@@ -75,13 +76,17 @@ def make_schedule(
     sqrt(abar^{i+1}) theta + noise there; arriving with all of theta, the chain overshoots the later targets.
 
     Raises:
-        McdiError: k < 1, k > T, or betas outside 0 < beta_end < beta_start < 1.
+        McdiError: k < 1, k > T, T k above `MAX_TABLE`, or betas outside 0 < beta_end < beta_start < 1.
     """
     if num_segments < 1:
         raise McdiError(f"segments k = {num_segments}: expected at least 1")
     if num_steps < num_segments:
         raise McdiError(
             f"segments k = {num_segments} exceed the steps T = {num_steps}: each segment needs a step; raise T or lower k"
+        )
+    if num_steps * num_segments > MAX_TABLE:
+        raise McdiError(
+            f"steps T = {num_steps} times segments k = {num_segments}: expected at most {MAX_TABLE}; lower T (20 is usual)"
         )
     if not 0 < beta_end < beta_start < 1:
         raise McdiError(f"beta_start = {beta_start}, beta_end = {beta_end}: expected 0 < beta_end < beta_start < 1")

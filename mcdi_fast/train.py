@@ -1,4 +1,7 @@
-"""The main job, `python -m mcdi_fast.train`: backbone -> trajectories -> meta-training -> generator -> report."""
+"""The main job, `python -m mcdi_fast.train`: backbone -> trajectories -> meta-training -> generator -> report.
+
+`torchrun --nproc-per-node 2 -m mcdi_fast.train …` shares trajectories and meta-training between two processes (ranks.py).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +30,9 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import check_evaluate, draw_tasks, evaluate, generate
 from mcdi_fast.heads import head_accuracy
 from mcdi_fast.impl import check_device, check_precision, resolve
-from mcdi_fast.meta import MetaTrainer, check_meta, fit
+from mcdi_fast.meta import FREE, MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_prepare, prepare_bank
+from mcdi_fast.ranks import Ranks, join
 from mcdi_fast.report import git_sha, machine, write_report
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.schedule import diffusion_tables
@@ -100,14 +105,18 @@ def open_run(folder: Path, config: Any, free: Collection[str] = _FREE) -> Iterat
         if path.exists():
             found = read_json(path)
             for key in [key for key in ours if key not in free]:
-                theirs = found.get(key) if isinstance(found, dict) else None
-                if theirs != ours[key]:
+                theirs, now = (_bound(config.get(key)) for config in (found if isinstance(found, dict) else {}, ours))
+                if theirs != now:
                     raise McdiError(
-                        f"{show_path(path)}: made with another {_difference(key, theirs, ours[key])}; "
+                        f"{show_path(path)}: made with another {_difference(key, theirs, now)}; "
                         "give the same options as before, or another --run-dir"
                     )
         write_json(path, ours)
         yield
+
+
+def _bound(value: Any) -> Any:
+    return {name: entry for name, entry in value.items() if name not in FREE} if isinstance(value, dict) else value
 
 
 def _difference(key: str, found: Any, ours: Any) -> str:
@@ -149,15 +158,19 @@ class Metrics:
 class _Stages:
     """A progress bar and a stopwatch for each stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: bool = True) -> None:
         self.seconds: dict[str, float] = {}
+        self.show = show
 
     @contextlib.contextmanager
     def __call__(self, name: str, total: int, unit: str) -> Iterator[Any]:
         from tqdm import tqdm
 
         start = time.perf_counter()
-        with tqdm(total=total, unit=f" {unit}", desc=f"{name:14}", dynamic_ncols=True, smoothing=0.05) as bar:
+        bar = tqdm(
+            total=total, unit=f" {unit}", desc=f"{name:14}", dynamic_ncols=True, smoothing=0.05, disable=not self.show
+        )
+        with bar:
             yield bar
         self.seconds[name] = time.perf_counter() - start
 
@@ -169,24 +182,44 @@ def train(config: TrainConfig) -> Path:
         McdiError: bad settings or data, before anything is written; a full disk; a loss that is not finite.
     """
 
-    check_config(config)
-    stages, task = _Stages(), config.task
-    with stages("data", 1, "set") as bar:
-        data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
-        bar.update()
-    for part in (data.train, data.val, data.test):
-        check_episodes(part.num_classes, part.num_drawers, ways=task.ways, shots=task.shots, queries=task.queries)
     folder = config.run_dir or Path("runs") / f"{config.dataset}-seed{config.seed}"
-    with open_run(folder, config):
-        try:
-            _train(config, data, folder, stages)
-        except McdiError as error:
-            raise StoppedError(str(error)) from error
+    with join(config.device) as (ranks, device):
+        config = replace(config, device=device)
+        check_config(config)
+        if not ranks.leads:
+            with _stopped():
+                _follow(config, folder, ranks)
+            return folder
+        stages, task = _Stages(), config.task
+        with stages("data", 1, "set") as bar:
+            data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
+            bar.update()
+        for part in (data.train, data.val, data.test):
+            check_episodes(part.num_classes, part.num_drawers, ways=task.ways, shots=task.shots, queries=task.queries)
+        with open_run(folder, config), _stopped():
+            _train(config, data, folder, stages, ranks)
     return folder
 
 
-def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages) -> None:
+@contextlib.contextmanager
+def _stopped() -> Iterator[None]:
+    try:
+        yield
+    except McdiError as error:
+        raise StoppedError(str(error)) from error
 
+
+def _follow(config: TrainConfig, folder: Path, ranks: Ranks) -> None:
+    """What every process but rank 0 does: its share of preparation and meta-training. It writes nothing."""
+    compute: dict[str, Any] = {"impl": config.impl, "precision": config.precision, "ranks": ranks}
+    features = ranks.features_from_lead(None).to(config.device)
+    bank = prepare_bank(
+        folder / "bank", features, config.task, config.prepare, config.diffusion.segments, config.seed, **compute
+    )
+    fit(bank, config.meta, config.diffusion, config.denoiser, seed=config.seed, device=config.device, **compute)
+
+
+def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages, ranks: Ranks) -> None:
     task = config.task
     compute = {"impl": config.impl, "precision": config.precision}
     with stages("backbone", config.backbone.steps, "episodes") as bar:
@@ -216,6 +249,8 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             _TEST_SEED + config.seed,
         )
 
+    ranks.features_from_lead(copies.cpu())
+
     provenance = {
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
@@ -233,6 +268,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             on_start=bar.update,
             on_tasks=bar.update,
             **compute,
+            ranks=ranks,
         )
     del copies
 
@@ -247,14 +283,15 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             bar.update()
             if trainer.step % _LOG_EVERY and not trainer.checkpoint_due():
                 return  # reading the loss waits for the device
-            entry: dict[str, Any] = {"step": trainer.step, "loss": float(loss)}
+            value = float(loss)
+            entry: dict[str, Any] = {"step": trainer.step, "loss": value if math.isfinite(value) else None}
+            if config.meta.on_bad_step == "skip":
+                entry["skipped"] = trainer.skipped
             if trainer.checkpoint_due():
                 sampler = Sampler(trainer.generator(), config.device, **compute)
                 heads = generate(sampler, validation.support, config.seed, eta_noise=config.evaluate.eta_noise)
                 entry["validation_accuracy"] = 100 * float(head_accuracy(heads, validation.query).mean())
-                bar.set_postfix(
-                    loss=f"{entry['loss']:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False
-                )
+                bar.set_postfix(loss=f"{value:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False)
             metrics[0].write(entry)
 
         generator = fit(
@@ -269,6 +306,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             provenance=provenance | {"git": git_sha(), "config": json.loads(json.dumps(asdict(config), default=str))},
             device=config.device,
             **compute,
+            ranks=ranks,
         )
     generator.save_pretrained(folder / "generator")
 
@@ -277,6 +315,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
         result = evaluate(
             sampler, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
         )
+    result["skipped_steps"] = metrics[0].lines[-1].get("skipped", 0)
     result["config"] = json.loads(json.dumps(asdict(config), default=str))
     result["provenance"] = provenance
     result["machine"] = machine()
@@ -296,7 +335,7 @@ def run_command(main: Callable[[], Any]) -> int:
     try:
         main()
     except McdiError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, StoppedError) else 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -585,6 +585,8 @@ class Normalizer:
 
     def _check(self, x: Tensor) -> None:
         rows, width = self.mean.shape
+        if not x.is_floating_point():
+            raise McdiError(f"normalizer: tokens of {x.dtype}, expected floating point; convert them by .float()")
         if x.ndim < 2 or x.shape[-1] != width or (rows != 1 and x.shape[-2] != rows):
             raise McdiError(
                 f"normalizer: tokens of shape {list(x.shape)}, expected [..., {'N' if rows == 1 else rows}, {width}]; "

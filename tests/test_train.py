@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -111,32 +114,76 @@ def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, st
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_kill_nine(tmp_path):
-    """A real process, killed ten times at moments spread over the run."""
+KILLS, BLOCKS = 10, 5  # 50 in all
 
-    def command(name):
-        tail = [
-            "--run-dir",
-            str(tmp_path / name),
-            "--cache-dir",
-            str(tmp_path / f"{name}-cache"),
-            "--meta.steps",
-            "400",
-        ]
-        return [sys.executable, "-m", "mcdi_fast.train", *SMALL, *tail]
 
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def long_run(folder):
+    folders = ["--run-dir", str(folder), "--cache-dir", str(folder) + "-cache"]
+    command = [sys.executable, "-m", "mcdi_fast.train", *SMALL, *folders, "--meta.steps", "400"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Its result, seconds until it began to work, seconds that it worked."""
+    folder = tmp_path_factory.mktemp("kills") / "whole"
     start = time.monotonic()
-    subprocess.run(command("whole"), check=True, **quiet)
-    duration = time.monotonic() - start
-    for i in range(10):
-        process = subprocess.Popen(command("run"), **quiet)
-        time.sleep(duration * (0.25 + 0.07 * i))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command("run"), check=True, **quiet)
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    process = long_run(folder)
+    while not folder.exists():
+        time.sleep(0.01)
+    starting = time.monotonic() - start
+    assert process.wait() == 0
+    return result(folder), starting, time.monotonic() - start - starting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_kill_nine(tmp_path, uninterrupted, block):
+    """Real processes, killed at random moments of whole runs; each run goes on to the bits of the uninterrupted one.
+
+    Once a file of a stage is there, it is there and valid after every later kill: no moment without a checkpoint.
+    """
+    expected, starting, working = uninterrupted
+    rng = random.Random(block)
+    kills, runs, stages = 0, 0, Counter()
+    while kills < KILLS:
+        run, last = tmp_path / f"run{runs}", -1
+        while True:
+            process = long_run(run)
+            try:
+                if kills == KILLS:
+                    assert process.wait() == 0
+                else:  # short enough that a run is killed several times on its way
+                    assert process.wait(starting * rng.uniform(0.9, 1.1) + rng.uniform(0, 0.5) * working) == 0
+                break
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            kills += 1
+            stage, step = stage_of(run, tmp_path / f"{run.name}-cache")
+            assert step >= last
+            last = step
+            stages[stage] += 1
+        assert result(run) == expected
+        runs += 1
+    print(f"{kills} kills over {runs} runs, by stage: {dict(stages)}")
+
+
+def stage_of(run, cache):
+    """Where a killed run was, after reading every file that it left; and the step of its checkpoint, -1 without."""
+    for path in (cache / "backbones").glob("[!.]*.safetensors"):
+        store.load_tensors(path, "backbone-checkpoint" if "partial" in path.name else "backbone")
+    if not (run / "bank" / "bank.json").exists():
+        return "backbone", -1
+    TrajectoryBank.open(run / "bank").check_finite()
+    if not (run / "checkpoint.safetensors").exists():
+        return "trajectories and first steps", -1
+    tensors, meta = store.load_tensors(run / "checkpoint.safetensors", "meta-checkpoint")
+    assert all(bool(value.isfinite().all()) for value in tensors.values())
+    if (run / "generator" / "config.json").exists():
+        WeightGenerator.from_pretrained(run / "generator")
+        return "evaluation", meta["step"]
+    return "meta-training", meta["step"]
 
 
 BAD = {
@@ -259,6 +306,39 @@ def test_loss_not_finite(options, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "outer step" in error
     assert "--meta.inner-rate" in error
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch, choice):
+    """A step that is not finite stops the run, naming step, task and checkpoint, or is skipped and counted; a stopped run may go on skipping."""
+    whole = MetaTrainer.batch
+
+    def spoilt(self, step):
+        batch = whole(self, step)
+        if step == 14:
+            batch.target[2] = float("nan")
+        return batch
+
+    monkeypatch.setattr(MetaTrainer, "batch", spoilt)
+    folder = tmp_path / "run"
+    if choice == "stop":
+        assert train.main(options) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(r"not finite at outer step 14, task \d+ of the bank, target [123];", error)
+        assert f"the last good checkpoint is {folder / 'checkpoint.safetensors'}, step 10" in error
+        assert store.load_tensors(folder / "checkpoint.safetensors", "meta-checkpoint")[1]["step"] == 10
+    assert train.main([*options, "--meta.on-bad-step", "skip"]) == 0
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [10, 20, 30]
+    assert [m.get("skipped", 0) for m in metrics] == [0, 1, 1]
+    assert json.loads((folder / "report.json").read_text())["skipped_steps"] == 1
+    assert "**1 of the 30 outer steps were skipped" in (folder / "report.md").read_text()
+
+
+def test_nothing_but_skipped_steps_stops(options, capsys):
+    bad = ["--meta.inner-rate", "1e30", "--meta.on-bad-step", "skip", "--meta.steps", "300"]
+    assert train.main([*options, *bad]) == 1
+    assert "each of the 100 outer steps up to 99, all skipped" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
