@@ -109,10 +109,10 @@ def test_a_checkpoint_moves_between_implementations(tmp_path):
             assert impl == "torch" or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("where", ["mid", "first"])
-def test_a_step_that_is_not_finite_stops_with_phi_as_before_it(tmp_path, where):
+@pytest.mark.parametrize("bad_step", [0, 1])
+def test_a_step_that_is_not_finite_stops_with_phi_as_before_it(tmp_path, bad_step):
     bank = make_bank(tmp_path)
-    good, bad_step = trainer(bank, "triton"), 0 if where == "first" else 1
+    good = trainer(bank, "triton")
     steps(good, bad_step)
     bad = trainer(bank, "triton")
     steps(bad, bad_step)
@@ -123,8 +123,8 @@ def test_a_step_that_is_not_finite_stops_with_phi_as_before_it(tmp_path, where):
         bad.outer_step()
     for name, a, b in states(good, bad):
         assert torch.equal(a, b), name
-    again = [i for i in range(META.meta_batch) if draws.task[i] == draws.task[learner]]
-    with pytest.raises(McdiError, match=f"not finite at outer step {bad_step}, base learner {again[0]}"):
+    where = f"outer step {bad_step}, task {draws.task[learner]} of the bank"
+    with pytest.raises(McdiError, match=f"not finite at {where}"):
         bad.check()
     assert bad.step == bad_step
     with pytest.raises(McdiError, match="not finite"):
