@@ -12,10 +12,10 @@ import lightning
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from training_loop import QUERIES, SHOTS, WAYS, episodes, small_generator
 
 from mcdi_fast import Sampler, WeightGenerator
 from mcdi_fast.heads import support_condition
-from training_loop import QUERIES, SHOTS, WAYS, episodes, small_generator
 
 
 class Episodes(IterableDataset):

@@ -99,4 +99,4 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         """T."""
-        return self.config.num_train_timesteps
+        return self.schedule.num_steps

@@ -170,3 +170,9 @@ def test_with_one_segment_local_consistency_is_vanilla_times_its_weight():
     assert torch.equal(noising(local, theta, segment, step, eps), noising(vanilla, theta, segment, step, eps))
     expected = consistency_loss(vanilla, f, segment, step, eps) * (1 - schedule.abar[:-1])
     torch.testing.assert_close(consistency_loss(local, f, segment, step, eps), expected, rtol=1e-13, atol=0)
+
+
+def test_tables_that_would_fill_the_memory_are_refused():
+    for steps, segments in ((2**31, 3), (2**70, 1), (2**19, 3)):
+        with pytest.raises(McdiError, match=f"T = {steps} times"):
+            make_schedule(steps, segments)
