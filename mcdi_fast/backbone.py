@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import BackboneConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import load_tensors, save_tensors
+from mcdi_fast.store import load_tensors, save_tensors, show_path
 from mcdi_fast.tasks import ClassImages, FewShotData
 
 FEATURE_WIDTH = 64
@@ -124,6 +125,18 @@ def extract_features(
     return torch.cat(out).view(classes, drawers, -1)
 
 
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """A word for a file of the right kind that holds other tensors."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise McdiError(
+            f"{show_path(path)}: does not fit this backbone ({reason}); remove it, it is made again"
+        ) from error
+
+
 def train_backbone(
     data: FewShotData,
     config: BackboneConfig,
@@ -149,7 +162,8 @@ def train_backbone(
     backbone = conv4()
     if final.exists():
         tensors, _ = load_tensors(final, "backbone")
-        backbone.load_state_dict(tensors)
+        with _fitting(final):
+            backbone.load_state_dict(tensors)
         return backbone.eval().to(device)
 
     images = torch.from_numpy(data.train.images).to(device)
@@ -170,10 +184,11 @@ def train_backbone(
     first = 0
     if partial.exists():
         tensors, meta = load_tensors(partial, "backbone-checkpoint")
-        first = meta["step"]
-        generator.set_state(tensors.pop("generator"))
-        restore_optimizer(optimizer, tensors)
-        backbone.load_state_dict(tensors)
+        with _fitting(partial):
+            first = int(meta["step"])
+            generator.set_state(tensors.pop("generator"))
+            restore_optimizer(optimizer, tensors)
+            backbone.load_state_dict(tensors)
     if on_start:
         on_start(first)
 

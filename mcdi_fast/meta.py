@@ -86,12 +86,8 @@ class MetaTrainer:
             diffusion or DiffusionConfig(),
             denoiser or DenoiserConfig(),
         )
-        check_meta(self.meta)
+        check_meta(self.meta, ranks)
         check_seed(seed)
-        if self.meta.meta_batch < ranks.size:
-            raise McdiError(
-                f"--meta.meta-batch = {self.meta.meta_batch}: fewer tasks than the {ranks.size} processes; start fewer or raise it"
-            )
         if len(bank) == 0:
             raise McdiError(f"bank {bank.folder}: holds no task; append trajectories first")
         if bank.num_segments != self.diffusion.segments:
@@ -323,8 +319,8 @@ class MetaTrainer:
         self._skipped_before = self._skipped
 
 
-def check_meta(meta: MetaConfig) -> None:
-    """Raise McdiError, naming the option, for a value out of range."""
+def check_meta(meta: MetaConfig, ranks: Ranks = ALONE) -> None:
+    """Raise McdiError, naming the option, for a value out of range, or too small a meta-batch for so many processes."""
     for name in ("steps", "meta_batch", "inner_steps", "samples", "checkpoint_every"):
         if getattr(meta, name) < 1:
             raise McdiError(f"--meta.{name.replace('_', '-')} = {getattr(meta, name)}: expected at least 1")
@@ -335,6 +331,10 @@ def check_meta(meta: MetaConfig) -> None:
         raise McdiError(f"--meta.ema = {meta.ema}: expected 0 <= ema < 1")
     if meta.outer not in ("adam", "reptile"):
         raise McdiError(f"--meta.outer = {meta.outer!r}: expected adam or reptile")
+    if meta.meta_batch < ranks.size:
+        raise McdiError(
+            f"--meta.meta-batch = {meta.meta_batch}: fewer tasks than the {ranks.size} processes; start fewer or raise it"
+        )
     if meta.on_bad_step not in ("stop", "skip"):
         raise McdiError(f"--meta.on-bad-step = {meta.on_bad_step!r}: expected stop or skip")
 

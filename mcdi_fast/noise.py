@@ -38,7 +38,7 @@ def philox_normal(seeds: Sequence[int] | np.ndarray | Tensor, count: int, stream
     pairs = (count + 1) // 2
     words = np.empty((len(keys), pairs), np.uint64)
     for row, key, number in zip(words, keys, streams, strict=True):
-        row[:] = np.random.Philox(key=key, counter=[0, number, 0, 0]).random_raw(pairs)
+        row[:] = np.random.Philox(key=key, counter=np.array([0, number, 0, 0], np.uint64)).random_raw(pairs)
     bits = torch.from_numpy(words.view(np.int32)).view(len(keys), pairs, 2)
     uniform = torch.bitwise_xor(bits, bits >> 31).float().mul_(4.6566127342e-10)  # -1 - x where x < 0
     radius = uniform[..., 0].clamp_min(1e-7).log_().mul_(-2).sqrt_()

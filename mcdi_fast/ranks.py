@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import check_device
 
 # A process that dies is noticed at once, by its closed connections; this is for one that hangs. The others wait this long while rank 0 trains
 # the backbone.
@@ -128,7 +129,7 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
     if device == "cuda":
         device = f"cuda:{_number('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(check_device(device))
     try:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,22 +17,23 @@ from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, res
 from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
 
 
-def _outside_compiled_code(method: Callable) -> Callable:
+def _outside_compiled_code(method: _Method) -> _Method:
     """`torch.compiler.disable`, whose import takes a second, for those alone who compile: `torch.compile` goes around the call."""
     disabled: list[Callable] = []
 
     @functools.wraps(method)
-    def call(*args, **options):
+    def call(*args: Any, **options: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return method(*args, **options)
         if not disabled:
             disabled.append(torch.compiler.disable(method))
         return disabled[0](*args, **options)
 
-    return call
+    return cast(_Method, call)
 
 
 class Sampler:

@@ -136,8 +136,10 @@ class Metrics:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill is behind the checkpoint
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(
+                    ValueError, TypeError, KeyError
+                ):  # a line cut short by a kill is behind the checkpoint
                     entry = json.loads(line)
                     if entry["step"] <= step:
                         self.lines.append(entry)
@@ -186,6 +188,7 @@ def train(config: TrainConfig) -> Path:
     with join(config.device) as (ranks, device):
         config = replace(config, device=device)
         check_config(config)
+        check_meta(config.meta, ranks)
         if not ranks.leads:
             with _stopped():
                 _follow(config, folder, ranks)
@@ -315,7 +318,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
         result = evaluate(
             sampler, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
         )
-    result["skipped_steps"] = metrics[0].lines[-1].get("skipped", 0)
+    result["skipped_steps"] = max((line.get("skipped", 0) for line in metrics[0].lines), default=0)
     result["config"] = json.loads(json.dumps(asdict(config), default=str))
     result["provenance"] = provenance
     result["machine"] = machine()

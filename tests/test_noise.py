@@ -135,3 +135,10 @@ def test_bad_seeds(seed):
     message = str(caught.value)
     assert f"seed {seed}" in message
     assert "\n" not in message
+
+
+def test_streams_of_64_bits():
+    """NumPy makes a list with such a number a list of floats, and rounds."""
+    for stream in (2**63, 2**63 + 1, 2**64 - 1):
+        blocks = normals(philox([1, stream, 0, 0], [5, 0]))
+        np.testing.assert_allclose(philox_normal([5], 8, stream)[0], blocks, rtol=1e-5, atol=4e-6)

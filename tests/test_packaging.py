@@ -1,7 +1,9 @@
 """What an import costs and what it may shadow, each in a process of its own."""
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -71,6 +73,67 @@ weights.load_into(nn.Linear(4, 3), 0)
 print(json.dumps(list(weights.tokens.shape)))
 """
     assert run(code, "-P", cwd=tmp_path) == [2, 3, 5]
+
+
+def closure(names):
+    """Distributions that these need on this machine, extras aside."""
+    found, todo = {}, list(names)
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another platform, or a GPU's
+            continue
+        if name not in found:
+            found[name] = distribution
+            wanted = [line for line in distribution.requires or [] if "extra ==" not in line]
+            todo += [re.match(r"[\w.-]+", line).group() for line in wanted]
+    return found
+
+
+def test_it_works_in_a_bare_environment(tmp_path):
+    """A site folder that holds torch, triton, numpy, einops and safetensors with what they themselves need, and no other package."""
+    place = tmp_path / "site"
+    place.mkdir()
+    for distribution in closure(["torch", "triton", "numpy", "einops", "safetensors"]).values():
+        for file in distribution.files or []:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (place / top).exists():
+                source = Path(distribution.locate_file(top))
+                if source.exists():
+                    (place / top).symlink_to(source)
+    (place / "mcdi_fast").symlink_to(ROOT / "mcdi_fast")
+    installed = {path.name for path in place.iterdir()}
+    assert not installed & {*HEAVY, "huggingface_hub", "diffusers", "lightning", "requests", "yaml"}
+    code = """
+import torch
+from torch import nn
+from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, Sampler, TrajectoryBank, WeightGenerator, WeightLayout, fit
+net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LazyLinear(3))
+net(torch.zeros(1, 1, 5, 5))
+layout = WeightLayout.from_module(net)
+bank = TrajectoryBank.create("bank", layout, 2, 4)
+bank.append(torch.randn(8, 2, layout.num_tokens, layout.width) * layout.mask, torch.randn(8, layout.num_tokens, 4))
+fit(bank, MetaConfig(steps=3, meta_batch=4), DiffusionConfig(6, 2), DenoiserConfig(8, 1)).save_pretrained("generator")
+gen = WeightGenerator.from_pretrained("generator")
+weights = Sampler(gen).sample(torch.zeros(2, 4), seeds=[0, 1])
+weights.load_into(net, 1)
+print(json.dumps([list(weights.functional_call(net.eval(), torch.zeros(2, 1, 1, 5, 5)).shape), sorted(weights.state_dict(0))]))
+"""
+    shape, names = run(code, "-P", "-S", cwd=tmp_path, path=[place])
+    assert shape == [2, 1, 3]
+    assert names == ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"]
+
+
+def test_the_import_takes_under_half_a_second_beyond_torch(tmp_path):
+    """Processor time, least of three, so that a busy machine does not count."""
+    code = """
+import time, torch
+start = time.process_time()
+from mcdi_fast import Sampler, WeightGenerator, WeightLayout, fit
+print(json.dumps(time.process_time() - start))
+"""
+    assert min(run(code, "-P", cwd=tmp_path) for _ in range(3)) < 0.5
 
 
 def test_every_public_name_is_there(tmp_path):

@@ -43,6 +43,7 @@ def cases(count):
 @contextlib.contextmanager
 def ours():
     """Inside, nothing but an McdiError of one line may be raised; it ends the case."""
+    message = "one line"
     try:
         yield
     except McdiError as error:

@@ -231,3 +231,12 @@ def test_a_saved_generator_samples_the_same_bits(tmp_path):
     one = Sampler(generator).sample(condition, range(5), eta_noise=1.0)
     two = Sampler(WeightGenerator.from_pretrained(tmp_path)).sample(condition, range(5), eta_noise=1.0)
     assert torch.equal(one.tokens, two.tokens)
+
+
+def test_weights_that_are_not_finite_are_no_result():
+    generator = make(PLAIN)
+    huge = {name: value * 1e30 for name, value in generator.phi.items()}
+    spoilt = WeightGenerator(
+        huge, generator.layout, generator.normalizer, generator.condition_normalizer, generator.diffusion
+    )
+    assert "weights of task 0 are not finite" in error_of(Sampler(spoilt).sample, conditions(generator, 2), [0, 1])

@@ -194,3 +194,9 @@ def test_diffusion_tables():
         assert not objective.starts.any()
     assert "expected full or scaled" in error_of(diffusion_tables, DiffusionConfig(carry="half"))  # type: ignore[arg-type]
     assert "expected whole or segment" in error_of(diffusion_tables, DiffusionConfig(window="all"))  # type: ignore[arg-type]
+
+
+def test_tables_that_would_fill_the_memory_are_refused():
+    for steps, segments in ((2**31, 3), (2**70, 1), (2**19, 3)):
+        with pytest.raises(McdiError, match=f"T = {steps} times"):
+            make_schedule(steps, segments)

@@ -114,7 +114,7 @@ def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, st
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
-KILLS, BLOCKS = 10, 5  # 50 in all
+KILLS, BLOCKS = 5, 10  # 50 in all
 
 
 def long_run(folder):
@@ -308,9 +308,8 @@ def test_loss_not_finite(options, tmp_path, capsys):
     assert "--meta.inner-rate" in error
 
 
-@pytest.mark.parametrize("choice", ["stop", "skip"])
-def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch, choice):
-    """A step that is not finite stops the run, naming step, task and checkpoint, or is skipped and counted; a stopped run may go on skipping."""
+def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch):
+    """A step that is not finite stops the run, naming step, task and checkpoint; it may go on skipping and counting such steps."""
     whole = MetaTrainer.batch
 
     def spoilt(self, step):
@@ -321,12 +320,11 @@ def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch, choic
 
     monkeypatch.setattr(MetaTrainer, "batch", spoilt)
     folder = tmp_path / "run"
-    if choice == "stop":
-        assert train.main(options) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert re.search(r"not finite at outer step 14, task \d+ of the bank, target [123];", error)
-        assert f"the last good checkpoint is {folder / 'checkpoint.safetensors'}, step 10" in error
-        assert store.load_tensors(folder / "checkpoint.safetensors", "meta-checkpoint")[1]["step"] == 10
+    assert train.main(options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"not finite at outer step 14, task \d+ of the bank, target [123];", error)
+    assert f"the last good checkpoint is {folder / 'checkpoint.safetensors'}, step 10" in error
+    assert store.load_tensors(folder / "checkpoint.safetensors", "meta-checkpoint")[1]["step"] == 10
     assert train.main([*options, "--meta.on-bad-step", "skip"]) == 0
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [10, 20, 30]

@@ -490,3 +490,10 @@ def test_normalizer_errors(monkeypatch):
         (ones[0], ones[0]),
     ):
         assert "normalizer" in error_of(Normalizer, mean, std)
+
+
+def test_a_normalizer_takes_numbers_with_a_point():
+    normalizer = Normalizer(torch.zeros(1, 3), torch.ones(1, 3))
+    for dtype in (torch.bool, torch.int64, torch.complex64):
+        with pytest.raises(McdiError, match=f"tokens of {dtype}, expected floating point"):
+            normalizer.normalize(torch.zeros(2, 3, dtype=dtype))

@@ -1,0 +1,82 @@
+"""Write docs/api.md from the docstrings: python docs/make_api.py. A test sees that it is up to date."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import mcdi_fast
+
+# beyond the names of the package itself
+MORE = {
+    "mcdi_fast.weights": ["Normalizer", "LayoutEntry"],
+    "mcdi_fast.schedule": ["Schedule", "Objective", "make_objective"],
+    "mcdi_fast.diffusion": [
+        "noising",
+        "consistency_loss",
+        "sampling_steps",
+        "sampler_coefficients",
+        "make_inner_batch",
+    ],
+    "mcdi_fast.inner": ["InnerBatch", "inner_loop"],
+    "mcdi_fast.meta": ["MetaTrainer"],
+    "mcdi_fast.ranks": ["Ranks", "join"],
+    "mcdi_fast.noise": ["philox_normal"],
+    "mcdi_fast.store": ["save_tensors", "load_tensors", "write_json", "read_json", "atomic_write"],
+    "mcdi_fast.hub": ["HubGenerator", "fetch"],
+    "mcdi_fast.diffusers_scheduler": ["McdiScheduler"],
+}
+
+
+def signature(thing: object) -> str:
+    try:
+        text = str(inspect.signature(thing))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return ""
+    return re.sub(r"<factory>|<[\w.]+ object at 0x\w+>", "…", text.replace("'", ""))
+
+
+def block(thing: object) -> list[str]:
+    return ["", "```text", inspect.cleandoc(thing.__doc__ or ""), "```"]
+
+
+def entry(name: str, thing: object) -> list[str]:
+    lines = ["", f"## {name}", "", f"`{thing.__module__}.{name}{signature(thing)}`", *block(thing)]  # type: ignore[attr-defined]
+    if not inspect.isclass(thing) or issubclass(thing, Exception):
+        return lines
+    for attribute, value in vars(thing).items():
+        plain = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if attribute.startswith("_") and attribute not in ("__call__", "__len__"):
+            continue
+        if isinstance(plain, property):
+            lines += ["", f"**`.{attribute}`** {inspect.cleandoc(plain.__doc__ or '')}"]
+        elif (
+            inspect.isfunction(plain)
+            and plain.__doc__
+            and not (dataclasses.is_dataclass(thing) and attribute == "__init__")
+        ):
+            lines += ["", f"**`.{attribute}{signature(plain)}`**", *block(plain)]
+    if thing.__init__.__doc__ and not dataclasses.is_dataclass(thing) and thing.__init__ is not object.__init__:
+        lines += ["", "**Constructor**", *block(thing.__init__)]
+    return lines
+
+
+def main() -> str:
+    """The whole page."""
+    lines = [
+        "# API reference",
+        "",
+        "From the docstrings, by `docs/make_api.py`. B tasks, N tokens, D token width, C condition width, T steps,",
+    ]
+    lines += ["k segments. Everything raises `McdiError`, one line, for what the caller can mend."]
+    for name in mcdi_fast.__all__:
+        lines += entry(name, getattr(mcdi_fast, name))
+    for module, names in MORE.items():
+        for name in names:
+            lines += entry(name, getattr(importlib.import_module(module), name))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "api.md").write_text(main())
