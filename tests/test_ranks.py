@@ -238,13 +238,19 @@ def test_the_command_with_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    done = subprocess.run(command(folder, 2, 1500), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path, victim):
+def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path, whole, victim):
     """kill -9 of one of two processes in meta-training; then the same command to the end, as if nothing had been."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole, 2, 1500), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    broken = tmp_path / "broken"
     process = subprocess.Popen(
         command(broken, 2, 1500), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
