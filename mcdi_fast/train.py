@@ -99,7 +99,8 @@ def open_run(folder: Path, config: Any, free: Collection[str] = _FREE) -> Iterat
             raise McdiError(
                 f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
             ) from error
-        remove_temporaries(folder)
+        for place in (folder, folder / "generator"):  # the bank looks after its own
+            remove_temporaries(place)
         path = folder / "config.json"
         ours = json.loads(json.dumps(asdict(config), default=str))
         if path.exists():

@@ -1,15 +1,9 @@
-"""The main job: a whole small run, bad input refused before any work, and nothing lost by a stop at any moment."""
+"""The main job: a whole small run, bad input refused before any work, nothing lost by a stop. Kills at random moments: test_kills.py."""
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 
 import pytest
 import torch
@@ -112,78 +106,6 @@ def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, st
             train.main(options)
     assert train.main(options) == 0
     assert result(tmp_path / "run") == result(tmp_path / "whole")
-
-
-KILLS, BLOCKS = 5, 10  # 50 in all
-
-
-def long_run(folder):
-    folders = ["--run-dir", str(folder), "--cache-dir", str(folder) + "-cache"]
-    command = [sys.executable, "-m", "mcdi_fast.train", *SMALL, *folders, "--meta.steps", "400"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Its result, seconds until it began to work, seconds that it worked."""
-    folder = tmp_path_factory.mktemp("kills") / "whole"
-    start = time.monotonic()
-    process = long_run(folder)
-    while not folder.exists():
-        time.sleep(0.01)
-    starting = time.monotonic() - start
-    assert process.wait() == 0
-    return result(folder), starting, time.monotonic() - start - starting
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_kill_nine(tmp_path, uninterrupted, block):
-    """Real processes, killed at random moments of whole runs; each run goes on to the bits of the uninterrupted one.
-
-    Once a file of a stage is there, it is there and valid after every later kill: no moment without a checkpoint.
-    """
-    expected, starting, working = uninterrupted
-    rng = random.Random(block)
-    kills, runs, stages = 0, 0, Counter()
-    while kills < KILLS:
-        run, last = tmp_path / f"run{runs}", -1
-        while True:
-            process = long_run(run)
-            try:
-                if kills == KILLS:
-                    assert process.wait() == 0
-                else:  # short enough that a run is killed several times on its way
-                    assert process.wait(starting * rng.uniform(0.9, 1.1) + rng.uniform(0, 0.5) * working) == 0
-                break
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-            kills += 1
-            stage, step = stage_of(run, tmp_path / f"{run.name}-cache")
-            assert step >= last
-            last = step
-            stages[stage] += 1
-        assert result(run) == expected
-        runs += 1
-    print(f"{kills} kills over {runs} runs, by stage: {dict(stages)}")
-
-
-def stage_of(run, cache):
-    """Where a killed run was, after reading every file that it left; and the step of its checkpoint, -1 without."""
-    for path in (cache / "backbones").glob("[!.]*.safetensors"):
-        store.load_tensors(path, "backbone-checkpoint" if "partial" in path.name else "backbone")
-    if not (run / "bank" / "bank.json").exists():
-        return "backbone", -1
-    TrajectoryBank.open(run / "bank").check_finite()
-    if not (run / "checkpoint.safetensors").exists():
-        return "trajectories and first steps", -1
-    tensors, meta = store.load_tensors(run / "checkpoint.safetensors", "meta-checkpoint")
-    assert all(bool(value.isfinite().all()) for value in tensors.values())
-    if (run / "generator" / "config.json").exists():
-        WeightGenerator.from_pretrained(run / "generator")
-        return "evaluation", meta["step"]
-    return "meta-training", meta["step"]
 
 
 BAD = {
