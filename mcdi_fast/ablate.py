@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as in train.py
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: page faults were half of the backbone's training time
@@ -59,6 +60,7 @@ from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank, train_task_heads
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
+from mcdi_fast.schedule import Schedule
 from mcdi_fast.store import (
     load_tensors,
     make_folder,
@@ -112,7 +114,7 @@ PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
-# One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
+# One change of Mc-Di at a time, judged on validation characters: dotted options, and three that are no options (`bank`, `sampler`, `form`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "window-whole": {"diffusion.window": "whole"},
@@ -137,8 +139,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "K-1": {"meta.inner_steps": 1},
     "inner-rate-0.02": {"meta.inner_rate": 0.02},
     "plain-reptile-outer": {"meta.outer": "reptile", "meta.outer_rate": 1.0},
-    "outer-rate-0.0003": {"meta.outer_rate": 0.0003},
-    "outer-rate-0.003": {"meta.outer_rate": 0.003},
+    "outer-rate-0.001": {"meta.outer_rate": 0.001},
+    "outer-rate-0.01": {"meta.outer_rate": 0.01},
     "no-ema": {"meta.ema": 0.0},
     "M-30": {"prepare.steps": 30},
     "M-120": {"prepare.steps": 120},
@@ -160,6 +162,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "width-512": {"denoiser.width": 512},
     "depth-1": {"denoiser.depth": 1},
     "depth-4": {"denoiser.depth": 4},
+    "no-skip": {"form": "no-skip"},
+    "unscaled-residual": {"form": "unscaled-residual"},
+    "normalizer-floor-0.03": {"form": "floor-0.03"},
+    "normalizer-floor-1": {"form": "floor-1"},
     "half-the-steps": {"meta.steps": 0.5},
     "twice-the-steps": {"meta.steps": 2.0},
 }
@@ -216,9 +222,9 @@ class AblateConfig:
     """Validation tasks that judge a change; other ones than those that choose rates."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
-    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(window="segment", carry="scaled"))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=1000, checkpoint_every=100))
+    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=300, checkpoint_every=50))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reptile: ReptileConfig = field(default_factory=ReptileConfig)
 
@@ -632,6 +638,28 @@ def other_condition(what: str, support: Tensor) -> Tensor:
     raise McdiError(f"condition {what!r}: expected prototypes, spread or support")
 
 
+def other_form(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Context in which f or the normaliser has another form, to learn what the default brings: too little for an option of its own.
+
+    no-skip: f = scale net, with the deviation of f as scale. unscaled-residual: f = skip x + net. floor-<number>: of `Normalizer.fit`.
+    """
+    if name.startswith("floor-"):
+        return mock.patch("mcdi_fast.meta._FLOOR", float(name.removeprefix("floor-")))
+    if name == "unscaled-residual":
+        return mock.patch.object(Schedule, "scale", lambda self: torch.ones_like(self.alpha))
+    if name == "no-skip":
+        stack = contextlib.ExitStack()
+
+        def deviation(self: Schedule) -> Tensor:
+            a = self.abar_segment[self.next_segment(), torch.arange(self.num_steps)]
+            return ((1 - self.abar[:-1]) / (1 - a)).sqrt()
+
+        stack.enter_context(mock.patch.object(Schedule, "skip", lambda self: torch.zeros_like(self.alpha)))
+        stack.enter_context(mock.patch.object(Schedule, "scale", deviation))
+        return stack
+    return contextlib.nullcontext()
+
+
 class _Stopwatch:
     """Seconds of a piece of work over all its interruptions, kept beside its checkpoint, with some JSON of its own."""
 
@@ -685,7 +713,8 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Make the record of one cell."""
     work = {"analysis": _analysis, "reptile-net": _reptile_net, "reptile-head": _reptile_head, "ceiling": _ceiling}
     if cell.method in (*OBJECTIVES, "ocd"):
-        made = _diffusion(shop, cell)
+        with other_form(CHANGES[cell.change].get("form", "") if cell.change else ""):
+            made = _diffusion(shop, cell)
     elif cell.method in work:
         made = work[cell.method](shop, cell)
     else:
