@@ -87,7 +87,7 @@ MethodName = Literal[
     "ceiling",
 ]
 VariantName = Literal["sam-augment", "sam", "augment", "plain"]
-PartName = Literal["comparison", "analysis", "variants", "segments", "selection"]
+PartName = Literal["comparison", "analysis", "variants", "segments", "selection", "latency"]
 
 SETTINGS: dict[str, TaskConfig] = {
     "5way1shot": TaskConfig(5, 1),
@@ -200,7 +200,8 @@ class AblateConfig:
     """Preparations: with and without SAM and augmentation. The part comparison uses sam-augment, the part variants the others."""
     parts: tuple[PartName, ...] = PARTS
     """comparison: the rows. analysis: theorem 1, chains, novelty. variants: the rows without SAM or augmentation. segments: k against
-    accuracy. selection: one change at a time, on validation characters."""
+    accuracy. selection: one change at a time, on validation characters. latency: every row's time for one task, one row after the other in
+    one process; ask for it again, on an idle machine, after removing `cells/*latency.json`."""
     segment_numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """k of the part segments; M is rounded up to a multiple of each."""
     changes: tuple[str, ...] = tuple(CHANGES)
@@ -245,7 +246,7 @@ class Cell:
     """One record to make.
 
     Attributes:
-        method: a `MethodName` or "analysis". variant: "" where the preparation does not matter. segments: k, 0 where it does not matter.
+        method: a `MethodName`, "analysis" or "latency". variant: "" where the preparation does not matter. segments: k, 0 where it does not matter.
         change: a name of `CHANGES` for the part selection (then on validation tasks), else "".
     """
 
@@ -299,6 +300,8 @@ def plan(config: AblateConfig) -> list[Cell]:
                         cells += [cell for cell in rows(setting, seed, variant) if cell.method in PREPARED]
     if "selection" in config.parts:
         cells += [Cell(first, config.seeds[0], "mc-di", "sam-augment", k, change) for change in config.changes]
+    if "latency" in config.parts:
+        cells += [Cell(setting, config.seeds[0], "latency") for setting in config.settings]
     return list(dict.fromkeys(cells))
 
 
@@ -711,7 +714,13 @@ def scored_heads(heads: Tensor, tasks: FeatureTasks) -> dict[str, Any]:
 
 def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Make the record of one cell."""
-    work = {"analysis": _analysis, "reptile-net": _reptile_net, "reptile-head": _reptile_head, "ceiling": _ceiling}
+    work = {
+        "analysis": _analysis,
+        "latency": _latency,
+        "reptile-net": _reptile_net,
+        "reptile-head": _reptile_head,
+        "ceiling": _ceiling,
+    }
     if cell.method in (*OBJECTIVES, "ocd"):
         with other_form(CHANGES[cell.change].get("form", "") if cell.change else ""):
             made = _diffusion(shop, cell)
@@ -723,33 +732,67 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     return {"cell": asdict(cell), "date": today, **made, "machine": machine()}
 
 
+def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Callable[..., Tensor]:
+    """How a row makes heads of support features, with what validation tasks have chosen for it."""
+    if cell.method == "prototype":
+        return prototype_head
+    if cell.method in ("finetune", "finetune-decay"):
+        return partial(
+            finetune, steps=shop.config.evaluate.finetune_steps, rate=chosen["rate"], decay=chosen["weight_decay"]
+        )
+    if cell.method == "reptile-head":
+        features, ways = shop.features()["train"][0], SETTINGS[cell.setting].ways
+        start = reptile_head(features, ways, shop.config.reptile, chosen["rate"], cell.seed)
+        return lambda support: adapt_head(start, support, (chosen["steps"],))[0]
+    generator, _ = shop.generator(cell)
+    eta = chosen.get("eta_noise", shop.config.evaluate.eta_noise)
+
+    def sample(support: Tensor, **options: Any) -> Tensor:
+        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=eta, **options)
+
+    return sample
+
+
+def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Every row's time for one new task, one row after the other, which rows timed hours apart in their own cells do not give."""
+    test = shop.tasks(cell.setting, cell.seed, "test")
+    rows = plan(replace(shop.config, settings=(cell.setting,), seeds=(cell.seed,), parts=("comparison",)))  # type: ignore[arg-type]
+    times: dict[str, dict[str, float]] = {}
+    for one in rows:
+        path = shop.folder / "cells" / f"{one.name}.json"
+        if one.method in ("reptile-net", "ceiling") or not path.exists():
+            continue  # the network's own cell times whole images; the ceiling is no way to adapt
+        record = read_json(path)
+        adapt = _adapter(shop, one, record.get("chosen", {}))
+        times[one.method] = {"all": round(latency_ms(adapt, test.support), 4)}
+        for count in record.get("by_steps", {}):
+            times[one.method][count] = round(latency_ms(partial(adapt, num_steps=int(count)), test.support), 4)
+    if not times:
+        raise McdiError(
+            f"--parts latency: no row of {cell.setting}, seed {cell.seed}, is there; ask for comparison too"
+        )
+    return {"adapt_ms": times}
+
+
 def _support_only(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Nearest prototype and fine-tuning, which need no training."""
     test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
-    c = shop.config.evaluate
-    if cell.method == "prototype":
-        adapt: Callable[[Tensor], Tensor] = prototype_head
-        extra: dict[str, Any] = {"gradient_steps": 0}
-    else:
+    c, chosen = shop.config.evaluate, {}
+    if cell.method != "prototype":
         tried = []
         for rate in c.finetune_rates:
             for decay in (0.0,) if cell.method == "finetune" else c.finetune_decays:
                 heads = finetune(validation.support, c.finetune_steps, rate, decay)
                 tried.append((float(head_accuracy(heads, validation.query).mean()), rate, decay))
         accuracy, rate, decay = max(tried)
-        extra = {
-            "gradient_steps": c.finetune_steps,
-            "chosen": {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)},
-        }
-
-        def adapt(support: Tensor) -> Tensor:
-            return finetune(support, c.finetune_steps, rate, decay)
-
+        chosen = {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)}
+    adapt = _adapter(shop, cell, chosen)
     return {
         **scored_heads(adapt(test.support), test),
         "adapt_ms": round(latency_ms(adapt, test.support), 4),
         "training_seconds": 0.0,
-        **extra,
+        "gradient_steps": c.finetune_steps if chosen else 0,
+        **({"chosen": chosen} if chosen else {}),
     }
 
 
@@ -894,9 +937,7 @@ def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
         noise = max(found, key=lambda eta: (found[eta], -eta))
         chosen = {"eta_noise": noise, "validation_accuracy": {str(e): round(100 * a, 3) for e, a in found.items()}}
 
-    def adapt(support: Tensor, **options: Any) -> Tensor:
-        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=noise, **options)
-
+    adapt = _adapter(shop, cell, {"eta_noise": noise})
     heads = adapt(tasks.support)
     record: dict[str, Any] = {
         **scored_heads(heads, tasks),
