@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as in train.py
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: page faults were half of the backbone's training time
@@ -59,6 +60,7 @@ from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank, train_task_heads
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
+from mcdi_fast.schedule import Schedule
 from mcdi_fast.store import (
     load_tensors,
     make_folder,
@@ -85,7 +87,7 @@ MethodName = Literal[
     "ceiling",
 ]
 VariantName = Literal["sam-augment", "sam", "augment", "plain"]
-PartName = Literal["comparison", "analysis", "variants", "segments", "selection"]
+PartName = Literal["comparison", "analysis", "variants", "segments", "selection", "latency"]
 
 SETTINGS: dict[str, TaskConfig] = {
     "5way1shot": TaskConfig(5, 1),
@@ -112,7 +114,7 @@ PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
-# One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
+# One change of Mc-Di at a time, judged on validation characters: dotted options, and three that are no options (`bank`, `sampler`, `form`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "window-whole": {"diffusion.window": "whole"},
@@ -137,8 +139,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "K-1": {"meta.inner_steps": 1},
     "inner-rate-0.02": {"meta.inner_rate": 0.02},
     "plain-reptile-outer": {"meta.outer": "reptile", "meta.outer_rate": 1.0},
-    "outer-rate-0.0003": {"meta.outer_rate": 0.0003},
-    "outer-rate-0.003": {"meta.outer_rate": 0.003},
+    "outer-rate-0.001": {"meta.outer_rate": 0.001},
+    "outer-rate-0.01": {"meta.outer_rate": 0.01},
     "no-ema": {"meta.ema": 0.0},
     "M-30": {"prepare.steps": 30},
     "M-120": {"prepare.steps": 120},
@@ -160,6 +162,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "width-512": {"denoiser.width": 512},
     "depth-1": {"denoiser.depth": 1},
     "depth-4": {"denoiser.depth": 4},
+    "no-skip": {"form": "no-skip"},
+    "unscaled-residual": {"form": "unscaled-residual"},
+    "normalizer-floor-0.03": {"form": "floor-0.03"},
+    "normalizer-floor-1": {"form": "floor-1"},
     "half-the-steps": {"meta.steps": 0.5},
     "twice-the-steps": {"meta.steps": 2.0},
 }
@@ -194,7 +200,8 @@ class AblateConfig:
     """Preparations: with and without SAM and augmentation. The part comparison uses sam-augment, the part variants the others."""
     parts: tuple[PartName, ...] = PARTS
     """comparison: the rows. analysis: theorem 1, chains, novelty. variants: the rows without SAM or augmentation. segments: k against
-    accuracy. selection: one change at a time, on validation characters."""
+    accuracy. selection: one change at a time, on validation characters. latency: every row's time for one task, one row after the other in
+    one process; ask for it again, on an idle machine, after removing `cells/*latency.json`."""
     segment_numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """k of the part segments; M is rounded up to a multiple of each."""
     changes: tuple[str, ...] = tuple(CHANGES)
@@ -216,9 +223,9 @@ class AblateConfig:
     """Validation tasks that judge a change; other ones than those that choose rates."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
-    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(window="segment", carry="scaled"))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=1000, checkpoint_every=100))
+    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=300, checkpoint_every=50))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reptile: ReptileConfig = field(default_factory=ReptileConfig)
 
@@ -239,7 +246,7 @@ class Cell:
     """One record to make.
 
     Attributes:
-        method: a `MethodName` or "analysis". variant: "" where the preparation does not matter. segments: k, 0 where it does not matter.
+        method: a `MethodName`, "analysis" or "latency". variant: "" where the preparation does not matter. segments: k, 0 where it does not matter.
         change: a name of `CHANGES` for the part selection (then on validation tasks), else "".
     """
 
@@ -293,6 +300,8 @@ def plan(config: AblateConfig) -> list[Cell]:
                         cells += [cell for cell in rows(setting, seed, variant) if cell.method in PREPARED]
     if "selection" in config.parts:
         cells += [Cell(first, config.seeds[0], "mc-di", "sam-augment", k, change) for change in config.changes]
+    if "latency" in config.parts:
+        cells += [Cell(setting, config.seeds[0], "latency") for setting in config.settings]
     return list(dict.fromkeys(cells))
 
 
@@ -632,6 +641,28 @@ def other_condition(what: str, support: Tensor) -> Tensor:
     raise McdiError(f"condition {what!r}: expected prototypes, spread or support")
 
 
+def other_form(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Context in which f or the normaliser has another form, to learn what the default brings: too little for an option of its own.
+
+    no-skip: f = scale net, with the deviation of f as scale. unscaled-residual: f = skip x + net. floor-<number>: of `Normalizer.fit`.
+    """
+    if name.startswith("floor-"):
+        return mock.patch("mcdi_fast.meta._FLOOR", float(name.removeprefix("floor-")))
+    if name == "unscaled-residual":
+        return mock.patch.object(Schedule, "scale", lambda self: torch.ones_like(self.alpha))
+    if name == "no-skip":
+        stack = contextlib.ExitStack()
+
+        def deviation(self: Schedule) -> Tensor:
+            a = self.abar_segment[self.next_segment(), torch.arange(self.num_steps)]
+            return ((1 - self.abar[:-1]) / (1 - a)).sqrt()
+
+        stack.enter_context(mock.patch.object(Schedule, "skip", lambda self: torch.zeros_like(self.alpha)))
+        stack.enter_context(mock.patch.object(Schedule, "scale", deviation))
+        return stack
+    return contextlib.nullcontext()
+
+
 class _Stopwatch:
     """Seconds of a piece of work over all its interruptions, kept beside its checkpoint, with some JSON of its own."""
 
@@ -683,9 +714,16 @@ def scored_heads(heads: Tensor, tasks: FeatureTasks) -> dict[str, Any]:
 
 def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Make the record of one cell."""
-    work = {"analysis": _analysis, "reptile-net": _reptile_net, "reptile-head": _reptile_head, "ceiling": _ceiling}
+    work = {
+        "analysis": _analysis,
+        "latency": _latency,
+        "reptile-net": _reptile_net,
+        "reptile-head": _reptile_head,
+        "ceiling": _ceiling,
+    }
     if cell.method in (*OBJECTIVES, "ocd"):
-        made = _diffusion(shop, cell)
+        with other_form(CHANGES[cell.change].get("form", "") if cell.change else ""):
+            made = _diffusion(shop, cell)
     elif cell.method in work:
         made = work[cell.method](shop, cell)
     else:
@@ -694,33 +732,67 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     return {"cell": asdict(cell), "date": today, **made, "machine": machine()}
 
 
+def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Callable[..., Tensor]:
+    """How a row makes heads of support features, with what validation tasks have chosen for it."""
+    if cell.method == "prototype":
+        return prototype_head
+    if cell.method in ("finetune", "finetune-decay"):
+        return partial(
+            finetune, steps=shop.config.evaluate.finetune_steps, rate=chosen["rate"], decay=chosen["weight_decay"]
+        )
+    if cell.method == "reptile-head":
+        features, ways = shop.features()["train"][0], SETTINGS[cell.setting].ways
+        start = reptile_head(features, ways, shop.config.reptile, chosen["rate"], cell.seed)
+        return lambda support: adapt_head(start, support, (chosen["steps"],))[0]
+    generator, _ = shop.generator(cell)
+    eta = chosen.get("eta_noise", shop.config.evaluate.eta_noise)
+
+    def sample(support: Tensor, **options: Any) -> Tensor:
+        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=eta, **options)
+
+    return sample
+
+
+def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Every row's time for one new task, one row after the other, which rows timed hours apart in their own cells do not give."""
+    test = shop.tasks(cell.setting, cell.seed, "test")
+    rows = plan(replace(shop.config, settings=(cell.setting,), seeds=(cell.seed,), parts=("comparison",)))  # type: ignore[arg-type]
+    times: dict[str, dict[str, float]] = {}
+    for one in rows:
+        path = shop.folder / "cells" / f"{one.name}.json"
+        if one.method in ("reptile-net", "ceiling") or not path.exists():
+            continue  # the network's own cell times whole images; the ceiling is no way to adapt
+        record = read_json(path)
+        adapt = _adapter(shop, one, record.get("chosen", {}))
+        times[one.method] = {"all": round(latency_ms(adapt, test.support), 4)}
+        for count in record.get("by_steps", {}):
+            times[one.method][count] = round(latency_ms(partial(adapt, num_steps=int(count)), test.support), 4)
+    if not times:
+        raise McdiError(
+            f"--parts latency: no row of {cell.setting}, seed {cell.seed}, is there; ask for comparison too"
+        )
+    return {"adapt_ms": times}
+
+
 def _support_only(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Nearest prototype and fine-tuning, which need no training."""
     test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
-    c = shop.config.evaluate
-    if cell.method == "prototype":
-        adapt: Callable[[Tensor], Tensor] = prototype_head
-        extra: dict[str, Any] = {"gradient_steps": 0}
-    else:
+    c, chosen = shop.config.evaluate, {}
+    if cell.method != "prototype":
         tried = []
         for rate in c.finetune_rates:
             for decay in (0.0,) if cell.method == "finetune" else c.finetune_decays:
                 heads = finetune(validation.support, c.finetune_steps, rate, decay)
                 tried.append((float(head_accuracy(heads, validation.query).mean()), rate, decay))
         accuracy, rate, decay = max(tried)
-        extra = {
-            "gradient_steps": c.finetune_steps,
-            "chosen": {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)},
-        }
-
-        def adapt(support: Tensor) -> Tensor:
-            return finetune(support, c.finetune_steps, rate, decay)
-
+        chosen = {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)}
+    adapt = _adapter(shop, cell, chosen)
     return {
         **scored_heads(adapt(test.support), test),
         "adapt_ms": round(latency_ms(adapt, test.support), 4),
         "training_seconds": 0.0,
-        **extra,
+        "gradient_steps": c.finetune_steps if chosen else 0,
+        **({"chosen": chosen} if chosen else {}),
     }
 
 
@@ -865,9 +937,7 @@ def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
         noise = max(found, key=lambda eta: (found[eta], -eta))
         chosen = {"eta_noise": noise, "validation_accuracy": {str(e): round(100 * a, 3) for e, a in found.items()}}
 
-    def adapt(support: Tensor, **options: Any) -> Tensor:
-        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=noise, **options)
-
+    adapt = _adapter(shop, cell, {"eta_noise": noise})
     heads = adapt(tasks.support)
     record: dict[str, Any] = {
         **scored_heads(heads, tasks),

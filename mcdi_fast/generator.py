@@ -176,7 +176,7 @@ class WeightGenerator:
         try:
             diffusion = DiffusionConfig(**config["diffusion"])
             for name, kind in DiffusionConfig.__annotations__.items():
-                value = getattr(diffusion, name)
+                value = config["diffusion"][name]  # none may be left to a default: it can be another one by now
                 if type(value) is not {"int": int, "float": float}.get(kind, str):
                     raise McdiError(f"{where}: diffusion.{name} = {value!r:.40}, expected {kind}")
             if not isinstance(config["provenance"], dict):

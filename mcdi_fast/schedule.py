@@ -144,7 +144,7 @@ def make_objective(schedule: Schedule, name: str, window: str = "whole") -> Obje
     k, steps = schedule.num_segments, schedule.num_steps
     if name == "local-consistency":
         ends, a = torch.tensor(schedule.ends), schedule.abar_segment[:, :-1]
-        weights = (1 - a).sqrt(), schedule.skip().expand(k, -1)
+        weights = (1 - a).sqrt(), (1 - schedule.abar[:-1]).sqrt().expand(k, -1)
     elif name in ("vanilla", "naive-local"):
         ends, a = torch.full((k,), steps), schedule.abar[:-1].expand(k, -1)
         weights = torch.ones_like(a), torch.ones_like(a)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcdi_fast import ablate, ablate_report, backbone, prepare, store
+from mcdi_fast import ablate, ablate_report, backbone, meta, prepare, store
 from mcdi_fast.ablate import CHANGES, AblateConfig, Cell, other_condition, plan, scored_heads, train_config
 from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
 from mcdi_fast.bank import TrajectoryBank
@@ -16,6 +16,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import FeatureTasks
 from mcdi_fast.heads import prototype_head, support_condition
 from mcdi_fast.meta import MetaTrainer
+from mcdi_fast.schedule import make_schedule
 from mcdi_fast.tasks import glyphs
 
 SMALL = (
@@ -58,7 +59,18 @@ def _timeless(value):
 
 
 def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys, monkeypatch):
-    parts = ["--variants", "sam-augment", "plain", "--segment-numbers", "1", "3", "--changes", "default", "M-30"]
+    parts = [
+        "--variants",
+        "sam-augment",
+        "plain",
+        "--segment-numbers",
+        "1",
+        "3",
+        "--changes",
+        "default",
+        "M-30",
+        "no-skip",
+    ]
     assert ablate.main([*SMALL, *parts, *options]) == 0
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
@@ -67,12 +79,17 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
         assert any(f"_{method}" in name for name in names), method
     assert "5way1shot_seed0_mc-di_sam-augment_k1" in names
     assert "5way1shot_seed0_mc-di_sam-augment_k3_M-30" in names
+    assert "5way1shot_seed0_mc-di_sam-augment_k3_no-skip" in names
     assert "5way1shot_seed0_ceiling_plain" in names
     assert not any((folder / part).glob("*") and list((folder / part).glob("*")) for part in ("banks", "partial"))
     for path in before:
         record = json.loads(path.read_text())
         if record["cell"]["method"] == "analysis":
             assert [len(curve) for curve in record["distances"].values()] == [7, 7, 7, 7]
+            continue
+        if record["cell"]["method"] == "latency":
+            assert record["adapt_ms"].keys() == set(ablate.METHODS) - {"reptile-net", "ceiling"}
+            assert record["adapt_ms"]["mc-di"].keys() == {"all", "3", "5"}
             continue
         assert len(record["correct"]) == 4
         assert all(0 <= count <= 25 for count in record["correct"])
@@ -218,6 +235,31 @@ def test_bad_options_are_refused_before_any_work(options, tmp_path, capsys, bad)
     assert ablate.main([*SMALL, "--segment-numbers", "1", *options, *bad.split()]) == 2
     assert BAD[bad] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_other_forms_of_f_and_of_the_normaliser():
+    schedule = make_schedule(20, 3)
+    a = schedule.abar_segment[schedule.next_segment(), torch.arange(20)]
+    g = torch.Generator().manual_seed(0)
+    theta, eps = torch.randn(2, 4000, 20, generator=g, dtype=torch.float64)
+    x = a.sqrt() * theta + (1 - a).sqrt() * eps
+    f = ((1 - schedule.abar[:-1]) / (1 - a)).sqrt() * eps  # of a chain that heads for theta
+    for name in ("", "no-skip"):  # what the network is asked for is of order one at every step
+        with ablate.other_form(name):
+            asked = (f - schedule.skip() * x) / schedule.scale()
+        torch.testing.assert_close(asked.std(0), torch.ones(20, dtype=torch.float64), rtol=0.1, atol=0)
+    with ablate.other_form("unscaled-residual"):
+        assert (schedule.scale() == 1).all()
+    with ablate.other_form("floor-0.5"):
+        assert meta._FLOOR == 0.5
+    assert meta._FLOOR == 0.1
+    assert not (schedule.scale() == 1).all()
+    assert {change["form"] for change in CHANGES.values() if "form" in change} == {
+        "no-skip",
+        "unscaled-residual",
+        "floor-0.03",
+        "floor-1",
+    }
 
 
 def test_plan():

@@ -254,6 +254,15 @@ def test_malformed_diffusion_that_is_signed(folder, diffusion):
     assert str(folder) in error_of(WeightGenerator.from_pretrained, folder)
 
 
+@pytest.mark.parametrize("name", ["steps", "window", "carry"])
+def test_a_missing_setting_of_the_diffusion_is_not_guessed(folder, name):
+    edit(folder, lambda data: data["diffusion"].__delitem__(name))
+    sign(folder)
+    message = error_of(WeightGenerator.from_pretrained, folder)
+    assert str(folder / "config.json") in message
+    assert name in message
+
+
 @pytest.mark.parametrize("key", ["diffusion", "layout", "condition_width", "provenance"])
 def test_a_missing_or_malformed_entry(folder, key):
     good = (folder / "config.json").read_text()

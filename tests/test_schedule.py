@@ -189,7 +189,7 @@ def test_diffusion_tables():
         local = name == "local-consistency"
         assert bool((schedule.carry < 1).any()) == local  # the other two have no segments to carry over
         assert objective.starts.tolist() == ([0, 7, 13] if local else [0, 0, 0])
-        schedule, objective = diffusion_tables(DiffusionConfig(objective=name))
+        schedule, objective = diffusion_tables(DiffusionConfig(objective=name, window="whole", carry="full"))
         assert bool((schedule.carry == 1).all())
         assert not objective.starts.any()
     assert "expected full or scaled" in error_of(diffusion_tables, DiffusionConfig(carry="half"))  # type: ignore[arg-type]
