@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.denoiser import denoise, init_parameters
+from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.inner import InnerBatch, inner_loop, task_loss
 from mcdi_fast.prepare import adam_scalars, adam_step, sam_perturbation, train_heads
@@ -341,24 +341,22 @@ def chain_by_denoise(generator: Any, condition: Tensor, start: Tensor, network=d
         step = torch.full((len(x), 1), t, device=x.device)
         net = network(generator.phi, x.unsqueeze(-3), step, condition).squeeze(-3)
         f = skip[t] * x + scale[t] * net
-        x = (x - (1 - alpha[t]) / (1 - abar[t]).sqrt() * f) / alpha[t].sqrt()
+        x = schedule.carry[t + 1].float() * (x - (1 - alpha[t]) / (1 - abar[t]).sqrt() * f) / alpha[t].sqrt()
     return generator.normalizer.denormalize(x)
 
 
+def _chain_matrices(phi: dict[str, Tensor]) -> tuple[int, int]:
+    """Entries of the matrices of a step that every token meets, and of those that a task meets once (denoiser.FoldedDenoiser)."""
+    folded = FoldedDenoiser(phi)
+    return sum(v.numel() for v in (*folded.token, folded.last)), sum(v.numel() for v in folded.sample)
+
+
 def chain_operations(tasks: int, tokens: int, phi: dict[str, Tensor], steps: int) -> int:
-    """Of the network as it is written (`denoise`), the condition's product once."""
-    per_step = sum(
-        2
-        * tasks
-        * (1 if name.endswith(".sample") else tokens)
-        * (len(v) - STEPS * name.endswith(".sample"))
-        * v.shape[1]
-        for name, v in phi.items()
-        if name != "in.condition"
-    )
-    return steps * per_step
+    """Of the products that are left when what is linear is multiplied out, without the condition's, which are done once."""
+    by_token, by_task = _chain_matrices(phi)
+    return steps * 2 * tasks * (tokens * by_token + by_task)
 
 
 def chain_bytes(phi: dict[str, Tensor], steps: int) -> int:
-    """Every matrix read once a step."""
-    return steps * sum(v.nbytes for name, v in phi.items() if name != "in.condition")
+    """Every such matrix read once a step."""
+    return steps * 4 * sum(_chain_matrices(phi))

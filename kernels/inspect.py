@@ -36,7 +36,7 @@ from mcdi_fast.kernels.noising import noising_kernel
 from mcdi_fast.kernels.normal_noise import normal_noise_kernel
 from mcdi_fast.kernels.outer_update import outer_update_kernel
 from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
-from mcdi_fast.kernels.sample_chain import chain_blocks, chain_options, sample_chain_kernel
+from mcdi_fast.kernels.sample_chain import chain_blocks, chain_columns, chain_options, sample_chain_kernel
 from mcdi_fast.prepare import SAM_TINY
 
 TARGETS = {
@@ -141,8 +141,9 @@ def specs() -> list[Spec]:
             found.append(
                 Spec(
                     f"sample_chain B={tasks} {precision}", sample_chain_kernel,
-                    (f, i64, f, f, w, w, w, w, w, w, f, f, tasks, n, d, c, width, sample_rows, depth, diffusion.steps,
-                     False, precision, per_program, tokens, BLOCK_COLUMNS, sum_block(precision)),
+                    (f, i64, f, f, w, w, w, w, w, w, f, f, tasks, n, d, c, width, diffusion.steps, depth, diffusion.steps,
+                     32 * triton.cdiv(d + depth * width, 32), False, precision, per_program, tokens, chain_columns(per_program * tokens, precision),
+                     sum_block(precision)),
                     chain_options(per_program * tokens),
                 )
             )  # fmt: skip

@@ -1,7 +1,9 @@
 """The whole noise-free sampling chain in one launch: a program carries a few tasks through all steps while the weights stream past.
 
-A product sums over H in small blocks, which a register tile cannot be cut into. So the hidden rows live on four scratch pages of the
-program, 16 to 64 rows of H each, which its multiprocessor's L1 holds, with a barrier between writing and reading them.
+What bounds it is the bytes of matrices that one multiprocessor reads in a step, so the matrices are those of `denoiser.FoldedDenoiser`: 45 %
+fewer bytes than phi's own. A product sums over its columns in small blocks, which a register tile cannot be cut into. So the columns
+[x u_0 … u_{L-1}] and their means over tokens live on scratch pages of the program, which its multiprocessor's L1 holds, with a barrier
+between writing and reading them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.denoiser import Parameters, denoise, depth_of
+from mcdi_fast.denoiser import FoldedDenoiser, Parameters, denoise
 from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import check_precision, check_runs
@@ -38,24 +40,30 @@ _ONE_WAVE = 132  # multiprocessors of an H100 or H200; more programs than that w
 
 @dataclass(frozen=True)
 class ChainWeights:
-    """phi with the layers of a kind in one tensor. token, out: [L, H, H]. sample: [L, H + T, H]. Build once, by `pack_weights`."""
+    """The matrices of `FoldedDenoiser`. Build once, by `pack_weights`.
 
-    into: Tensor
-    condition: Tensor
+    Attributes:
+        token, sample: [R, H], the L matrices [D + l H, H] of each below each other. step: [L, T, H]. last: [D + L H, D].
+        condition: [C, L H + D]. condition_mean: [C, L H].
+    """
+
     token: Tensor
     sample: Tensor
-    out: Tensor
+    step: Tensor
     last: Tensor
+    condition: Tensor
+    condition_mean: Tensor
 
 
 def pack_weights(phi: Parameters, dtype: torch.dtype = torch.float32) -> ChainWeights:
-    """Copy phi, as float32 or bfloat16 (half the bytes to stream; pair it with precision="bf16")."""
+    """Of phi, as float32 or bfloat16 (half the bytes to stream; pair it with precision="bf16")."""
     if dtype not in FLOATS:
         raise McdiError(f"dtype: {dtype}, expected {' or '.join(map(str, FLOATS))}")
-    depth = depth_of(phi)
-    stacks = (torch.stack([phi[f"block{i}.{kind}"] for i in range(depth)]) for kind in ("token", "sample", "out"))
-    parts = (phi["in.token"], phi["in.condition"], *stacks, phi["out.token"])
-    return ChainWeights(*(part.detach().to(dtype).contiguous() for part in parts))
+    folded = FoldedDenoiser(phi)
+    step = torch.stack([torch.cat(rows) for rows in folded.step_rows])
+    parts = (torch.cat(folded.token), torch.cat(folded.sample), step, folded.last)
+    every = (*parts, folded.condition_token, folded.condition_mean)
+    return ChainWeights(*(part.detach().to(dtype).contiguous() for part in every))
 
 
 def chain_table(
@@ -100,20 +108,31 @@ def _product(
 
 
 @triton.jit
-def _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS: tl.constexpr, TOKENS: tl.constexpr):
-    """Write a block of h^T and, to every row, the mean of the row's task."""
-    # rows of the padding are 0 here, for whatever made them was loaded under `inside`
-    summed = tl.sum(tl.reshape(h, [h.shape[0], TASKS, TOKENS]), 2) / tokens
-    mean = tl.reshape(tl.broadcast_to(summed[:, :, None], [h.shape[0], TASKS, TOKENS]), [h.shape[0], TASKS * TOKENS])
-    write = inside[None, :] & (o < hidden)[:, None]
-    tl.store(h_page[None, :] + o[:, None], h, mask=write)
-    tl.store(mean_page[None, :] + o[:, None], mean, mask=write)
+def _store_with_mean(value, columns_at, means_at, o, width, inside, tokens, TASKS: tl.constexpr, TOKENS: tl.constexpr):
+    """Write a block of columns and, to every row, the mean of the row's task."""
+    value = tl.where(inside[None, :], value, 0.0)
+    summed = tl.sum(tl.reshape(value, [value.shape[0], TASKS, TOKENS]), 2) / tokens
+    mean = tl.broadcast_to(summed[:, :, None], [value.shape[0], TASKS, TOKENS])
+    write = inside[None, :] & (o < width)[:, None]
+    tl.store(columns_at[None, :] + o[:, None], value, mask=write)
+    tl.store(means_at[None, :] + o[:, None], tl.reshape(mean, [value.shape[0], TASKS * TOKENS]), mask=write)
+
+
+@triton.jit
+def _copy_with_mean(
+    rows_at, columns_at, means_at, width, inside, tokens,
+    TASKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for first in range(0, width, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        value = tl.load(rows_at[None, :] + o[:, None], mask=inside[None, :] & (o < width)[:, None], other=0.0)
+        _store_with_mean(value.to(tl.float32), columns_at, means_at, o, width, inside, tokens, TASKS, TOKENS)
 
 
 @triton.jit
 def sample_chain_kernel(
-    condition, steps, coefficients, mask, w_in, w_condition, w_token, w_sample, w_out, w_last, scratch, x,
-    num_tasks, tokens, width, condition_width, hidden, sample_rows, depth, num_steps,
+    condition, steps, coefficients, mask, w_token, w_sample, w_step, w_last, w_condition, w_condition_mean, scratch, x,
+    num_tasks, tokens, width, condition_width, hidden, num_rows, depth, num_steps, page_width,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, TASKS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -125,98 +144,91 @@ def sample_chain_kernel(
     inside = (task < num_tasks) & (token < tokens)
     row = task * tokens + token
     x_at = x + row * width
-    # four pages a program: h, its mean over tokens, u, and what the condition adds to h
-    page = scratch + (program * 4 * ROWS + local) * hidden
-    h_page, mean_page, u_page, base_page = (
-        page,
-        page + ROWS * hidden,
-        page + 2 * ROWS * hidden,
-        page + 3 * ROWS * hidden,
-    )
+    # three pages a program: columns [x u_0 …], their means over tokens, and what the condition adds to every u_l and to net
+    columns_at = scratch + (program * 3 * ROWS + local) * page_width
+    means_at, told_at = columns_at + ROWS * page_width, columns_at + 2 * ROWS * page_width
     block = tl.arange(0, BLOCK_OUT)
 
-    for first in range(0, hidden, BLOCK_OUT):
+    _copy_with_mean(
+        condition + row * condition_width, columns_at, means_at, condition_width, inside, tokens, TASKS, TOKENS, BLOCK_OUT
+    )  # fmt: skip
+    tl.debug_barrier()
+    all_hidden = depth * hidden
+    for first in range(0, all_hidden + width, BLOCK_OUT):
         o = first + block
-        base = _product(
-            tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_condition, hidden, condition + row * condition_width, o,
-            condition_width, hidden, inside, BLOCK_IN, PRECISION,
+        told = _product(
+            tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_condition, all_hidden + width, columns_at, o,
+            condition_width, all_hidden + width, inside, BLOCK_IN, PRECISION,
         )  # fmt: skip
-        tl.store(base_page[None, :] + o[:, None], base, mask=inside[None, :] & (o < hidden)[:, None])
+        told = _product(
+            told, w_condition_mean, all_hidden, means_at, o, condition_width, all_hidden, inside, BLOCK_IN, PRECISION
+        )  # fmt: skip
+        tl.store(told_at[None, :] + o[:, None], told, mask=inside[None, :] & (o < all_hidden + width)[:, None])
+    tl.debug_barrier()
+    _copy_with_mean(x_at, columns_at, means_at, width, inside, tokens, TASKS, TOKENS, BLOCK_OUT)
     tl.debug_barrier()
 
     # a barrier behind every loop that writes what the next one reads, or reads what the next one writes
     for j in range(0, num_steps):
         t = tl.load(steps + j)
-        for first in range(0, hidden, BLOCK_OUT):
-            o = first + block
-            h = tl.load(base_page[None, :] + o[:, None], mask=inside[None, :] & (o < hidden)[:, None], other=0.0)
-            h = _product(h, w_in, hidden, x_at, o, width, hidden, inside, BLOCK_IN, PRECISION)
-            _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS, TOKENS)
-        tl.debug_barrier()
-        my_token, my_sample, my_out = w_token, w_sample, w_out
-        for _ in range(0, depth):
+        my_token, my_sample, my_step, seen = w_token, w_sample, w_step + t * hidden, width
+        for layer in range(0, depth):
             for first in range(0, hidden, BLOCK_OUT):
                 o = first + block
-                of_step = tl.load(my_sample + (hidden + t) * hidden + o, mask=o < hidden, other=0.0).to(tl.float32)
-                a = tl.zeros([BLOCK_OUT, ROWS], tl.float32) + of_step[:, None]
-                a = _product(a, my_token, hidden, h_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
-                a = _product(a, my_sample, hidden, mean_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
-                tl.store(
-                    u_page[None, :] + o[:, None], a / (1 + tl.exp(-a)), mask=inside[None, :] & (o < hidden)[:, None]
+                a = tl.load(
+                    told_at[None, :] + layer * hidden + o[:, None],
+                    mask=inside[None, :] & (o < hidden)[:, None],
+                    other=0.0,
                 )
+                a += tl.load(my_step + o, mask=o < hidden, other=0.0).to(tl.float32)[:, None]
+                a = _product(a, my_token, hidden, columns_at, o, seen, hidden, inside, BLOCK_IN, PRECISION)
+                a = _product(a, my_sample, hidden, means_at, o, seen, hidden, inside, BLOCK_IN, PRECISION)
+                u = a / (1 + tl.exp(-a))
+                _store_with_mean(u, columns_at + seen, means_at + seen, o, hidden, inside, tokens, TASKS, TOKENS)
             tl.debug_barrier()
-            for first in range(0, hidden, BLOCK_OUT):
-                o = first + block
-                h = tl.load(h_page[None, :] + o[:, None], mask=inside[None, :] & (o < hidden)[:, None], other=0.0)
-                h = _product(h, my_out, hidden, u_page, o, hidden, hidden, inside, BLOCK_IN, PRECISION)
-                tl.debug_barrier()  # the thread that writes an entry of h need not be the one that read it
-                _store_with_mean(h, h_page, mean_page, o, hidden, inside, tokens, TASKS, TOKENS)
-            tl.debug_barrier()
-            my_token += hidden * hidden
-            my_sample += sample_rows * hidden
-            my_out += hidden * hidden
+            my_token += seen * hidden
+            my_sample += seen * hidden
+            my_step += num_rows * hidden
+            seen += hidden
         keep_x, keep_f, move = (
             tl.load(coefficients + 3 * j), tl.load(coefficients + 3 * j + 1), tl.load(coefficients + 3 * j + 2)
         )  # fmt: skip
         for first in range(0, width, BLOCK_OUT):
             o = first + block
-            net = _product(
-                tl.zeros([BLOCK_OUT, ROWS], tl.float32),
-                w_last,
-                width,
-                h_page,
-                o,
-                hidden,
-                width,
-                inside,
-                BLOCK_IN,
-                PRECISION,
-            )
             write = inside[None, :] & (o < width)[:, None]
-            old = tl.load(x_at[None, :] + o[:, None], mask=write, other=0.0)
+            net = tl.load(told_at[None, :] + all_hidden + o[:, None], mask=write, other=0.0)
+            net = _product(net, w_last, width, columns_at, o, seen, width, inside, BLOCK_IN, PRECISION)
+            old = tl.load(columns_at[None, :] + o[:, None], mask=write, other=0.0)
             step = keep_f * old + move * net
             if HAS_MASK:
                 step *= tl.load(mask + token[None, :] * width + o[:, None], mask=write, other=0.0)
-            tl.debug_barrier()  # as above
-            tl.store(x_at[None, :] + o[:, None], keep_x * old + step, mask=write)
+            tl.store(x_at[None, :] + o[:, None], keep_x * old + step, mask=write)  # the page's x is still being read
+        tl.debug_barrier()
+        _copy_with_mean(x_at, columns_at, means_at, width, inside, tokens, TASKS, TOKENS, BLOCK_OUT)
         tl.debug_barrier()
 
 
 def chain_blocks(num_tasks: int, tokens: int) -> tuple[int, int]:
-    """TASKS, TOKENS: at least 16 rows a program (a dot's least), then more while that still leaves a program a multiprocessor; 64 at most.
+    """TASKS, TOKENS: at least 16 rows a program (a dot's least), then more while that still leaves a program a multiprocessor; 32 at most,
+    64 for a task of more than 32 tokens.
 
     Every program streams all the weights in every step, so rows share that cost; fewer programs than multiprocessors leave chips idle.
     """
     padded = triton.next_power_of_2(tokens)
     tasks = max(1, 16 // padded)
-    while 2 * tasks * padded <= 64 and triton.cdiv(num_tasks, tasks) > _ONE_WAVE:
+    while 2 * tasks * padded <= 32 and triton.cdiv(num_tasks, tasks) > _ONE_WAVE:
         tasks *= 2
     return tasks, padded
 
 
+def chain_columns(rows: int, precision: str) -> int:
+    """Columns of a product at a time: half as many where it spilled otherwise (inspect.py); 64 rows on gfx942 still do."""
+    return BLOCK_COLUMNS if rows <= (16 if precision == "ieee" else 32) else BLOCK_COLUMNS // 2
+
+
 def chain_options(rows: int) -> dict[str, int]:
-    """Twice the warps and a shorter pipeline for 64 rows: the sums and the tiles of the mean spilled otherwise (inspect.py)."""
-    return {"num_warps": 8 if rows > 32 else 4, "num_stages": 2 if rows > 32 else 3, **all_registers()}
+    """Twice the warps and a shorter pipeline from 32 rows on, likewise."""
+    return {"num_warps": 8 if rows > 16 else 4, "num_stages": 2 if rows > 16 else 3, **all_registers()}
 
 
 def sample_chain(
@@ -244,20 +256,20 @@ def sample_chain(
         McdiError: naming the tensor.
     """
     b, n, d = check_rank("x", x, "BND")
-    c, hidden = check_rank("weights.condition", weights.condition, "CH")
-    depth, sample_rows, _ = check_rank("weights.sample", weights.sample, "LRH")
-    device, dtype = x.device, (weights.into.dtype,)
+    depth, num_rows, hidden = check_rank("weights.step", weights.step, "LTH")
+    c = condition.shape[-1]
+    device, dtype = x.device, (weights.step.dtype,)
     check_tensor("x", x, (b, n, d), (torch.float32,))
     check_tensor("condition", condition, (b, n, c), device=device)
     check_tensor("steps", steps, (len(steps),), (torch.int64,), device)
     check_tensor("coefficients", coefficients, (len(steps), 3), (torch.float32,), device)
     if mask is not None:
         check_tensor("mask", mask, (n, d), (torch.float32,), device)
-    check_tensor("weights.into", weights.into, (d, hidden), device=device)
-    check_tensor("weights.condition", weights.condition, (c, hidden), dtype, device)
+    check_tensor("weights.step", weights.step, (depth, num_rows, hidden), device=device)
+    rows, every = depth * d + depth * (depth - 1) // 2 * hidden, depth * hidden
     for name, shape in {
-        "token": (depth, hidden, hidden), "sample": (depth, max(sample_rows, hidden + 1), hidden),
-        "out": (depth, hidden, hidden), "last": (hidden, d),
+        "token": (rows, hidden), "sample": (rows, hidden), "last": (d + every, d),
+        "condition": (c, every + d), "condition_mean": (c, every),
     }.items():  # fmt: skip
         check_tensor(f"weights.{name}", getattr(weights, name), shape, dtype, device)
     check_precision(precision)
@@ -269,13 +281,14 @@ def sample_chain(
     if out is not x:
         out.copy_(x)
     programs = triton.cdiv(b, tasks)
-    scratch = torch.empty(programs, 4, tasks * padded_tokens, hidden, device=device)
+    page_width = 32 * triton.cdiv(max(d + every, c), 32)  # rows on whole cache lines
+    scratch = torch.empty(programs, 3, tasks * padded_tokens, page_width, device=device)
     with on_device(device):
         sample_chain_kernel[(programs,)](
             condition, steps, coefficients, x if mask is None else mask,
-            weights.into, weights.condition, weights.token, weights.sample, weights.out, weights.last,
-            scratch, out, b, n, d, c, hidden, sample_rows, depth, len(steps),
-            mask is not None, precision, tasks, padded_tokens, BLOCK_COLUMNS, sum_block(precision),
+            weights.token, weights.sample, weights.step, weights.last, weights.condition, weights.condition_mean,
+            scratch, out, b, n, d, c, hidden, num_rows, depth, len(steps), page_width,
+            mask is not None, precision, tasks, padded_tokens, chain_columns(tasks * padded_tokens, precision), sum_block(precision),
             **chain_options(tasks * padded_tokens),
         )  # fmt: skip
     return out

@@ -69,10 +69,10 @@ def outer_update(state: OuterState, delta: Tensor, scalars: OuterScalars, outer:
     """One outer step in place.
 
     Args:
-        delta: [P], the Reptile difference. outer: "adam" takes it as a gradient, "reptile" adds it (paper, algorithm 1).
+        delta: [P], the Reptile difference, used up by "adam". outer: "adam" takes it as a gradient, "reptile" adds it (paper, algorithm 1).
     """
     if outer == "reptile":
         state.phi.add_(delta, alpha=scalars.rate)
     else:
-        adam_step(state.phi, delta * scalars.gain, state.first, state.second, scalars.rate, scalars.root)
+        adam_step(state.phi, delta.mul_(scalars.gain), state.first, state.second, scalars.rate, scalars.root)
     state.average.lerp_(state.phi, scalars.mix)

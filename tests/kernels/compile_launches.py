@@ -89,7 +89,7 @@ for dtype in (torch.float32, torch.bfloat16):
             f32(3, 5, 65), ones(2, 3, 130, 64), index(3, 130), config, 2, index(2, 3, 130).int(), f32(130), precision=p
         )
         for tokens in (1, 3, 64):
-            weights = K.ChainWeights(ones(1, 1), ones(1, 1), ones(1, 1, 1), ones(1, 2, 1), ones(1, 1, 1), ones(1, 1))
+            weights = K.ChainWeights(ones(1, 1), ones(1, 1), ones(1, 1, 1), ones(2, 1), ones(1, 2), ones(1, 1))
             x, mask = f32(1, tokens, 1), f32(tokens, 1)
             K.sample_chain(weights, x, ones(1, tokens, 1), index(1), f32(1, 3), mask, precision=p)
 print(f"compiled {len(set(compiled))} kernels in {len(compiled)} launches")

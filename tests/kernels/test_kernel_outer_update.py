@@ -44,7 +44,7 @@ def test_is_torch_optim_s(outer):
     average = parameter.detach().clone()
     for step in range(20):
         delta = normal(70, seed=step + 1)
-        outer_update_ref(state, delta, outer_scalars(meta, step), outer)
+        outer_update_ref(state, delta.clone(), outer_scalars(meta, step), outer)
         # warm-up over the first 1 % (here none), then linearly to 0
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 50)
         parameter.grad = -delta / 0.1 if outer == "adam" else -delta

@@ -71,7 +71,8 @@ def test_bf16(dtype):
 def test_many_tasks_a_program_and_per_task_bits():
     """chain_blocks puts 2 tasks of 5 tokens in one program here: a broken neighbour in it must not show."""
     assert chain_blocks(4, 5) == (2, 8)
-    assert chain_blocks(600, 5) == (8, 8)
+    assert chain_blocks(600, 5) == (4, 8)
+    assert chain_blocks(600, 40) == (1, 64)
     phi, schedule, x, condition = case(4, 5, 7, 3, 18, 1, 3)
     weights = pack_weights(phi)
     alone = sample_chain(weights, x[3:].contiguous(), condition[3:].contiguous(), *table(schedule))
@@ -102,7 +103,8 @@ def test_bad_input():
         ({"coefficients": coefficients[:2]}, "coefficients: shape"),
         ({"steps": steps.int()}, "steps: torch.int32"),
         ({"weights": replace(weights, token=weights.token[:, :5])}, "weights.token: shape"),
-        ({"weights": replace(weights, out=weights.out.bfloat16())}, "weights.out: torch.bfloat16"),
+        ({"weights": replace(weights, last=weights.last.bfloat16())}, "weights.last: torch.bfloat16"),
+        ({"weights": replace(weights, condition_mean=weights.last)}, "weights.condition_mean: shape"),
         ({"precision": "fp8"}, "precision"),
         ({"x": normal(3, 2000, 7), "condition": normal(3, 2000, 3)}, "x: 2000 tokens, expected at most 64"),
     ]:
