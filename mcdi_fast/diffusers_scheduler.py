@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
-from mcdi_fast.schedule import make_schedule
+from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.schedule import diffusion_tables
 
 try:
     from diffusers import ConfigMixin, SchedulerMixin
@@ -36,13 +38,22 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         segments: int = 3,
         beta_start: float = 0.8,
         beta_end: float = 0.01,
+        objective: str = "local-consistency",
+        carry: str = "scaled",
         clip_sample: bool = False,
     ):
-        """T, k and the betas of the generator's `DiffusionConfig`."""
+        """What the generator's `DiffusionConfig` says of its chain; `from_generator` copies it."""
         if clip_sample:
             raise McdiError("clip_sample = True: weights have no range to clip to; set it to False")
-        self.schedule = make_schedule(num_train_timesteps, segments, beta_start, beta_end)
+        config = DiffusionConfig(num_train_timesteps, segments, objective, beta_start, beta_end, carry=carry)  # type: ignore[arg-type]
+        self.schedule, self.objective = diffusion_tables(config)
         self.set_timesteps(num_train_timesteps)
+
+    @classmethod
+    def from_generator(cls, generator: WeightGenerator) -> McdiScheduler:
+        """The scheduler of a generator's chain."""
+        d = generator.diffusion
+        return cls(d.steps, d.segments, d.beta_start, d.beta_end, d.objective, d.carry)
 
     def set_timesteps(
         self,
@@ -50,8 +61,8 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         ends: Tensor | tuple[int, ...] | None = None,
     ) -> None:
-        """Choose the steps of the next chain, one a segment at least; T by default. ends: as `sample_chain`."""
-        steps = sampling_steps(self.schedule, self.schedule.ends if ends is None else ends, num_inference_steps)
+        """Choose the steps of the next chain, one a segment at least; T by default. ends: as `sample_chain`, the objective's by default."""
+        steps = sampling_steps(self.schedule, self.objective.ends if ends is None else ends, num_inference_steps)
         self.num_inference_steps = len(steps) - 1
         self.timesteps = torch.tensor(steps[:-1], device=device)
         self._coefficients = dict(zip(steps, sampler_coefficients(self.schedule, steps).tolist(), strict=False))

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from test_sampler import make
+from test_readme import finished_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -14,15 +13,31 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """Every ```python block that is not marked `notest`, a page's in one namespace."""
+    """Every ```python block that is not marked `notest` (needs a network), a page's in one namespace."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    if any("diffusers_scheduler" in block for block in blocks):
-        pytest.importorskip("diffusers")
+    for extra, package in (("diffusers_scheduler", "diffusers"), ("mcdi_fast.hub", "huggingface_hub")):
+        if any(extra in block for block in blocks):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    make(torch.nn.Linear(4, 3)).save_pretrained("runs/glyphs-seed0/generator")
-    names = {"condition": torch.randn(2, 6), "head": torch.nn.Linear(4, 3), "x": torch.randn(2, 7, 4)}
+    names = finished_run(tmp_path)
     for block in blocks:
         exec(block, names)
+
+
+def test_blocks_of_an_example_are_the_example_s():
+    """```python examples/…: the lines stand there, one after the other."""
+
+    def lines(text):
+        return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+    found = [
+        block
+        for page in PAGES
+        for block in re.findall(r"```python (examples/\S+)\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    assert len(found) == 2
+    for example, block in found:
+        assert lines(block) in lines((ROOT / example).read_text()), example
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES], ids=lambda path: path.name)

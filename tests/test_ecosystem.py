@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,22 @@ def test_without_the_extra_it_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("num_steps", [None, 4])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_the_scheduler_is_the_native_sampler(tmp_path, num_steps, eta):
+@pytest.mark.parametrize(
+    "chain", [("local-consistency", "scaled"), ("local-consistency", "full"), ("vanilla", "scaled")]
+)
+def test_the_scheduler_is_the_native_sampler(tmp_path, num_steps, eta, chain):
     module = pytest.importorskip("mcdi_fast.diffusers_scheduler", exc_type=McdiError)
-    generator = make(PLAIN)
-    scheduler = module.McdiScheduler(num_train_timesteps=9, segments=3)
+    objective, carry = chain
+    generator = make(PLAIN, objective)
+    generator = replace(generator, diffusion=replace(generator.diffusion, carry=carry))
+    scheduler = module.McdiScheduler.from_generator(generator)
     scheduler.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert config["clip_sample"] is False
     scheduler = module.McdiScheduler.from_pretrained(tmp_path)
     f, start = generator.f(conditions(generator, 2)), 5 * torch.randn(2, 3, 5)  # far outside [-1, 1]
     noise = {t: torch.randn(2, 3, 5) for t in range(9)}
-    options = {"num_steps": num_steps, "eta_noise": eta, "noise": noise.get}
+    options = {"num_steps": num_steps, "eta_noise": eta, "noise": noise.get, "ends": generator.objective.ends}
     expected = sample_chain(lambda x, t: f(x, t), start, generator.schedule, **options)
     scheduler.set_timesteps(num_steps)
     assert len(scheduler.timesteps) == (num_steps or 9)
@@ -108,18 +114,29 @@ def test_the_scheduler_is_the_native_sampler(tmp_path, num_steps, eta):
         x = scheduler.step(output, t, x, eta=eta, variance_noise=noise[int(t)]).prev_sample
     assert torch.equal(x, expected)
     assert x.abs().max() > 1
+    if not eta:  # and the sampler's own chain, in its normalised weights
+        seen = []
+        Sampler(generator).sample(
+            conditions(generator, 2), [0, 1], num_steps=num_steps, callback=lambda t, x: seen.append(x.clone())
+        )
+        x = seen[0]
+        for t in scheduler.timesteps:
+            x = scheduler.step(f(x, int(t)), t, x).prev_sample
+        torch.testing.assert_close(x, seen[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_scheduler_s_noise_and_errors():
     module = pytest.importorskip("mcdi_fast.diffusers_scheduler", exc_type=McdiError)
-    scheduler = module.McdiScheduler(num_train_timesteps=9)
     generator = make(PLAIN)
+    scheduler = module.McdiScheduler(num_train_timesteps=9)  # the defaults are the configuration's
     x, eps, t = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.tensor([0, 3, 5, 8])
     objective = make(PLAIN, "naive-local").objective  # towards the last target at every step
     expected = objective.signal[2, t].float().view(-1, 1, 1) * x + objective.noise[2, t].float().view(-1, 1, 1) * eps
     torch.testing.assert_close(scheduler.add_noise(x, eps, t), expected)
     assert torch.equal(scheduler.schedule.abar, generator.schedule.abar)
+    assert torch.equal(scheduler.schedule.carry, generator.schedule.carry)
     assert "clip_sample" in error_of(module.McdiScheduler, clip_sample=True)
+    assert "carry 'half'" in error_of(module.McdiScheduler, carry="half")
     scheduler.set_timesteps(3)
     assert "timestep 1" in error_of(scheduler.step, x, 1, x)
     assert "steps = 2" in error_of(scheduler.set_timesteps, 2)

@@ -6,25 +6,36 @@ from pathlib import Path
 import torch
 
 from mcdi_fast import DiffusionConfig, WeightGenerator
+from mcdi_fast.backbone import conv4
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.heads import head_layout
+from mcdi_fast.store import make_folder, save_tensors
 from mcdi_fast.weights import Normalizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def finished_run(place):
+    """What `make train` leaves, as far as the docs use it, untrained; and the names that their blocks take for given."""
     normalizers = [Normalizer(torch.zeros(1, width), torch.ones(1, width)) for width in (65, 65)]
     phi = init_parameters(65, 65, 20, 32, 1, seed=0)
-    WeightGenerator(phi, head_layout(5, 64), *normalizers, DiffusionConfig()).save_pretrained(
-        "runs/glyphs-seed0/generator"
-    )
-    names = {
+    parts = phi, head_layout(5, 64), *normalizers, DiffusionConfig(), {"backbone": "0123456789abcdef"}
+    WeightGenerator(*parts).save_pretrained(place / "runs/glyphs-seed0/generator")
+    cache = make_folder(place / "runs/cache/backbones")
+    save_tensors(cache / "0123456789abcdef.safetensors", conv4().state_dict(), {}, "backbone")
+    return {
         "support_features": torch.randn(3, 5, 1, 64),
         "query_features": torch.randn(3, 15, 64),
         "head": torch.nn.Linear(64, 5),
+        "condition": torch.randn(2, 5, 65),
+        "x": torch.randn(2, 7, 64),
+        "images": torch.randint(256, (2, 5, 1, 28, 28), dtype=torch.uint8),
     }
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = finished_run(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
