@@ -219,7 +219,7 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
 
 def _options(config: dict[str, Any]) -> str:
     """The options of the command that differ from its defaults."""
-    from mcdi_fast.ablate import default_ablate_config  # here: it imports this module
+    from mcdi_fast.ablate_plan import default_ablate_config
 
     default = json.loads(json.dumps(asdict(default_ablate_config(config["dataset"])), default=str))
     found = []

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mcdi_fast import ablate, ablate_report, backbone, meta, prepare, store
-from mcdi_fast.ablate import CHANGES, AblateConfig, Cell, other_condition, plan, scored_heads, train_config
+from mcdi_fast.ablate_cells import other_condition, other_form, scored_heads
+from mcdi_fast.ablate_plan import CHANGES, METHODS, AblateConfig, Cell, plan, train_config
 from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.baselines import ReptileNet
@@ -75,7 +76,7 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
     names = {path.stem for path in before}
-    for method in ablate.METHODS:
+    for method in METHODS:
         assert any(f"_{method}" in name for name in names), method
     assert "5way1shot_seed0_mc-di_sam-augment_k1" in names
     assert "5way1shot_seed0_mc-di_sam-augment_k3_M-30" in names
@@ -88,7 +89,7 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
             assert [len(curve) for curve in record["distances"].values()] == [7, 7, 7, 7]
             continue
         if record["cell"]["method"] == "latency":
-            assert record["adapt_ms"].keys() == set(ablate.METHODS) - {"reptile-net", "ceiling"}
+            assert record["adapt_ms"].keys() == set(METHODS) - {"reptile-net", "ceiling"}
             assert record["adapt_ms"]["mc-di"].keys() == {"all", "3", "5"}
             continue
         assert len(record["correct"]) == 4
@@ -245,12 +246,12 @@ def test_other_forms_of_f_and_of_the_normaliser():
     x = a.sqrt() * theta + (1 - a).sqrt() * eps
     f = ((1 - schedule.abar[:-1]) / (1 - a)).sqrt() * eps  # of a chain that heads for theta
     for name in ("", "no-skip"):  # what the network is asked for is of order one at every step
-        with ablate.other_form(name):
+        with other_form(name):
             asked = (f - schedule.skip() * x) / schedule.scale()
         torch.testing.assert_close(asked.std(0), torch.ones(20, dtype=torch.float64), rtol=0.1, atol=0)
-    with ablate.other_form("unscaled-residual"):
+    with other_form("unscaled-residual"):
         assert (schedule.scale() == 1).all()
-    with ablate.other_form("floor-0.5"):
+    with other_form("floor-0.5"):
         assert meta._FLOOR == 0.5
     assert meta._FLOOR == 0.1
     assert not (schedule.scale() == 1).all()

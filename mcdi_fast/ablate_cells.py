@@ -1,0 +1,679 @@
+"""How a cell of the comparison is made: what cells share (features, banks, generators), and each method's record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from mcdi_fast import backbone as bb
+from mcdi_fast.ablate_plan import CHANGES, OBJECTIVES, SETTINGS, AblateConfig, Cell, plan, train_config
+from mcdi_fast.analysis import diagnose, largest_eigenvalue, novelty, target_distances, weight_error
+from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.baselines import (
+    ReptileNet,
+    adapt_head,
+    prepare_difference_bank,
+    reptile_head,
+    row_shares,
+)
+from mcdi_fast.config import (
+    TaskConfig,
+)
+from mcdi_fast.errors import McdiError
+from mcdi_fast.evaluate import FeatureTasks, chain_plane, draw_tasks, finetune, generate, interval, latency_ms
+from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.heads import head_accuracy, prototype_head, support_condition
+from mcdi_fast.meta import MetaTrainer, fit
+from mcdi_fast.prepare import prepare_bank, train_task_heads
+from mcdi_fast.report import machine
+from mcdi_fast.sampler import Sampler
+from mcdi_fast.schedule import Schedule
+from mcdi_fast.store import (
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from mcdi_fast.tasks import FewShotData, sample_episodes
+from mcdi_fast.train import _TEST_SEED, _VALIDATION_SEED
+
+_CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
+FEW_STEPS = 5  # of the short chain that is reported beside the whole one
+
+
+class PausedError(Exception):
+    """The time limit is reached; what was made so far is kept."""
+
+
+class Workshop:
+    """Data, tasks, banks and generators that cells share, made when first asked for."""
+
+    def __init__(self, config: AblateConfig, data: FewShotData, folder: Path, deadline: float, bar: Callable[..., Any]):
+        """Deadline: of time.monotonic(). bar: makes a progress bar (tqdm)."""
+        self.config, self.data, self.folder, self.deadline, self.bar = config, data, folder, deadline, bar
+        self.device = torch.device(config.device)
+        self._sampler: tuple[WeightGenerator, Sampler] | None = None
+        self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
+        self.network: Callable[[], nn.Module] = cache(self._network)
+        self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
+        self.tasks: Callable[[str, int, str], FeatureTasks] = lru_cache(4)(self._tasks)
+
+    def pause_if_late(self) -> None:
+        """Raise PausedError behind the deadline; called where nothing is lost."""
+        if time.monotonic() > self.deadline:
+            raise PausedError
+
+    # ------------------------------------------------------------------ shared parts
+
+    def _network(self) -> nn.Module:
+        cache_dir, every = make_folder(self.config.cache_dir / "backbones"), self.config.backbone.checkpoint_every
+        with self.bar("backbone", self.config.backbone.steps, "episodes") as bar:
+
+            def on_step(step: int, loss: float) -> None:
+                if step % every == 1 % every and bar.n > first + 1:  # one step behind a checkpoint of this call
+                    self.pause_if_late()
+                bar.update()
+
+            first = 0
+
+            def on_start(step: int) -> None:
+                nonlocal first
+                first = step
+                bar.update(step)
+
+            return bb.train_backbone(
+                self.data, self.config.backbone, cache_dir, device=self.device, on_start=on_start, on_step=on_step
+            )
+
+    def _features(self) -> dict[str, Tensor]:
+        """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
+        name = f"{bb.fingerprint(self.data, self.config.backbone, self.device)}-{self.copies}.safetensors"
+        path = make_folder(self.config.cache_dir / "features") / name
+        if path.exists():
+            return load_tensors(path, "features")[0]
+        network, result = self.network(), {}
+        parts = {"train": self.data.train, "val": self.data.val, "test": self.data.test}
+        with self.bar("features", 2 * self.copies + 1, "sets") as bar:
+            for split, images in parts.items():
+                copies = 1 if split == "val" else self.copies
+                made = []
+                for copy in range(copies):
+                    made.append(bb.extract_features(network, images, augment_seed=copy or None).cpu())
+                    bar.update()
+                result[split] = torch.stack(made)
+        save_tensors(path, result, {"data": self.data.name}, "features")
+        return result
+
+    def _tasks(self, setting: str, seed: int, purpose: str) -> FeatureTasks:
+        """Purpose: "test"; "val", which chooses rates; "selection", validation characters again, other tasks."""
+        c, task = self.config, replace(SETTINGS[setting], queries=self.config.queries)
+        split, count, first = {
+            "test": ("test", c.evaluate.tasks, _TEST_SEED),
+            "val": ("val", c.evaluate.validation_tasks, _VALIDATION_SEED),
+            "selection": ("val", c.selection_tasks, _VALIDATION_SEED + _TEST_SEED),
+        }[purpose]
+        return draw_tasks(self.features()[split][0], task, count, first + seed)
+
+    def targets(self, cell: Cell, purpose: str = "test") -> Tensor:
+        """What the cell's preparation would make for the tasks, from every image of their classes: [B, k, ways, F + 1]."""
+        config, tasks = train_config(self.config, cell), self.tasks(cell.setting, cell.seed, purpose)
+        every = tasks.every.unsqueeze(0)
+        if purpose == "test" and config.prepare.copies > 1:
+            others = [
+                draw_tasks(copy, config.task, len(tasks), _TEST_SEED + cell.seed).every
+                for copy in self.features()["test"][1 : config.prepare.copies]
+            ]
+            every = torch.stack([tasks.every, *others])
+        generator = torch.Generator().manual_seed(cell.seed)
+        k = config.diffusion.segments
+        return train_task_heads(every, config.task.shots, config.prepare, generator, k)
+
+    # ------------------------------------------------------------------ banks
+
+    def bank_name(self, cell: Cell) -> str:
+        """The folder of the bank that a cell trains on; "" where it needs none."""
+        if cell.method not in (*OBJECTIVES, "ocd", "analysis"):
+            return ""
+        config = train_config(self.config, cell)
+        parts = [cell.setting, f"seed{cell.seed}", cell.variant]
+        if cell.method == "ocd":
+            return "_".join([*parts, "difference"])
+        # one bank of k targets serves all three objectives: Mv-Di takes the last
+        k = self.config.diffusion.segments if cell.method == "mv-di" else config.diffusion.segments
+        changed = [f"{key}={value}" for key, value in self._bank_changes(cell).items()]
+        return "_".join([*parts, f"k{k}", *changed])
+
+    @staticmethod
+    def _bank_changes(cell: Cell) -> dict[str, Any]:
+        items = CHANGES[cell.change].items() if cell.change else ()
+        return {key: value for key, value in items if key.startswith("prepare.")}
+
+    def bank(self, cell: Cell) -> tuple[TrajectoryBank, float]:
+        """The bank a cell trains on and the seconds that making it took."""
+        name, config = self.bank_name(cell), train_config(self.config, cell)
+        folder = self.folder / "banks" / name
+        if cell.method == "mv-di":  # shared with the other objectives
+            config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
+        copies = self.features()["train"][: config.prepare.copies].to(self.device)
+        meta = {
+            "backbone": bb.fingerprint(self.data, config.backbone, self.device),
+            "prepare": asdict(config.prepare),
+            "task": asdict(config.task),
+            "seed": config.seed,
+        }
+        clock = _Stopwatch(self.folder / "partial" / f"bank_{name}.json")
+        with self.bar(f"bank {name}", config.prepare.tasks, "tasks") as bar:
+
+            def on_tasks(count: int) -> None:
+                bar.update(count)
+                clock.save()
+                self.pause_if_late()
+
+            options: dict[str, Any] = {"meta": meta, "on_start": bar.update, "on_tasks": on_tasks}
+            if cell.method == "ocd":
+                bank = prepare_difference_bank(folder, copies, config.task, config.prepare, config.seed, **options)
+            else:
+                k = config.diffusion.segments
+                bank = prepare_bank(folder, copies, config.task, config.prepare, k, config.seed, **options)
+        return bank, clock.before
+
+    def view(self, cell: Cell, bank: TrajectoryBank) -> TrajectoryBank:
+        """The bank as the cell sees it: Mv-Di only the last target; other conditions or residual targets for some changes."""
+        what = "last" if cell.method == "mv-di" else CHANGES[cell.change].get("bank", "") if cell.change else ""
+        if not what:
+            return bank
+        folder = self.folder / "banks" / f"{self.bank_name(cell)}_{what}"
+        shutil.rmtree(folder, ignore_errors=True)  # cheap to make: never resumed
+        task = train_config(self.config, cell).task
+        made: TrajectoryBank | None = None
+        for start in range(0, len(bank), 500):
+            index = torch.arange(start, min(start + 500, len(bank)))
+            targets, condition = bank.gather(index)
+            if what == "last":
+                targets = targets[:, -1:]
+            elif what == "residual":
+                targets = targets - condition.unsqueeze(1)  # the condition is the prototype head
+            else:
+                condition = other_condition(what, self._support(task, cell.seed, index))
+            if made is None:
+                made = TrajectoryBank.create(
+                    folder, bank.layout, targets.shape[1], condition.shape[-1], {**bank.meta, "view": what}
+                )
+            made.append(targets, condition)
+        assert made is not None
+        return made
+
+    def _support(self, task: TaskConfig, seed: int, index: Tensor) -> Tensor:
+        """Support features of tasks of a bank: [B, ways, shots, F]."""
+        images = self.features()["train"][0]
+        classes, drawers = images.shape[:2]
+        episodes = sample_episodes(
+            classes,
+            drawers,
+            ways=task.ways,
+            shots=task.shots,
+            queries=drawers - task.shots,
+            seed=seed,
+            start=int(index[0]),
+            count=len(index),
+        )
+        return episodes.take(images)[0]
+
+    # ------------------------------------------------------------------ generators
+
+    def generator(self, cell: Cell) -> tuple[WeightGenerator, dict[str, Any]]:
+        """The trained generator of a cell, from disk where it is there, and `training_seconds`, `preparation_seconds`, `curve`."""
+        if set(CHANGES[cell.change] if cell.change else ()) <= {"sampler"}:
+            cell = replace(cell, change="")  # trained as in the comparison
+        folder = self.folder / "generators" / cell.name
+        if (folder / "config.json").exists():
+            generator = WeightGenerator.from_pretrained(folder)
+            return generator, generator.provenance["training"]
+        config = train_config(self.config, cell)
+        bank, seconds = self.bank(cell)
+        bank = self.view(cell, bank)
+        validation = self.tasks(cell.setting, cell.seed, "val")
+        checkpoint = self.folder / "partial" / f"{cell.name}.safetensors"
+        clock = _Stopwatch(checkpoint.with_suffix(".json"))
+        begun: list[int] = []
+        every = config.meta.checkpoint_every
+        with self.bar(cell.name, config.meta.steps, "steps") as bar:
+
+            def on_start(trainer: MetaTrainer) -> None:
+                bar.update(trainer.step)
+                begun.append(trainer.step)
+                clock.extra["curve"] = [p for p in clock.extra.get("curve", []) if p[0] <= trainer.step]
+
+            def on_step(trainer: MetaTrainer, loss: Tensor) -> None:
+                bar.update()
+                if trainer.checkpoint_due():
+                    with clock.stopped():
+                        heads = self.sample(cell, trainer.generator(), validation)
+                        accuracy = 100 * float(head_accuracy(heads, validation.query).mean())
+                    clock.extra["curve"].append([trainer.step, round(float(loss), 5), round(accuracy, 3)])
+                    clock.save()
+                elif (
+                    trainer.step % every == 1 % every and trainer.step > begun[0] + 1
+                ):  # one step behind a checkpoint of this call
+                    self.pause_if_late()
+
+            generator = fit(
+                bank,
+                config.meta,
+                config.diffusion,
+                config.denoiser,
+                seed=config.seed,
+                checkpoint=checkpoint,
+                device=self.device,
+                on_start=on_start,
+                on_step=on_step,
+            )
+        training = {
+            "training_seconds": round(clock.seconds(), 2),
+            "preparation_seconds": round(seconds, 2),
+            "curve": clock.extra["curve"],
+        }
+        generator = replace(generator, provenance={"cell": asdict(cell), "training": training})
+        generator.save_pretrained(folder)
+        for path in (checkpoint, clock.path):
+            path.unlink(missing_ok=True)
+        return generator, training
+
+    def sample(self, cell: Cell, generator: WeightGenerator, tasks: FeatureTasks, **options: Any) -> Tensor:
+        """Heads of tasks, [B, ways, F + 1], the way the cell samples."""
+        options = {"eta_noise": self.config.evaluate.eta_noise, **options}
+        change = CHANGES[cell.change] if cell.change else {}
+        options |= change.get("sampler", {})
+        if "carry" in options:
+            generator = replace(generator, diffusion=replace(generator.diffusion, carry=options.pop("carry")))
+        what = change.get("bank", "")
+        if self._sampler is None or self._sampler[0] is not generator:
+            self._sampler = generator, Sampler(generator, self.device)
+        plain = what in ("", "residual")
+        condition = support_condition(tasks.support) if plain else other_condition(what, tasks.support)
+        seeds = range(cell.seed, cell.seed + len(tasks))
+        heads = self._sampler[1].sample(condition.to(self.device), seeds, **options).tokens.cpu()
+        if cell.method == "ocd" or what == "residual":
+            heads = heads + prototype_head(tasks.support)
+        return heads
+
+
+def other_condition(what: str, support: Tensor) -> Tensor:
+    """Conditions other than the default: [B, ways, shots, F] -> [B, ways, C].
+
+    prototypes: without the squared norm. spread: the default and the deviation within each class. support: all features, in order.
+    """
+    if what == "prototypes":
+        return support.mean(-2)
+    if what == "spread":
+        return torch.cat([prototype_head(support), support.std(-2, unbiased=False)], -1)
+    if what == "support":
+        return torch.cat([prototype_head(support), support.flatten(-2)], -1)
+    raise McdiError(f"condition {what!r}: expected prototypes, spread or support")
+
+
+def other_form(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Context in which f or the normaliser has another form, to learn what the default brings: too little for an option of its own.
+
+    no-skip: f = scale net, with the deviation of f as scale. unscaled-residual: f = skip x + net. floor-<number>: of `Normalizer.fit`.
+    """
+    if name.startswith("floor-"):
+        return mock.patch("mcdi_fast.meta._FLOOR", float(name.removeprefix("floor-")))
+    if name == "unscaled-residual":
+        return mock.patch.object(Schedule, "scale", lambda self: torch.ones_like(self.alpha))
+    if name == "no-skip":
+        stack = contextlib.ExitStack()
+
+        def deviation(self: Schedule) -> Tensor:
+            a = self.abar_segment[self.next_segment(), torch.arange(self.num_steps)]
+            return ((1 - self.abar[:-1]) / (1 - a)).sqrt()
+
+        stack.enter_context(mock.patch.object(Schedule, "skip", lambda self: torch.zeros_like(self.alpha)))
+        stack.enter_context(mock.patch.object(Schedule, "scale", deviation))
+        return stack
+    return contextlib.nullcontext()
+
+
+class _Stopwatch:
+    """Seconds of a piece of work over all its interruptions, kept beside its checkpoint, with some JSON of its own."""
+
+    def __init__(self, path: Path):
+        found: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "extra": {}}
+        self.path, self.before, self.extra = path, float(found["seconds"]), found["extra"]
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self._start
+
+    def save(self) -> None:
+        """Keep the seconds so far."""
+        self.before, self._start = self.seconds(), time.perf_counter()
+        write_json(self.path, {"seconds": self.before, "extra": self.extra})
+
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which time does not count."""
+
+        @contextlib.contextmanager
+        def pause() -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            self._start += time.perf_counter() - start
+
+        return pause()
+
+
+# ---------------------------------------------------------------------- cells
+
+
+def scored(correct: Tensor, total: int) -> dict[str, Any]:
+    """Record entries of the correct query images of each task, int64 [B], out of `total`."""
+    accuracy = correct.double() / total
+    return {
+        "correct": correct.tolist(),
+        "queries": total,
+        "accuracy_mean": round(100 * float(accuracy.mean()), 4),
+        "accuracy_ci95": round(100 * interval(accuracy), 4),
+    }
+
+
+def scored_heads(heads: Tensor, tasks: FeatureTasks) -> dict[str, Any]:
+    """The same of heads [B, ways, F + 1]."""
+    total = tasks.query.shape[1] * tasks.query.shape[2]
+    return scored((head_accuracy(heads, tasks.query).double() * total).round().long(), total)
+
+
+def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Make the record of one cell."""
+    work = {
+        "analysis": _analysis,
+        "latency": _latency,
+        "reptile-net": _reptile_net,
+        "reptile-head": _reptile_head,
+        "ceiling": _ceiling,
+    }
+    if cell.method in (*OBJECTIVES, "ocd"):
+        with other_form(CHANGES[cell.change].get("form", "") if cell.change else ""):
+            made = _diffusion(shop, cell)
+    elif cell.method in work:
+        made = work[cell.method](shop, cell)
+    else:
+        made = _support_only(shop, cell)
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return {"cell": asdict(cell), "date": today, **made, "machine": machine()}
+
+
+def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Callable[..., Tensor]:
+    """How a row makes heads of support features, with what validation tasks have chosen for it."""
+    if cell.method == "prototype":
+        return prototype_head
+    if cell.method in ("finetune", "finetune-decay"):
+        return partial(
+            finetune, steps=shop.config.evaluate.finetune_steps, rate=chosen["rate"], decay=chosen["weight_decay"]
+        )
+    if cell.method == "reptile-head":
+        features, ways = shop.features()["train"][0], SETTINGS[cell.setting].ways
+        start = reptile_head(features, ways, shop.config.reptile, chosen["rate"], cell.seed)
+        return lambda support: adapt_head(start, support, (chosen["steps"],))[0]
+    generator, _ = shop.generator(cell)
+    eta = chosen.get("eta_noise", shop.config.evaluate.eta_noise)
+
+    def sample(support: Tensor, **options: Any) -> Tensor:
+        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=eta, **options)
+
+    return sample
+
+
+def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Every row's time for one new task, one row after the other, which rows timed hours apart in their own cells do not give."""
+    test = shop.tasks(cell.setting, cell.seed, "test")
+    rows = plan(replace(shop.config, settings=(cell.setting,), seeds=(cell.seed,), parts=("comparison",)))  # type: ignore[arg-type]
+    times: dict[str, dict[str, float]] = {}
+    for one in rows:
+        path = shop.folder / "cells" / f"{one.name}.json"
+        if one.method in ("reptile-net", "ceiling") or not path.exists():
+            continue  # the network's own cell times whole images; the ceiling is no way to adapt
+        record = read_json(path)
+        adapt = _adapter(shop, one, record.get("chosen", {}))
+        times[one.method] = {"all": round(latency_ms(adapt, test.support), 4)}
+        for count in record.get("by_steps", {}):
+            times[one.method][count] = round(latency_ms(partial(adapt, num_steps=int(count)), test.support), 4)
+    if not times:
+        raise McdiError(
+            f"--parts latency: no row of {cell.setting}, seed {cell.seed}, is there; ask for comparison too"
+        )
+    return {"adapt_ms": times}
+
+
+def _support_only(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Nearest prototype and fine-tuning, which need no training."""
+    test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
+    c, chosen = shop.config.evaluate, {}
+    if cell.method != "prototype":
+        tried = []
+        for rate in c.finetune_rates:
+            for decay in (0.0,) if cell.method == "finetune" else c.finetune_decays:
+                heads = finetune(validation.support, c.finetune_steps, rate, decay)
+                tried.append((float(head_accuracy(heads, validation.query).mean()), rate, decay))
+        accuracy, rate, decay = max(tried)
+        chosen = {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)}
+    adapt = _adapter(shop, cell, chosen)
+    return {
+        **scored_heads(adapt(test.support), test),
+        "adapt_ms": round(latency_ms(adapt, test.support), 4),
+        "training_seconds": 0.0,
+        "gradient_steps": c.finetune_steps if chosen else 0,
+        **({"chosen": chosen} if chosen else {}),
+    }
+
+
+def _reptile_head(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
+    c, ways = shop.config.reptile, SETTINGS[cell.setting].ways
+    features, tried = shop.features()["train"][0], []
+    start_time = time.perf_counter()
+    with shop.bar(cell.name, c.head_steps * len(c.head_rates), "steps") as bar:
+        for rate in c.head_rates:
+            begun = time.perf_counter()
+            start = reptile_head(features, ways, c, rate, cell.seed, on_step=bar.update)
+            seconds = time.perf_counter() - begun
+            steps = sorted(c.test_steps)
+            for count, heads in zip(steps, adapt_head(start, validation.support, steps), strict=True):
+                tried.append((float(head_accuracy(heads, validation.query).mean()), -count, seconds, start))
+    accuracy, count, seconds, start = max(tried, key=lambda entry: entry[:2])
+
+    def adapt(support: Tensor) -> Tensor:
+        return adapt_head(start, support, (-count,))[0]
+
+    chosen = {"rate": start.rate, "steps": -count, "validation_accuracy": round(100 * accuracy, 3)}
+    return {
+        **scored_heads(adapt(test.support), test),
+        "adapt_ms": round(latency_ms(adapt, test.support), 4),
+        "training_seconds": round(seconds, 2),
+        "search_seconds": round(time.perf_counter() - start_time, 2),
+        "gradient_steps": -count,
+        "chosen": chosen,
+    }
+
+
+def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Resumable by outer steps and by evaluated tasks."""
+    c, task = shop.config.reptile, replace(SETTINGS[cell.setting], queries=shop.config.queries)
+    progress = shop.folder / "partial" / f"{cell.name}.json"
+    done: dict[str, Any] = read_json(progress) if progress.exists() else {}
+    network, steps = shop.network(), sorted(c.net_test_steps)
+    seconds: dict[str, float] = done.setdefault("seconds", {})
+    models: dict[float, ReptileNet] = {}
+    with shop.bar(cell.name, c.net_steps * len(c.net_rates), "steps") as bar:
+        for rate in c.net_rates:
+            path = shop.folder / "partial" / f"{cell.name}_rate{rate}.safetensors"
+            model = models[rate] = ReptileNet(network, task.ways, c, rate, cell.seed)
+            before = model.restore(path)["seconds"] if path.exists() else 0.0
+            begun = time.perf_counter()
+            bar.update(model.step)
+            while model.step < c.net_steps:
+                model.outer_step(shop.data.train)
+                bar.update()
+                if model.step % c.checkpoint_every == 0 or model.step == c.net_steps:
+                    seconds[str(rate)] = before + time.perf_counter() - begun
+                    model.save(path, {"seconds": seconds[str(rate)]})
+                    shop.pause_if_late()
+            seconds.setdefault(str(rate), before)
+
+    def count_correct(
+        model: ReptileNet, split: str, purpose: str, total: int, counts: list[list[int]], at: list[int]
+    ) -> None:
+        """Append to counts, a list a task, the correct query images after each of `at` steps."""
+        images = getattr(shop.data, split)
+        position = torch.arange(images.num_classes * images.num_drawers).view(images.num_classes, images.num_drawers, 1)
+        seed = {"val": _VALIDATION_SEED, "test": _TEST_SEED}[purpose] + cell.seed
+        tasks = draw_tasks(position, task, total, seed)
+        flat = torch.from_numpy(images.images).flatten(0, 1)
+        label = torch.arange(task.ways).repeat_interleave(task.shots)
+        truth = torch.arange(task.ways).repeat_interleave(task.queries)
+        with shop.bar(f"{cell.name} {purpose}", total, "tasks") as bar:
+            bar.update(len(counts))
+            while len(counts) < total:
+                one = tasks[slice(len(counts), len(counts) + 1)]
+                x, query = (bb.to_float(flat[part.flatten()]) for part in (one.support, one.query))
+                logits = model.adapt(x, label, query, at)
+                counts.append([int((found.argmax(-1) == truth).sum()) for found in logits])
+                bar.update()
+                if len(counts) % 20 == 0 or len(counts) == total:
+                    write_json(progress, done)
+                    shop.pause_if_late()
+
+    tried = []
+    validation_total = min(c.net_validation_tasks, shop.config.evaluate.validation_tasks)
+    for rate, model in models.items():
+        counts = done.setdefault("validation", {}).setdefault(str(rate), [])
+        count_correct(model, "val", "val", validation_total, counts, steps)
+        mean = torch.tensor(counts, dtype=torch.float64).mean(0) / (task.ways * task.queries)
+        tried += [(float(mean[i]), -steps[i], rate) for i in range(len(steps))]
+    accuracy, count, rate = max(tried)
+    counts = done.setdefault("test", [])
+    count_correct(models[rate], "test", "test", shop.config.evaluate.tasks, counts, [-count])
+    some = torch.from_numpy(shop.data.test.images[: task.ways])
+    x, query = bb.to_float(some[:, : task.shots]), bb.to_float(some[:, task.shots : task.shots + 1])
+    label, times = torch.arange(task.ways).repeat_interleave(task.shots), []
+    for _ in range(5):
+        begun = time.perf_counter()
+        models[rate].adapt(x, label, query, [-count])
+        times.append(1000 * (time.perf_counter() - begun))
+    for rest in progress.parent.glob(f"{cell.name}*"):
+        rest.unlink()
+    return {
+        **scored(torch.tensor(counts)[:, 0], task.ways * task.queries),
+        "adapt_ms": round(sorted(times)[2], 3),
+        "training_seconds": round(seconds[str(rate)], 2),
+        "gradient_steps": -count,
+        "chosen": {"rate": rate, "steps": -count, "validation_accuracy": round(100 * accuracy, 3)},
+    }
+
+
+def _ceiling(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Heads trained on every image of the test classes, and the curvature of their loss (theorem 2)."""
+    config, test = train_config(shop.config, cell), shop.tasks(cell.setting, cell.seed, "test")
+    begun = time.perf_counter()
+    heads = shop.targets(cell)[:, -1]
+    seconds = time.perf_counter() - begun
+    ways, drawers = test.every.shape[1:3]
+    weight = row_shares(ways, drawers, config.task.shots, config.prepare.support_share)
+    value = torch.cat(
+        [
+            largest_eigenvalue(heads[i : i + 50], test.every[i : i + 50].flatten(1, 2), row_weight=weight)
+            for i in range(0, min(len(heads), _CURVATURE_TASKS), 50)
+        ]
+    )
+    return {
+        **scored_heads(heads, test),
+        "adapt_ms": round(1000 * seconds / len(heads), 4),
+        "training_seconds": 0.0,
+        "gradient_steps": config.prepare.steps * (2 if config.prepare.rho else 1),
+        "eigenvalue": {"mean": float(value.mean()), "median": float(value.median()), "std": float(value.std())},
+        "eigenvalues": [round(v, 5) for v in value.tolist()],
+    }
+
+
+def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    purpose = "selection" if cell.change else "test"
+    generator, training = shop.generator(cell)
+    tasks, validation = shop.tasks(cell.setting, cell.seed, purpose), shop.tasks(cell.setting, cell.seed, "val")
+    noise, chosen = shop.config.evaluate.eta_noise, {}
+    if cell.method == "ocd":  # its publication samples with noise; validation tasks say whether that is its best here
+        found = {
+            eta: float(head_accuracy(shop.sample(cell, generator, validation, eta_noise=eta), validation.query).mean())
+            for eta in (0.0, 1.0)
+        }
+        noise = max(found, key=lambda eta: (found[eta], -eta))
+        chosen = {"eta_noise": noise, "validation_accuracy": {str(e): round(100 * a, 3) for e, a in found.items()}}
+
+    adapt = _adapter(shop, cell, {"eta_noise": noise})
+    heads = adapt(tasks.support)
+    record: dict[str, Any] = {
+        **scored_heads(heads, tasks),
+        "adapt_ms": round(latency_ms(adapt, tasks.support), 4),
+        "gradient_steps": 0,
+        **training,
+        "chosen": chosen,
+    }
+    if cell.change:
+        record["changed"] = CHANGES[cell.change]
+        return record
+    fewest = len(set(generator.objective.ends.tolist()))
+    record["by_steps"] = {}
+    for count in sorted({fewest, FEW_STEPS}):
+        if fewest <= count < generator.diffusion.steps:
+            few = scored_heads(adapt(tasks.support, num_steps=count), tasks)
+            few["adapt_ms"] = round(latency_ms(partial(adapt, num_steps=count), tasks.support), 4)
+            record["by_steps"][str(count)] = few
+    if cell.method != "ocd":
+        record["weight_error"] = weight_error(generator, heads, shop.targets(cell)[:, -1])
+        health = asdict(diagnose(generator, heads, tasks.support))
+        record["health"] = {key: value if key == "warnings" else round(value, 4) for key, value in health.items()}
+    return record
+
+
+def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Theorem 1, the chains of figure 1 and novelty, from the generators of the comparison."""
+    test, targets = shop.tasks(cell.setting, cell.seed, "test"), shop.targets(cell)
+    eta = shop.config.evaluate.eta_noise
+    curves: dict[str, Any] = {}
+    reference: WeightGenerator | None = None
+    for method in ("mc-di", "mc-di-paper", "tw-di", "mv-di"):
+        row = replace(cell, method=method, segments=1 if method == "mv-di" else cell.segments)
+        generator, _ = shop.generator(row)
+        reference = reference or generator
+        curves[method] = target_distances(generator, test, targets, cell.seed, eta, reference.normalizer)
+    assert reference is not None
+    bank, _ = shop.bank(cell)
+    training, _ = bank.gather(torch.arange(min(len(bank), 5000)))
+    heads = generate(Sampler(reference), test.support, cell.seed, eta_noise=eta)
+    plane = chain_plane(Sampler(reference), test[:1], targets[0], cell.seed, eta)
+    return {
+        "distances": curves,
+        "ends": list(reference.schedule.ends),
+        "novelty": novelty(reference, heads, targets[:, -1], training[:, -1]),
+        "plane": _rounded(plane),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """JSON-able with four digits, enough for a plot."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,325 @@
+"""What the comparison is made of: its settings, its cells, and each cell's settings as those of a main job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mcdi_fast.baselines import ReptileConfig, check_reptile
+from mcdi_fast.config import (
+    BackboneConfig,
+    DenoiserConfig,
+    DiffusionConfig,
+    EvaluateConfig,
+    MetaConfig,
+    PrepareConfig,
+    TaskConfig,
+    TrainConfig,
+    default_config,
+)
+from mcdi_fast.errors import McdiError
+from mcdi_fast.impl import check_device
+from mcdi_fast.train import _TEST_SEED, check_config
+
+SettingName = Literal["5way1shot", "5way5shot", "20way1shot"]
+MethodName = Literal[
+    "prototype",
+    "finetune",
+    "finetune-decay",
+    "reptile-head",
+    "reptile-net",
+    "ocd",
+    "mv-di",
+    "tw-di",
+    "mc-di-paper",
+    "mc-di",
+    "ceiling",
+]
+VariantName = Literal["sam-augment", "sam", "augment", "plain"]
+PartName = Literal["comparison", "analysis", "variants", "segments", "selection", "latency"]
+
+SETTINGS: dict[str, TaskConfig] = {
+    "5way1shot": TaskConfig(5, 1),
+    "5way5shot": TaskConfig(5, 5),
+    "20way1shot": TaskConfig(20, 1),
+}
+METHODS: tuple[MethodName, ...] = MethodName.__args__  # type: ignore[attr-defined]
+PREPARED = (
+    "ocd",
+    "mv-di",
+    "tw-di",
+    "mc-di-paper",
+    "mc-di",
+    "ceiling",
+)  # their training data is what the preparation makes
+OBJECTIVES = {
+    "mv-di": "vanilla",
+    "tw-di": "naive-local",
+    "mc-di-paper": "local-consistency",
+    "mc-di": "local-consistency",
+}
+VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
+PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
+
+# One change of Mc-Di at a time, judged on validation characters: dotted options, and three that are no options (`bank`, `sampler`, `form`).
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "window-whole": {"diffusion.window": "whole"},
+    "carry-full": {"sampler": {"carry": "full"}},
+    "schedule-start-0.5": {"diffusion.beta_start": 0.5},
+    "schedule-start-0.95": {"diffusion.beta_start": 0.95},
+    "schedule-end-0.001": {"diffusion.beta_end": 0.001},
+    "schedule-end-0.1": {"diffusion.beta_end": 0.1},
+    "schedule-end-0.3": {"diffusion.beta_end": 0.3},
+    "schedule-end-0.5": {"diffusion.beta_end": 0.5},
+    "T-6": {"diffusion.steps": 6},
+    "T-10": {"diffusion.steps": 10},
+    "T-40": {"diffusion.steps": 40},
+    "full-noise": {"sampler": {"eta_noise": 1.0}},
+    "half-noise": {"sampler": {"eta_noise": 0.5}},
+    "3-sampling-steps": {"sampler": {"num_steps": 3}},
+    "5-sampling-steps": {"sampler": {"num_steps": 5}},
+    "B-8": {"meta.meta_batch": 8},
+    "B-128": {"meta.meta_batch": 128},
+    "S-1": {"meta.samples": 1},
+    "S-16": {"meta.samples": 16},
+    "K-1": {"meta.inner_steps": 1},
+    "inner-rate-0.02": {"meta.inner_rate": 0.02},
+    "plain-reptile-outer": {"meta.outer": "reptile", "meta.outer_rate": 1.0},
+    "outer-rate-0.001": {"meta.outer_rate": 0.001},
+    "outer-rate-0.01": {"meta.outer_rate": 0.01},
+    "no-ema": {"meta.ema": 0.0},
+    "M-30": {"prepare.steps": 30},
+    "M-120": {"prepare.steps": 120},
+    "rho-0": {"prepare.rho": 0.0},
+    "rho-0.2": {"prepare.rho": 0.2},
+    "rho-0.5": {"prepare.rho": 0.5},
+    "decay-0.001": {"prepare.weight_decay": 0.001},
+    "decay-0.01": {"prepare.weight_decay": 0.01},
+    "support-share-0.5": {"prepare.support_share": 0.5},
+    "support-share-1": {"prepare.support_share": 1.0},
+    "no-augmentation": {"prepare.copies": 1},
+    "4-copies": {"prepare.copies": 4},
+    "twice-the-tasks": {"prepare.tasks": 2.0},  # a factor: the budget's own number is the base
+    "residual-to-prototype-head": {"bank": "residual"},
+    "condition-prototypes": {"bank": "prototypes"},
+    "condition-spread": {"bank": "spread"},
+    "condition-all-support": {"bank": "support"},
+    "width-128": {"denoiser.width": 128},
+    "width-512": {"denoiser.width": 512},
+    "depth-1": {"denoiser.depth": 1},
+    "depth-4": {"denoiser.depth": 4},
+    "no-skip": {"form": "no-skip"},
+    "unscaled-residual": {"form": "unscaled-residual"},
+    "normalizer-floor-0.03": {"form": "floor-0.03"},
+    "normalizer-floor-1": {"form": "floor-1"},
+    "half-the-steps": {"meta.steps": 0.5},
+    "twice-the-steps": {"meta.steps": 2.0},
+}
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Compare the methods on the same tasks: every row of the paper's tables, with intervals, times and gradient steps.
+
+    The work is a list of cells (setting x seed x method x preparation); each that is finished is a record under the run folder and is never
+    computed again. Stopped at any moment, the same command goes on. Which cells to compute (settings, seeds, methods, parts) may change
+    from call to call; the budget and every other setting belong to the run folder.
+    """
+
+    dataset: Literal["glyphs", "omniglot"] = "omniglot"
+    """glyphs: built in, drawn by rule, needs no data. omniglot: real; downloaded unless found."""
+    run_dir: Path | None = None
+    """Where cells, banks, generators and the report go; runs/ablate-<dataset> by default."""
+    out: Path | None = None
+    """Where results.md, figures/ and records/ go; the run folder by default, `docs` for the repository's own."""
+    data_dir: Path | None = None
+    """Folder that holds omniglot/…; without it MCDI_DATA_DIR, then a download."""
+    cache_dir: Path = Path("runs/cache")
+    """Downloads, trained backbones and features, shared by runs."""
+    settings: tuple[SettingName, ...] = ("5way1shot", "5way5shot", "20way1shot")
+    """Which few-shot settings. The first is also the one of the parts analysis, segments and selection."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Of tasks, starts, noise and training; the backbone has its own. The part selection uses the first."""
+    methods: tuple[MethodName, ...] = METHODS
+    """Which rows of the comparison."""
+    variants: tuple[VariantName, ...] = VARIANTS
+    """Preparations: with and without SAM and augmentation. The part comparison uses sam-augment, the part variants the others."""
+    parts: tuple[PartName, ...] = PARTS
+    """comparison: the rows. analysis: theorem 1, chains, novelty. variants: the rows without SAM or augmentation. segments: k against
+    accuracy. selection: one change at a time, on validation characters. latency: every row's time for one task, one row after the other in
+    one process; ask for it again, on an idle machine, after removing `cells/*latency.json`."""
+    segment_numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """k of the part segments; M is rounded up to a multiple of each."""
+    changes: tuple[str, ...] = tuple(CHANGES)
+    """Which changes the part selection tries."""
+    time_limit: float | None = None
+    """Stop after about so many seconds at a point from which the same command goes on (exit code 3); no limit by default."""
+    threads: int | None = None
+    """Of torch; its own choice by default."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:<number>: backbone, preparation, meta-training, sampling and Reptile's whole network go there; small sums stay on
+    the CPU. No GPU has run it yet."""
+    report_only: bool = False
+    """Compute nothing: write tables and figures from the records there are."""
+    keep_banks: bool = False
+    """Keep the trajectory banks (up to some 100 MB each); else each goes when no asked-for cell needs it any more."""
+    queries: int = 15
+    """Query images a class (protocol)."""
+    selection_tasks: int = 1000
+    """Validation tasks that judge a change; other ones than those that choose rates."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=300, checkpoint_every=50))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reptile: ReptileConfig = field(default_factory=ReptileConfig)
+
+
+# What a run folder may be asked for with other values than before.
+FREE = (
+    "run_dir out data_dir cache_dir settings seeds methods variants parts segment_numbers changes time_limit threads device "
+    "report_only keep_banks"
+).split()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One record to make.
+
+    Attributes:
+        method: a `MethodName`, "analysis" or "latency". variant: "" where the preparation does not matter. segments: k, 0 where it does not matter.
+        change: a name of `CHANGES` for the part selection (then on validation tasks), else "".
+    """
+
+    setting: str
+    seed: int
+    method: str
+    variant: str = ""
+    segments: int = 0
+    change: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        parts = [
+            self.setting,
+            f"seed{self.seed}",
+            self.method,
+            self.variant,
+            f"k{self.segments}" if self.segments else "",
+        ]
+        return "_".join(part for part in [*parts, self.change] if part)
+
+
+def plan(config: AblateConfig) -> list[Cell]:
+    """The cells that a configuration asks for, in the order in which they are made, none twice."""
+    k = config.diffusion.segments
+    cells: list[Cell] = []
+
+    def rows(setting: str, seed: int, variant: str) -> Iterable[Cell]:
+        for method in config.methods:
+            if method in PREPARED:
+                segments = {"mc-di": k, "mc-di-paper": k, "tw-di": k}.get(method, 1 if method != "ceiling" else 0)
+                yield Cell(setting, seed, method, variant, segments)
+            elif variant == "sam-augment":
+                yield Cell(setting, seed, method)
+
+    first = config.settings[0]
+    for setting in config.settings:
+        for seed in config.seeds:
+            if "comparison" in config.parts and "sam-augment" in config.variants:
+                cells += rows(setting, seed, "sam-augment")
+            if "analysis" in config.parts and setting == first:
+                cells.append(Cell(setting, seed, "analysis", "sam-augment", k))
+    if "segments" in config.parts:
+        cells += [Cell(first, s, "mc-di", "sam-augment", n) for s in config.seeds for n in config.segment_numbers]
+    if "variants" in config.parts:
+        for setting in config.settings:
+            for seed in config.seeds:
+                for variant in config.variants:
+                    if variant != "sam-augment":
+                        cells += [cell for cell in rows(setting, seed, variant) if cell.method in PREPARED]
+    if "selection" in config.parts:
+        cells += [Cell(first, config.seeds[0], "mc-di", "sam-augment", k, change) for change in config.changes]
+    if "latency" in config.parts:
+        cells += [Cell(setting, config.seeds[0], "latency") for setting in config.settings]
+    return list(dict.fromkeys(cells))
+
+
+def check_ablate(config: AblateConfig) -> None:
+    """Raise McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
+    for name in ("settings", "seeds", "parts", "methods", "variants", "segment_numbers", "changes"):
+        values = getattr(config, name)
+        if not values:
+            raise McdiError(f"--{name.replace('_', '-')}: found none, expected at least one")
+        if len(set(values)) < len(values):
+            raise McdiError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one stands twice")
+    for seed in config.seeds:
+        if not 0 <= seed < _TEST_SEED:
+            raise McdiError(f"--seeds {seed}: expected 0 to {_TEST_SEED - 1}")
+    unknown = [change for change in config.changes if change not in CHANGES]
+    if unknown:
+        raise McdiError(f"--changes {unknown[0]!r}: expected some of {', '.join(CHANGES)}")
+    if config.time_limit is not None and not config.time_limit > 0:
+        raise McdiError(f"--time-limit = {config.time_limit}: expected a positive number of seconds")
+    if config.threads is not None and config.threads < 1:
+        raise McdiError(f"--threads = {config.threads}: expected at least 1")
+    if config.selection_tasks < 2:
+        raise McdiError(f"--selection-tasks = {config.selection_tasks}: expected at least 2, for an interval")
+    check_device(config.device)
+    check_reptile(config.reptile)
+    if not plan(config):
+        raise McdiError("no cell to make: --parts, --methods and --variants exclude each other; ask for more of them")
+    for cell in plan(config):
+        check_config(train_config(config, cell))
+
+
+def train_config(config: AblateConfig, cell: Cell) -> TrainConfig:
+    """A cell's settings as those of a main job: preparation variant, segments and change applied."""
+    prepare = config.prepare
+    if cell.variant in ("plain", "augment"):
+        prepare = replace(prepare, rho=0.0)
+    if cell.variant in ("plain", "sam"):
+        prepare = replace(prepare, copies=1)
+    k = cell.segments or config.diffusion.segments
+    diffusion = replace(config.diffusion, segments=k)
+    if cell.method in OBJECTIVES:
+        diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])  # type: ignore[arg-type]
+    if cell.method == "mc-di-paper":
+        diffusion = replace(diffusion, window="whole", carry="full")
+    meta = config.meta
+    if cell.method == "ocd":
+        # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
+        diffusion = replace(diffusion, objective="vanilla")
+        meta = replace(meta, inner_steps=1, samples=meta.samples * meta.inner_steps, outer="adam")
+    result = TrainConfig(
+        dataset=config.dataset,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        seed=cell.seed,
+        task=replace(SETTINGS[cell.setting], queries=config.queries),
+        backbone=config.backbone,
+        prepare=prepare,
+        diffusion=diffusion,
+        denoiser=config.denoiser,
+        meta=meta,
+        evaluate=config.evaluate,
+    )
+    for key, value in CHANGES[cell.change].items() if cell.change else ():
+        if "." in key:
+            part, name = key.split(".")
+            old = getattr(getattr(result, part), name)
+            new = round(old * value) if isinstance(old, int) and isinstance(value, float) else value
+            result = replace(result, **{part: replace(getattr(result, part), **{name: new})})
+    steps = -(-result.prepare.steps // k) * k  # every k divides its own M
+    return replace(result, prepare=replace(result.prepare, steps=steps))
+
+
+def default_ablate_config(dataset: str) -> AblateConfig:
+    """The defaults for a task family: the backbone of glyphs takes seconds."""
+    default = AblateConfig(dataset=dataset)  # type: ignore[arg-type]
+    return replace(default, backbone=default_config(dataset).backbone) if dataset == "glyphs" else default
