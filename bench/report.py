@@ -159,6 +159,13 @@ def text(record: Record) -> str:
             f"Fine-tuning takes {fine['adam_steps']} Adam steps ({fine['accuracy']:.1f} %{reached}); the generated heads have "
             f"{fine['generated_accuracy']:.1f} %, on the benchmark's own Gaussian classes.",
         ]
+    short, ratio = record.get("sampling", "1 tasks", "3 steps"), record.ratio("sampling", "1 tasks", "3 steps")
+    if fine and short and ratio:
+        times = record.ratio("sampling", "1 tasks", "fine-tuning") or 0
+        out[-1] += (
+            f" In three steps, one a segment, a head takes {_number(short['median_ms'])} ms, {_number(times / ratio)} times less than "
+            f"fine-tuning, and has {short['accuracy']:.1f} %."
+        )
     job = record.get("main job", "glyphs", "ours")
     if job:
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in job["stages"].items())

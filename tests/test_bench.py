@@ -41,6 +41,7 @@ def test_sampling(tmp_path):
     found = sampling.providers(generator, condition)
     for name in ("ours", "loop"):
         checks.close_to(found["eager"](), 1e-4)(found[name]())
+    checks.close_to(sampling.few_steps(generator, condition), 1e-4)(found["3 steps"]())
 
 
 @pytest.mark.parametrize("name", kernel_list.NAMES)
