@@ -31,6 +31,12 @@ TARGETS = {  # device: (what, size, ours over which, at least)
         ("preparation", "500 tasks", "stacked", 10.0),
     ],
 }
+LINEAR = [  # what, fewer tasks, more tasks: a task may cost at most so many times more among the many
+    ("meta-step", "32x16", "128x16"),
+    ("preparation", "100 tasks", "500 tasks"),
+    ("sampling", "600 tasks", "4096 tasks"),
+]
+LINEAR_WITHIN = 1.2
 LATENCY_MS = {"cpu": 3.0, "cuda": 0.25}  # of one head, T = 20
 SHARE = {"cpu": 0.8, "cuda": 0.6}  # of the peak, default size of the meta-step
 
@@ -141,6 +147,16 @@ def target_table(record: Record) -> list[str]:
     one = record.get("sampling", "1 tasks", "ours")
     wanted = LATENCY_MS[record.device]
     line(f"one head sampled in at most {wanted:g} ms", one and one["median_ms"], wanted, " ms", higher=False)
+    for what, fewer, more in LINEAR:
+        few, many = record.per_work(what, fewer, "ours"), record.per_work(what, more, "ours")
+        cost = many / few if few and many else None
+        line(
+            f"{what}: a task of {more} costs at most {LINEAR_WITHIN:g} times one of {fewer}",
+            cost,
+            LINEAR_WITHIN,
+            " times",
+            higher=False,
+        )
     return out
 
 
