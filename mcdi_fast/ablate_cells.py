@@ -509,17 +509,17 @@ def _reptile_head(shop: Workshop, cell: Cell) -> dict[str, Any]:
 
 
 def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
-    """Resumable by outer steps and by evaluated tasks."""
+    """Resumable by outer steps and by evaluated tasks. Where Reptile starts from, the trained backbone, is tried too: validation chooses."""
     c, task = shop.config.reptile, replace(SETTINGS[cell.setting], queries=shop.config.queries)
     progress = shop.folder / "partial" / f"{cell.name}.json"
     done: dict[str, Any] = read_json(progress) if progress.exists() else {}
     network, steps = shop.network(), sorted(c.net_test_steps)
     seconds: dict[str, float] = done.setdefault("seconds", {})
-    models: dict[float, ReptileNet] = {}
+    models = {(rate, 0): ReptileNet(network, task.ways, c, rate, cell.seed) for rate in c.net_rates}
     with shop.bar(cell.name, c.net_steps * len(c.net_rates), "steps") as bar:
         for rate in c.net_rates:
             path = shop.folder / "partial" / f"{cell.name}_rate{rate}.safetensors"
-            model = models[rate] = ReptileNet(network, task.ways, c, rate, cell.seed)
+            model = models[rate, c.net_steps] = ReptileNet(network, task.ways, c, rate, cell.seed)
             before = model.restore(path)["seconds"] if path.exists() else 0.0
             begun = time.perf_counter()
             bar.update(model.step)
@@ -557,29 +557,36 @@ def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
 
     tried = []
     validation_total = min(c.net_validation_tasks, shop.config.evaluate.validation_tasks)
-    for rate, model in models.items():
-        counts = done.setdefault("validation", {}).setdefault(str(rate), [])
+    for (rate, outer), model in models.items():
+        counts = done.setdefault("validation", {}).setdefault(f"{rate}, {outer}", [])
         count_correct(model, "val", "val", validation_total, counts, steps)
         mean = torch.tensor(counts, dtype=torch.float64).mean(0) / (task.ways * task.queries)
-        tried += [(float(mean[i]), -steps[i], rate) for i in range(len(steps))]
-    accuracy, count, rate = max(tried)
+        tried += [(float(mean[i]), -steps[i], -outer, rate) for i in range(len(steps))]
+    accuracy, count, outer, rate = max(tried)
+    model = models[rate, -outer]
     counts = done.setdefault("test", [])
-    count_correct(models[rate], "test", "test", shop.config.evaluate.tasks, counts, [-count])
+    count_correct(model, "test", "test", shop.config.evaluate.tasks, counts, [-count])
     some = torch.from_numpy(shop.data.test.images[: task.ways])
     x, query = bb.to_float(some[:, : task.shots]), bb.to_float(some[:, task.shots : task.shots + 1])
     label, times = torch.arange(task.ways).repeat_interleave(task.shots), []
     for _ in range(5):
         begun = time.perf_counter()
-        models[rate].adapt(x, label, query, [-count])
+        model.adapt(x, label, query, [-count])
         times.append(1000 * (time.perf_counter() - begun))
     for rest in progress.parent.glob(f"{cell.name}*"):
         rest.unlink()
     return {
         **scored(torch.tensor(counts)[:, 0], task.ways * task.queries),
         "adapt_ms": round(sorted(times)[2], 3),
-        "training_seconds": round(seconds[str(rate)], 2),
+        "training_seconds": round(seconds[str(rate)] if outer else 0.0, 2),
         "gradient_steps": -count,
-        "chosen": {"rate": rate, "steps": -count, "validation_accuracy": round(100 * accuracy, 3)},
+        "chosen": {
+            "rate": rate,
+            "outer_steps": -outer,
+            "steps": -count,
+            "validation_accuracy": round(100 * accuracy, 3),
+            "tried": [[round(100 * a, 3), -n, -o, r] for a, n, o, r in sorted(tried, reverse=True)],
+        },
     }
 
 

@@ -37,11 +37,11 @@ class ReptileConfig:
     """Tasks an outer step of the head version, as many as the diffusion rows have base learners (ours; published: 3 to 5)."""
     head_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     """Inner Adam rates tried for the head version; validation tasks choose."""
-    net_steps: int = 200
-    """Outer steps of the whole-network version, which starts from the trained backbone (published: 100000 from scratch)."""
+    net_steps: int = 100
+    """Outer steps of the whole-network version, which starts from the trained backbone (published: 100000 from scratch); none is tried too."""
     net_batch: int = 5
     """Tasks an outer step of the whole-network version (published: 3 to 5)."""
-    net_rates: tuple[float, ...] = (0.001,)
+    net_rates: tuple[float, ...] = (0.0001, 0.0003)
     """Inner Adam rates tried for the whole network; validation tasks choose (published: 0.0004 to 0.0015)."""
     inner_steps: int = 5
     """Inner steps on a training task (published: 5 to 12)."""
@@ -53,7 +53,7 @@ class ReptileConfig:
     """Outer step at the start; it falls linearly to 0 (published: 0.7 to 1)."""
     test_steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Gradient steps on a new task that are tried; validation tasks choose (published: 86 to 100)."""
-    net_test_steps: tuple[int, ...] = (5, 10, 20)
+    net_test_steps: tuple[int, ...] = (2, 5, 10)
     """The same for the whole network, where a step costs a hundred times more."""
     net_validation_tasks: int = 100
     """Validation tasks that choose rate and steps of the whole-network version (at most --evaluate.validation-tasks)."""
