@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATASET ?= glyphs
 ARGS ?=
 BIN := .venv/bin
-# Waiting threads spin for a moment, then sleep (see mcdi_fast/train.py).
+# Waiting threads spin for a moment, then sleep (see mcdi_fast/environment.py); exported for the tests too.
 export GOMP_SPINCOUNT ?= 100000
 
 .PHONY: train test slow bench bench-report lint setup clean

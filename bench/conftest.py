@@ -1,8 +1,8 @@
 """What every record carries: machine, threads, versions, git sha, the peaks measured in this run; and how a provider is timed."""
 
-import os
+from mcdi_fast import environment  # noqa: F401
 
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as in mcdi_fast/train.py
+# isort: split
 
 import sys
 import time

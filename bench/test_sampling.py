@@ -64,18 +64,22 @@ def providers(generator, condition):
 
 
 @torch.no_grad()
-def few_steps(generator, condition):
-    """The reference of the short chain."""
+def reference(generator, condition, steps):
+    """Heads by `diffusion.sample_chain` with `denoise` for the network, in float64."""
     tasks, tokens, _ = condition.shape
-    x = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device)
-    told = generator.condition_normalizer.normalize(condition)
-    schedule, ends = generator.schedule, generator.objective.ends
+    x = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device).double()
+    told = generator.condition_normalizer.normalize(condition).double()
+    phi = {name: value.double() for name, value in generator.phi.items()}
+    schedule = generator.schedule
+    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
 
     def f(x, t):
-        net = denoise(generator.phi, x.unsqueeze(-3), torch.full((len(x), 1), t, device=x.device), told).squeeze(-3)
-        return float(schedule.skip()[t]) * x + float(schedule.scale()[t]) * net
+        net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t, device=x.device), told).squeeze(-3)
+        return skip[t] * x + scale[t] * net
 
-    return generator.normalizer.denormalize(sample_chain(f, x, schedule, ends=ends, num_steps=FEWEST))
+    return generator.normalizer.denormalize(
+        sample_chain(f, x, schedule, ends=generator.objective.ends, num_steps=steps)
+    )
 
 
 @pytest.mark.parametrize("tasks", TASKS)
@@ -88,12 +92,11 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
     support = test.support[torch.arange(tasks) % len(test)]
     condition = support_condition(support).to(P.DEVICE)
     found = providers(P.on_device(generator), condition)
-    short = provider == "3 steps"
-    steps = FEWEST if short else P.STEPS
+    steps = FEWEST if provider == "3 steps" else P.STEPS
     every = Sampler(generator).sample(support_condition(test.support), range(len(test)), num_steps=steps).tokens
     measure(
         found[provider],
-        close_to(few_steps(P.on_device(generator), condition) if short else found["eager"](), 1e-3),
+        close_to(reference(P.on_device(generator), condition, steps), 1e-3),
         operations=P.chain_operations(tasks, P.WAYS, generator.phi, steps),
         bytes=P.chain_bytes(generator.phi, steps),
         what="sampling",

@@ -8,7 +8,6 @@ there are never computed again. Stop it at any moment and give the same command 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import time
@@ -16,14 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as in train.py
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: page faults were half of the backbone's training time
+from mcdi_fast import environment  # noqa: F401
+
+# isort: split
 
 import torch
 
-from mcdi_fast.ablate_cells import PausedError, Workshop, run_cell
+from mcdi_fast.ablate_cells import run_cell
 from mcdi_fast.ablate_plan import FREE, SETTINGS, AblateConfig, Cell, check_ablate, default_ablate_config, plan
 from mcdi_fast.ablate_report import publish, render
+from mcdi_fast.ablate_workshop import PausedError, Workshop
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import (
     make_folder,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mcdi_fast.ablate_plan import PREPARED, SETTINGS, default_ablate_config
 from mcdi_fast.errors import McdiError
 from mcdi_fast.report import _figure, _plot_chains, _png
 from mcdi_fast.store import atomic_write, dumps, make_folder, read_json, show_path
@@ -117,19 +118,32 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
-        mine = {_key(cell): cell for cell in cells if cell["cell"]["setting"] == setting}
-        date = max(cell["date"] for cell in mine.values())
+        mine = {"config": config, "cells": [cell for cell in cells if cell["cell"]["setting"] == setting]}
+        date = max(cell["date"] for cell in mine["cells"])
         path = records / f"{date}-ablation-{dataset}-{setting}.json"
-        if path.exists():  # of another run folder of the same day
-            there = read_json(path)
-            if there.get("config") != config:
-                raise McdiError(
-                    f"{show_path(path)}: a record with another budget or other settings; move it, or choose another --out"
-                )
-            mine = {_key(cell): cell for cell in there["cells"]} | mine
-        lines = ",\n".join("  " + dumps(mine[key], path) for key in sorted(mine))
-        head = dumps({"format": _FORMAT, "dataset": dataset, "setting": setting, "config": config}, path)
+        there = read_json(path) if path.exists() else mine  # of another run folder of the same day
+        joint = _joint_config(mine, there)
+        if joint is None:
+            raise McdiError(
+                f"{show_path(path)}: a record with another budget or other settings; move it, or choose another --out"
+            )
+        every = {_key(cell): cell for cell in [*there["cells"], *mine["cells"]]}
+        lines = ",\n".join("  " + dumps(every[key], path) for key in sorted(every))
+        head = dumps({"format": _FORMAT, "dataset": dataset, "setting": setting, "config": joint}, path)
         atomic_write(path, f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'.encode())
+
+
+def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the cells of two records together; None where they differ. Those of Reptile's whole network bind only who ran it."""
+    first, second = (record["config"] for record in records)
+    if first == second:
+        return first
+    ran = [r["config"] for r in records if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
+
+    def binding(config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, "reptile": {k: v for k, v in config["reptile"].items() if not k.startswith("net_")}}
+
+    return None if len(ran) == 2 or binding(first) != binding(second) else [*ran, first][0]
 
 
 def _key(cell: dict[str, Any]) -> str:
@@ -137,7 +151,9 @@ def _key(cell: dict[str, Any]) -> str:
 
 
 def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
-    """By setting: `config`, `cells`, `files`. The newest file of a setting, with what older ones of the same config have besides.
+    """In the order of `SETTINGS`, by setting: `config`, `cells`, `files`.
+
+    The newest file of a setting, with what older ones of the same config have besides.
 
     Raises:
         McdiError: a file that is no such record.
@@ -147,14 +163,13 @@ def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
             raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
-        cells = {_key(cell): cell for cell in record["cells"]}
-        newest = result.setdefault(record["setting"], {"config": record["config"], "cells": {}, "files": []})
-        if newest["config"] == record["config"]:
-            newest["cells"] = cells | newest["cells"]
+        newest = result.setdefault(record["setting"], {"config": record["config"], "cells": [], "files": []})
+        joint = _joint_config(newest, record)
+        if joint is not None:
+            newest["config"] = joint
+            newest["cells"] = list({_key(cell): cell for cell in [*record["cells"], *newest["cells"]]}.values())
             newest["files"].append(path.name)
-    for entry in result.values():
-        entry["cells"] = list(entry["cells"].values())
-    return result
+    return {setting: result[setting] for setting in SETTINGS if setting in result}
 
 
 def pick(cells: Sequence[dict[str, Any]], method: str, variant: str = "", **wanted: Any) -> list[dict[str, Any]]:
@@ -167,8 +182,7 @@ def pick(cells: Sequence[dict[str, Any]], method: str, variant: str = "", **want
 def row(cells: Sequence[dict[str, Any]], method: str, variant: str = _DEFAULT) -> list[dict[str, Any]]:
     """The cells of a row of the comparison."""
     wanted = {"segments": _K} if method in ("mc-di", "mc-di-paper", "tw-di") else {}
-    prepared = method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling")
-    return pick(cells, method, variant if prepared else "", **wanted)
+    return pick(cells, method, variant if method in PREPARED else "", **wanted)
 
 
 def steps_of(entries: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -184,7 +198,7 @@ def render(out: Path, dataset: str) -> Path:
     records = load_records(out, dataset)
     figures: dict[str, bytes] = {}
     text = ["# Results", "", *_introduction(dataset, records)]
-    for setting, record in sorted(records.items(), key=lambda item: "5way1shot 5way5shot 20way1shot".find(item[0])):
+    for setting, record in records.items():
         text += _setting(setting, record, figures, dataset)
     if not records:
         text += ["No record is there yet."]
@@ -219,8 +233,6 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
 
 def _options(config: dict[str, Any]) -> str:
     """The options of the command that differ from its defaults."""
-    from mcdi_fast.ablate_plan import default_ablate_config
-
     default = json.loads(json.dumps(asdict(default_ablate_config(config["dataset"])), default=str))
     found = []
     for key, value in config.items():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mcdi_fast import ablate, ablate_report, backbone, meta, prepare, store
-from mcdi_fast.ablate_cells import other_condition, other_form, scored_heads
+from mcdi_fast.ablate_cells import other_form, scored_heads
 from mcdi_fast.ablate_plan import CHANGES, METHODS, AblateConfig, Cell, plan, train_config
 from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
+from mcdi_fast.ablate_workshop import other_condition
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.baselines import ReptileNet
 from mcdi_fast.errors import McdiError
@@ -134,6 +135,24 @@ def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, t
     assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
     assert "another budget" in capsys.readouterr().err
     assert record.read_bytes() == before
+
+
+def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
+    def record(method, rate=1, steps=1, net=1):
+        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}}
+        return {"config": config, "cells": [{"cell": {"method": method}}]}
+
+    def joint(*records):
+        return ablate_report._joint_config(*records)
+
+    plain = record("mc-di")
+    assert joint(plain, record("ocd")) == plain["config"]
+    for other in (record("ocd", steps=2), record("ocd", rate=2)):
+        assert joint(plain, other) is None
+    ran = record("reptile-net", net=2)
+    assert joint(plain, ran) == joint(ran, plain) == ran["config"]
+    assert joint(plain, record("ocd", net=2)) == plain["config"]
+    assert joint(ran, record("reptile-net", net=3)) is None
 
 
 class Stop(Exception):
@@ -386,12 +405,12 @@ def test_newest_record_wins_and_another_budget_is_left_out(tmp_path):
             folder / f"{date}-ablation-glyphs-5way1shot.json", record | {"cells": [{"cell": cell, "value": value}]}
         )
 
-    write("2026-01-01", {"steps": 1}, 0, "another budget")
-    write("2026-01-02", {"steps": 2}, 0, "old")
-    write("2026-01-03", {"steps": 2}, 1, "new")
+    write("2026-01-01", {"steps": 1, "reptile": {}}, 0, "another budget")
+    write("2026-01-02", {"steps": 2, "reptile": {}}, 0, "old")
+    write("2026-01-03", {"steps": 2, "reptile": {}}, 1, "new")
     found = load_records(tmp_path, "glyphs")["5way1shot"]
     assert sorted(c["value"] for c in found["cells"]) == ["new", "old"]
-    write("2026-01-04", {"steps": 2}, 0, "newest")
+    write("2026-01-04", {"steps": 2, "reptile": {}}, 0, "newest")
     found = load_records(tmp_path, "glyphs")["5way1shot"]
     assert sorted(c["value"] for c in found["cells"]) == ["new", "newest"]
     assert len(found["files"]) == 3
