@@ -116,11 +116,13 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     found = read_json(folder / "config.json")
     shared = ("dataset", "queries", "selection_tasks", "backbone", "prepare", "diffusion", "denoiser", "meta")
     config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
+    views = config["backbone"]["views"]
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
         mine = {"config": config, "cells": [cell for cell in cells if cell["cell"]["setting"] == setting]}
         date = max(cell["date"] for cell in mine["cells"])
-        path = records / f"{date}-ablation-{dataset}-{setting}.json"
+        label = setting if views == 1 else f"{setting}-views{views}"  # other features: a table of their own
+        path = records / f"{date}-ablation-{dataset}-{label}.json"
         there = read_json(path) if path.exists() else mine  # of another run folder of the same day
         joint = _joint_config(mine, there)
         if joint is None:
@@ -129,16 +131,16 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
             )
         every = {_key(cell): cell for cell in [*there["cells"], *mine["cells"]]}
         lines = ",\n".join("  " + dumps(every[key], path) for key in sorted(every))
-        head = dumps({"format": _FORMAT, "dataset": dataset, "setting": setting, "config": joint}, path)
+        head = dumps({"format": _FORMAT, "dataset": dataset, "setting": label, "config": joint}, path)
         atomic_write(path, f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'.encode())
 
 
 def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
     """The settings of the cells of two records together; None where they differ. Those of Reptile's whole network bind only who ran it."""
-    first, second = (record["config"] for record in records)
+    first, second = map(_settings, records)
     if first == second:
         return first
-    ran = [r["config"] for r in records if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
+    ran = [_settings(r) for r in records if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
 
     def binding(config: dict[str, Any]) -> dict[str, Any]:
         return {**config, "reptile": {k: v for k, v in config["reptile"].items() if not k.startswith("net_")}}
@@ -146,12 +148,17 @@ def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
     return None if len(ran) == 2 or binding(first) != binding(second) else [*ran, first][0]
 
 
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's config; one that is older than `views` ran with one."""
+    return {**record["config"], "backbone": {"views": 1, **record["config"]["backbone"]}}
+
+
 def _key(cell: dict[str, Any]) -> str:
     return json.dumps(cell["cell"], sort_keys=True)
 
 
 def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
-    """In the order of `SETTINGS`, by setting: `config`, `cells`, `files`.
+    """In the order of `SETTINGS`, by setting (and number of views, where an image has several): `config`, `cells`, `files`.
 
     The newest file of a setting, with what older ones of the same config have besides.
 
@@ -169,7 +176,8 @@ def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
             newest["config"] = joint
             newest["cells"] = list({_key(cell): cell for cell in [*record["cells"], *newest["cells"]]}.values())
             newest["files"].append(path.name)
-    return {setting: result[setting] for setting in SETTINGS if setting in result}
+    order = list(SETTINGS)
+    return dict(sorted(result.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0])))
 
 
 def pick(cells: Sequence[dict[str, Any]], method: str, variant: str = "", **wanted: Any) -> list[dict[str, Any]]:
@@ -315,7 +323,7 @@ def _claims(setting: str, cells: list[dict[str, Any]], ours: list[dict[str, Any]
         -1: "**does not hold**: significantly the other way",
         0: "**undecided**: the interval holds zero",
     }
-    if ours and setting == "5way1shot":
+    if ours and setting.startswith("5way1shot"):
         mean = over_seeds([e["accuracy_mean"] for e in ours])[0]
         what = "holds" if mean >= _PAPER_MC_DI else "does not hold"
         lines.append(f"- Mc-Di at least {_PAPER_MC_DI} % (the paper's number, its backbone): {mean:.2f} %, **{what}**")

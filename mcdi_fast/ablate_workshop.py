@@ -87,7 +87,7 @@ class Workshop:
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
-        name = f"{bb.fingerprint(self.data, self.config.backbone, self.device)}-{self.copies}.safetensors"
+        name = f"{bb.features_fingerprint(self.data, self.config.backbone, self.device)}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]
@@ -98,7 +98,8 @@ class Workshop:
                 copies = 1 if split == "val" else self.copies
                 made = []
                 for copy in range(copies):
-                    made.append(bb.extract_features(network, images, augment_seed=copy or None).cpu())
+                    features = bb.extract_features(network, images, copy or None, views=self.config.backbone.views)
+                    made.append(features.cpu())
                     bar.update()
                 result[split] = torch.stack(made)
         save_tensors(path, result, {"data": self.data.name}, "features")
@@ -156,7 +157,7 @@ class Workshop:
             config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
         copies = self.features()["train"][: config.prepare.copies].to(self.device)
         meta = {
-            "backbone": bb.fingerprint(self.data, config.backbone, self.device),
+            "backbone": bb.features_fingerprint(self.data, config.backbone, self.device),
             "prepare": asdict(config.prepare),
             "task": asdict(config.task),
             "seed": config.seed,

@@ -98,8 +98,14 @@ def to_float(images: Tensor) -> Tensor:
 
 def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
     """16 hex digits that change with the training images, the recipe and its precision."""
-    text = json.dumps([_RECIPE, data.name, data.fingerprint, asdict(config), native_bfloat16(device)])
+    recipe = {name: value for name, value in asdict(config).items() if name != "views"}
+    text = json.dumps([_RECIPE, data.name, data.fingerprint, recipe, native_bfloat16(device)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def features_fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
+    """The same of the features: the backbone's, and of how many views they are."""
+    return fingerprint(data, config, device) + (f"-views{config.views}" if config.views > 1 else "")
 
 
 @torch.no_grad()
@@ -108,8 +114,14 @@ def extract_features(
     images: ClassImages,
     augment_seed: int | None = None,
     progress: Callable[[int], None] | None = None,
+    views: int = 1,
 ) -> Tensor:
-    """Features of every image: float32 [classes, drawers, 64], where the backbone is; of an augmented copy of each with `augment_seed`."""
+    """Features of every image: float32 [classes, drawers, 64], where the backbone is.
+
+    Args:
+        augment_seed: of an augmented copy of each image instead. progress: called with the number of images that are done.
+        views: average the features of so many: the image (or that copy) and augmented ones.
+    """
     backbone.eval()
     device = next(backbone.parameters()).device
     classes, drawers = images.images.shape[:2]
@@ -117,9 +129,11 @@ def extract_features(
     out = []
     for start in range(0, classes, 64):
         x = to_float(torch.from_numpy(images.images[start : start + 64]).to(device))
-        if augment_seed is not None:
-            x = augment(x, generator)
-        out.append(backbone(x.to(memory_format=torch.channels_last)))
+        total = torch.zeros((), device=device)
+        for view in range(views):
+            seen = x if view == 0 and augment_seed is None else augment(x, generator)
+            total = total + backbone(seen.to(memory_format=torch.channels_last))
+        out.append(total / views)
         if progress:
             progress(len(x))
     return torch.cat(out).view(classes, drawers, -1)
@@ -231,7 +245,7 @@ def train_backbone(
 
 def check_backbone(config: BackboneConfig) -> None:
     """Raise McdiError, naming the option, for a value out of range."""
-    for name in ("steps", "checkpoint_every"):
+    for name in ("steps", "checkpoint_every", "views"):
         if getattr(config, name) < 1:
             raise McdiError(f"--backbone.{name.replace('_', '-')} = {getattr(config, name)}: expected at least 1")
     for name in ("ways", "images_per_class"):

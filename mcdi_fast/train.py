@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -233,20 +234,16 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
 
     images = [data.train] * config.prepare.copies + [data.val, data.test]
     with stages("features", sum(part.num_classes * part.num_drawers for part in images), "images") as bar:
-        copies = torch.stack(
-            [
-                bb.extract_features(network, data.train, augment_seed=copy or None, progress=bar.update)
-                for copy in range(config.prepare.copies)
-            ]
-        )
+        take = partial(bb.extract_features, network, progress=bar.update, views=config.backbone.views)
+        copies = torch.stack([take(data.train, augment_seed=copy or None) for copy in range(config.prepare.copies)])
         validation = draw_tasks(
-            bb.extract_features(network, data.val, progress=bar.update),
+            take(data.val),
             task,
             config.evaluate.validation_tasks,
             _VALIDATION_SEED + config.seed,
         )
         test = draw_tasks(
-            bb.extract_features(network, data.test, progress=bar.update),
+            take(data.test),
             task,
             config.evaluate.tasks,
             _TEST_SEED + config.seed,
@@ -257,7 +254,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
     provenance = {
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
-        "backbone": bb.fingerprint(data, config.backbone, torch.device(config.device)),
+        "backbone": bb.features_fingerprint(data, config.backbone, torch.device(config.device)),
     }
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
         bank = prepare_bank(

@@ -137,9 +137,21 @@ def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, t
     assert record.read_bytes() == before
 
 
+def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
+    common = [*ROWS, "--methods", "prototype", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "docs")]
+    assert ablate.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
+    assert ablate.main([*common, "--run-dir", str(tmp_path / "b"), "--backbone.views", "3"]) == 0
+    assert list(load_records(tmp_path / "docs", "glyphs")) == ["5way1shot", "5way1shot-views3"]
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "## glyphs, 5way1shot\n" in text
+    assert "## glyphs, 5way1shot-views3\n" in text
+    assert text.count("--backbone.views 3") == 1
+    assert len(list((tmp_path / "cache" / "backbones").iterdir())) == 1  # one backbone serves both
+
+
 def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
     def record(method, rate=1, steps=1, net=1):
-        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}}
+        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}, "backbone": {"views": 1}}
         return {"config": config, "cells": [{"cell": {"method": method}}]}
 
     def joint(*records):
@@ -405,12 +417,15 @@ def test_newest_record_wins_and_another_budget_is_left_out(tmp_path):
             folder / f"{date}-ablation-glyphs-5way1shot.json", record | {"cells": [{"cell": cell, "value": value}]}
         )
 
-    write("2026-01-01", {"steps": 1, "reptile": {}}, 0, "another budget")
-    write("2026-01-02", {"steps": 2, "reptile": {}}, 0, "old")
-    write("2026-01-03", {"steps": 2, "reptile": {}}, 1, "new")
+    def budget(steps):
+        return {"steps": steps, "reptile": {}, "backbone": {}}
+
+    write("2026-01-01", budget(1), 0, "another budget")
+    write("2026-01-02", budget(2), 0, "old")
+    write("2026-01-03", budget(2), 1, "new")
     found = load_records(tmp_path, "glyphs")["5way1shot"]
     assert sorted(c["value"] for c in found["cells"]) == ["new", "old"]
-    write("2026-01-04", {"steps": 2, "reptile": {}}, 0, "newest")
+    write("2026-01-04", budget(2), 0, "newest")
     found = load_records(tmp_path, "glyphs")["5way1shot"]
     assert sorted(c["value"] for c in found["cells"]) == ["new", "newest"]
     assert len(found["files"]) == 3
