@@ -33,6 +33,7 @@ import triton
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import denoise, init_parameters, parameter_shapes
+from mcdi_fast.diffusion import chain_table
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.heads import head_layout
 from mcdi_fast.impl import PRECISIONS
@@ -184,7 +185,7 @@ def cases(device: str, tiny: bool):
         },
     )
 
-    chain_steps, coefficients = K.chain_table(schedule)
+    chain_steps, coefficients = chain_table(schedule)
     chain_steps, coefficients = chain_steps.to(device), coefficients.float().to(device)
     skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
     at = torch.arange(steps, device=device).view(-1, 1)

@@ -28,7 +28,7 @@ WAYS, FEATURES = 5, 64
 RECIPE = PrepareConfig(steps=90, copies=1, learning_rate=0.05)
 OPTIONAL = {
     name: importlib.util.find_spec(name) is not None
-    for name in ("torchopt", "higher", "learn2learn", "pytorch_optimizer")
+    for name in ("torchopt", "higher", "learn2learn", "pytorch_optimizer", "numba")
 }
 
 Inner = Callable[[dict[str, Tensor], InnerBatch], tuple[dict[str, Tensor], Tensor]]

@@ -10,7 +10,7 @@ from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
 from mcdi_fast.kernels.normal_noise import normal_noise, normal_noise_ref
 from mcdi_fast.kernels.outer_update import outer_update_, outer_update_ref
 from mcdi_fast.kernels.sam_adam import adam_step_, adam_step_ref, sam_ascent, sam_ascent_ref
-from mcdi_fast.kernels.sample_chain import ChainWeights, chain_table, pack_weights, sample_chain, sample_chain_ref
+from mcdi_fast.kernels.sample_chain import ChainWeights, pack_weights, sample_chain, sample_chain_ref
 
 __all__ = [
     "Broadcast",
@@ -19,7 +19,6 @@ __all__ = [
     "MetaStep",
     "adam_step_",
     "adam_step_ref",
-    "chain_table",
     "consistency_loss",
     "consistency_loss_ref",
     "head_trajectory",

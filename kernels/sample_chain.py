@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.denoiser import FoldedDenoiser, Parameters, denoise
-from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import (
@@ -30,7 +29,6 @@ from mcdi_fast.kernels.launch import (
     output,
     sum_block,
 )
-from mcdi_fast.schedule import Schedule
 
 MAX_TOKENS = 64
 """A program carries whole tasks, and 64 rows at most: more accumulators would spill."""
@@ -64,19 +62,6 @@ def pack_weights(phi: Parameters, dtype: torch.dtype = torch.float32) -> ChainWe
     parts = (torch.cat(folded.token), torch.cat(folded.sample), step, folded.last)
     every = (*parts, folded.condition_token, folded.condition_mean)
     return ChainWeights(*(part.detach().to(dtype).contiguous() for part in every))
-
-
-def chain_table(
-    schedule: Schedule, ends: Tensor | tuple[int, ...] | None = None, num_steps: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net).
-
-    Arguments as diffusion.sample_chain's.
-    """
-    steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
-    a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
-    now = torch.tensor(steps[:-1])
-    return now, torch.stack([a, b * schedule.skip()[now], b * schedule.scale()[now]], 1)
 
 
 def sample_chain_ref(
@@ -246,7 +231,7 @@ def sample_chain(
 
     Args:
         weights: of `pack_weights`. x: float32 [B, N, D], the start. condition: [B, N, C], normalised.
-        steps: int64 [J]. coefficients: float32 [J, 3], both of `chain_table`, on the device.
+        steps: int64 [J]. coefficients: float32 [J, 3], both of `diffusion.chain_table`, on the device.
         mask: float32 [N, D], 0 at padding, where f is taken as 0 (sampler.py).
 
     Returns:

@@ -87,7 +87,9 @@ class Workshop:
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
-        name = f"{bb.features_fingerprint(self.data, self.config.backbone, self.device)}-{self.copies}.safetensors"
+        made_by = bb.features_provenance(self.data, self.config.backbone, self.device)
+        views = f"-views{made_by['views']}" if "views" in made_by else ""
+        name = f"{made_by['backbone']}{views}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]
@@ -157,7 +159,7 @@ class Workshop:
             config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
         copies = self.features()["train"][: config.prepare.copies].to(self.device)
         meta = {
-            "backbone": bb.features_fingerprint(self.data, config.backbone, self.device),
+            **bb.features_provenance(self.data, config.backbone, self.device),
             "prepare": asdict(config.prepare),
             "task": asdict(config.task),
             "seed": config.seed,

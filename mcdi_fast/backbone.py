@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,9 +104,10 @@ def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def features_fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
-    """The same of the features: the backbone's, and of how many views they are."""
-    return fingerprint(data, config, device) + (f"-views{config.views}" if config.views > 1 else "")
+def features_provenance(data: FewShotData, config: BackboneConfig, device: torch.device) -> dict[str, Any]:
+    """What made the features: `backbone`, the fingerprint that is its file's name, and `views` where they are several."""
+    views = {"views": config.views} if config.views > 1 else {}
+    return {"backbone": fingerprint(data, config, device), **views}
 
 
 @torch.no_grad()

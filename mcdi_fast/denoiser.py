@@ -121,6 +121,12 @@ class FoldedDenoiser:
         self.condition_token, self.condition_mean = (torch.cat(parts, 1).to(dtype) for parts in (by_token, by_mean))
         self.last = (into_h @ wide["out.token"]).to(dtype)
 
+    def told(self, condition: Tensor) -> Tensor:
+        """What a condition [B, N, C] gives: [B N, L H + D], a share of each u_l before silu and of net."""
+        rows = torch.matmul(condition, self.condition_token)
+        rows[..., : -self.token_width] += torch.matmul(condition.mean(1, keepdim=True), self.condition_mean)
+        return rows.flatten(0, 1)
+
     def is_of(self, phi: Parameters) -> bool:
         """Whether phi still holds the tensors this was made of, none of them written to since."""
         made_of = self._made_of
@@ -160,9 +166,8 @@ class ChainDenoiser:
         tasks, tokens, _ = condition.shape
         self.skip, self.scale, self._rows, self._tokens = skip, scale, tasks * tokens, tokens
         folded = self._folded = folded or FoldedDenoiser(phi)
-        told = torch.matmul(condition, folded.condition_token)
-        told[..., : -folded.token_width] += torch.matmul(condition.mean(1, keepdim=True), folded.condition_mean)
-        self._told = told.flatten(0, 1).split([folded.width] * len(folded.token) + [folded.token_width], 1)
+        told = folded.told(condition)
+        self._told = told.split([folded.width] * len(folded.token) + [folded.token_width], 1)
 
         # all columns [x | u_0 | …] and their sums over tokens, with all views taken once: a view costs as much as a small product
         ends = [folded.token_width + layer * folded.width for layer in range(len(folded.token) + 1)]

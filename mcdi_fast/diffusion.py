@@ -109,6 +109,19 @@ def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def chain_table(
+    schedule: Schedule, ends: Tensor | tuple[int, ...] | None = None, num_steps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net).
+
+    Arguments as `sample_chain`'s.
+    """
+    steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
+    a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
+    now = torch.tensor(steps[:-1])
+    return now, torch.stack([a, b * schedule.skip()[now], b * schedule.scale()[now]], 1)
+
+
 def sample_chain(
     f: Callable[[Tensor, int], Tensor],
     x: Tensor,

@@ -104,12 +104,16 @@ class WeightGenerator:
     def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
         normalized = self.condition_normalizer.normalize(condition)
+        skip, scale = self._skip_and_scale  # type: ignore[attr-defined]
+        return ChainDenoiser(self.phi, normalized, skip, scale, self.folded())
+
+    def folded(self) -> FoldedDenoiser:
+        """Phi as a chain uses it, made again when phi has changed."""
         folded = self.__dict__.get("_folded")
         if folded is None or not folded.is_of(self.phi):
             folded = FoldedDenoiser(self.phi)
             object.__setattr__(self, "_folded", folded)
-        skip, scale = self._skip_and_scale  # type: ignore[attr-defined]
-        return ChainDenoiser(self.phi, normalized, skip, scale, folded)
+        return folded
 
     def to(self, device: torch.device | str) -> WeightGenerator:
         """The same with its tensors on another device."""

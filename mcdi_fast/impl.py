@@ -4,7 +4,7 @@
 - impl="triton": the kernels of `mcdi_fast.kernels`. Raises McdiError, saying why, where they cannot run: no CUDA device (and no
   TRITON_INTERPRET=1), a GPU that is too old, an operation that has no kernel for what was asked.
 - impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise the kernels on a GPU wherever there is one
-  for what was asked, and torch everywhere else.
+  for what was asked, and torch everywhere else; but a chain of few tasks on a CPU is compiled code where numba is installed (cpu_chain.py).
 
 TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
 
@@ -33,6 +33,11 @@ coarser bf16 likewise; of the two tensor-core precisions tf32 is the one that ke
 OLDEST_CUDA = (8, 0)  # tf32 and bf16 products; the oldest target the kernels are compiled for ahead of time
 
 
+def requested(impl: str) -> str:
+    """What was asked for: `impl`, or for "auto" the environment variable MCDI_IMPL where it is set."""
+    return (impl == "auto" and os.environ.get("MCDI_IMPL")) or impl
+
+
 def resolve(impl: str, device: torch.device | str, missing: str | None = None) -> str:
     """Which implementation runs on `device`: "triton" or "torch".
 
@@ -43,9 +48,8 @@ def resolve(impl: str, device: torch.device | str, missing: str | None = None) -
     Raises:
         McdiError: an unknown name, or "triton" where it cannot run, saying why.
     """
-    source = "impl"
-    if impl == "auto" and os.environ.get("MCDI_IMPL"):
-        impl, source = os.environ["MCDI_IMPL"], "environment variable MCDI_IMPL"
+    source = "impl" if impl != "auto" or not os.environ.get("MCDI_IMPL") else "environment variable MCDI_IMPL"
+    impl = requested(impl)
     if impl not in IMPLEMENTATIONS:
         raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     device = torch.device(device)

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from mcdi_fast.diffusion import sample_chain
+from mcdi_fast.diffusion import chain_table, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, resolve
+from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
 from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
+if TYPE_CHECKING:
+    from mcdi_fast.cpu_chain import PackedChain
+
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
+FEW_ROWS = 20
+"""Tokens of all tasks up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4 heads of 5 ways. Measured: one
+head 1.1 ms against 2.8, four 5.6 against 6.5, six alike, more slower."""
+
+
+@functools.cache
+def _packed_chain() -> type[PackedChain] | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from mcdi_fast.cpu_chain import PackedChain
+    except ImportError as error:
+        warnings.warn(f"numba is installed but cannot be used, few tasks are sampled by torch: {error}", stacklevel=2)
+        return None
+    return PackedChain
 
 
 def _outside_compiled_code(method: _Method) -> _Method:
@@ -72,6 +92,7 @@ class Sampler:
         self._mask = None if mask.all() else mask.float().to(self.device)
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._weights = None
+        self._packed: PackedChain | None = None
         if resolve(impl, self.device, self._missing()) == "triton":
             from mcdi_fast.kernels.sample_chain import pack_weights
 
@@ -121,6 +142,8 @@ class Sampler:
         missing = self._missing(eta_noise, callback)
         if resolve(self.impl, self.device, missing) == "triton":
             x = self._sample_in_one_launch(condition, seeds, num_steps)
+        elif self._few_tasks(len(seeds)) and eta_noise == 0 and callback is None:
+            x = self._sample_few_tasks(condition, seeds, num_steps)
         elif self.device.type == "cpu" and len(seeds) > CHUNK and callback is None:
             parts = zip(
                 condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)), strict=True
@@ -158,14 +181,39 @@ class Sampler:
             raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
         return condition
 
+    def _table(self, num_steps: int | None) -> tuple[Tensor, Tensor]:
+        """Steps and coefficients of a chain, on the device."""
+        if num_steps not in self._tables:
+            steps, coefficients = chain_table(self.generator.schedule, self.generator.objective.ends, num_steps)
+            self._tables[num_steps] = steps.to(self.device), coefficients.float().to(self.device)
+        return self._tables[num_steps]
+
+    def _few_tasks(self, tasks: int) -> bool:
+        """Whether the compiled chain for a handful of rows is there and is the faster way."""
+        rows = tasks * self.generator.layout.num_tokens
+        asked = self.device.type == "cpu" and requested(self.impl) == "auto"
+        return asked and rows <= FEW_ROWS and _packed_chain() is not None
+
+    def _sample_few_tasks(self, condition: Tensor, seeds: Sequence[int] | Tensor, num_steps: int | None) -> Tensor:
+        generator, folded, packed = self.generator, self.generator.folded(), self._packed
+        if packed is None or packed.folded is not folded:
+            make = _packed_chain()
+            assert make is not None
+            packed = self._packed = make(folded)
+        told = generator.condition_normalizer.normalize(condition)
+        return packed.run(self._noise(seeds, 0), told, *self._table(num_steps), self._mask)
+
+    def _noise(self, seeds: Sequence[int] | Tensor, stream: int) -> Tensor:
+        layout = self.generator.layout
+        z = philox_normal(seeds, layout.num_tokens * layout.width, stream)
+        z = z.view(len(seeds), layout.num_tokens, layout.width).to(self.device)
+        return z if self._mask is None else z * self._mask
+
     def _sample_in_one_launch(self, condition: Tensor, seeds: Sequence[int] | Tensor, num_steps: int | None) -> Tensor:
         from mcdi_fast.kernels.normal_noise import normal_noise
-        from mcdi_fast.kernels.sample_chain import chain_table, sample_chain
+        from mcdi_fast.kernels.sample_chain import sample_chain
 
         generator = self.generator
-        if num_steps not in self._tables:
-            steps, coefficients = chain_table(generator.schedule, generator.objective.ends, num_steps)
-            self._tables[num_steps] = steps.to(self.device), coefficients.float().to(self.device)
         bits = seeds if isinstance(seeds, Tensor) and seeds.dtype == torch.int64 else seed_bits(seeds)
         x = normal_noise(
             bits.to(self.device, non_blocking=True), (generator.layout.num_tokens, generator.layout.width), 0, self._mask
@@ -173,7 +221,7 @@ class Sampler:
         normalized = generator.condition_normalizer.normalize(condition)
         assert self._weights is not None
         return sample_chain(
-            self._weights, x, normalized, *self._tables[num_steps], self._mask, out=x, precision=self.precision
+            self._weights, x, normalized, *self._table(num_steps), self._mask, out=x, precision=self.precision
         )  # fmt: skip
 
     def _sample_by_steps(
@@ -184,15 +232,8 @@ class Sampler:
         eta_noise: float,
         callback: Callable[[int, Tensor], None] | None,
     ) -> Tensor:
-        layout, mask = self.generator.layout, self._mask
-        f_full = self.generator.f(condition)
+        mask, f_full = self._mask, self.generator.f(condition)
         f: Callable[[Tensor, int], Tensor] = f_full
-
-        def noise(stream: int) -> Tensor:
-            z = philox_normal(seeds, layout.num_tokens * layout.width, stream)
-            z = z.view(len(seeds), layout.num_tokens, layout.width).to(self.device)
-            return z if mask is None else z * mask
-
         if mask is not None:
 
             def f(x: Tensor, t: int) -> Tensor:  # the network's output for padding is near 0, not 0 as in training
@@ -200,12 +241,12 @@ class Sampler:
 
         return sample_chain(
             f,
-            noise(0),
+            self._noise(seeds, 0),
             self.generator.schedule,
             ends=self.generator.objective.ends,
             num_steps=num_steps,
             eta_noise=eta_noise,
-            noise=lambda t: noise(t + 1),
+            noise=lambda t: self._noise(seeds, t + 1),
             callback=callback,
         )
 

@@ -254,7 +254,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
     provenance = {
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
-        "backbone": bb.features_fingerprint(data, config.backbone, torch.device(config.device)),
+        **bb.features_provenance(data, config.backbone, torch.device(config.device)),
     }
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
         bank = prepare_bank(

@@ -14,10 +14,11 @@ from triton.runtime.jit import JITFunction
 
 from mcdi_fast.config import DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import parameter_shapes
+from mcdi_fast.diffusion import chain_table
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
 from mcdi_fast.kernels.meta_step import MetaStep
-from mcdi_fast.kernels.sample_chain import chain_table, pack_weights
+from mcdi_fast.kernels.sample_chain import pack_weights
 from mcdi_fast.meta import Draws
 from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.prepare import head_trajectory

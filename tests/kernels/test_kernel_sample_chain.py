@@ -5,9 +5,10 @@ import torch
 from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.denoiser import denoise, init_parameters
+from mcdi_fast.diffusion import chain_table
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.sample_chain import chain_blocks, chain_table, pack_weights, sample_chain, sample_chain_ref
+from mcdi_fast.kernels.sample_chain import chain_blocks, pack_weights, sample_chain, sample_chain_ref
 from mcdi_fast.schedule import make_schedule
 
 

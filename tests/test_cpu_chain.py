@@ -1,0 +1,231 @@
+"""The compiled chain of few tasks against the reference in float64, and when the sampler takes it."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcdi_fast import Sampler, sampler
+from mcdi_fast.config import DiffusionConfig
+from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, init_parameters
+from mcdi_fast.diffusion import chain_table, sample_chain
+from mcdi_fast.errors import McdiError
+from mcdi_fast.generator import Normalizer, WeightGenerator
+from mcdi_fast.heads import head_layout
+from mcdi_fast.schedule import make_schedule
+from mcdi_fast.weights import WeightLayout
+
+pytest.importorskip("numba")
+
+from mcdi_fast import cpu_chain
+
+
+def parameters(d, c, steps, hidden, depth, seed=0):
+    """None of them zero."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = init_parameters(d, c, steps, hidden, depth, 0)
+    return {name: torch.randn(v.shape, generator=g) / len(v) ** 0.5 for name, v in shapes.items()}
+
+
+def by_steps(phi, schedule, x, condition, num_steps, mask):
+    """The chain by the network as it is written, in x's precision."""
+    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+
+    def f(x, t):
+        net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t), condition).squeeze(-3)
+        return (skip[t] * x + scale[t] * net) * mask
+
+    return sample_chain(f, x, schedule, num_steps=num_steps)
+
+
+def run(phi, schedule, x, condition, num_steps=None, mask=None):
+    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    packed = cpu_chain.PackedChain(FoldedDenoiser(phi))
+    return packed.run(x, condition, steps, coefficients.float(), mask)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Scratch memory starts as NaN: what is read before it is written shows."""
+    monkeypatch.setattr(cpu_chain.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tasks=st.integers(1, 4),
+    tokens=st.integers(1, 7),
+    d=st.integers(1, 19),
+    c=st.integers(1, 9),
+    hidden=st.integers(1, 40),
+    depth=st.integers(1, 4),
+    total=st.integers(3, 9),
+    seed=st.integers(0, 2**31),
+    masked=st.booleans(),
+)
+def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked):
+    phi, schedule = parameters(d, c, total, hidden, depth, seed), make_schedule(total, 3)
+    g = torch.Generator().manual_seed(seed + 1)
+    x, condition = torch.randn(tasks, tokens, d, generator=g), torch.randn(tasks, tokens, c, generator=g)
+    mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_chain.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+        found = run(phi, schedule, x, condition, 3, mask if masked else None)
+    wide = {name: value.double() for name, value in phi.items()}
+    expected = by_steps(wide, schedule, x.double(), condition.double(), 3, mask.double())
+    own = (by_steps(phi, schedule, x, condition, 3, mask) - expected).abs().max()
+    # torch's own float32 error on the same chain, eight times for another order of sums, and no less than eight units in the last place
+    bound = 8 * max(float(own), float(expected.abs().max()) * 2**-23)
+    assert float((found - expected).abs().max()) <= bound
+
+
+def test_the_default_size_as_exactly_as_torch(poisoned):
+    phi, schedule = parameters(65, 65, 20, 256, 2), make_schedule(20, 3)
+    g = torch.Generator().manual_seed(1)
+    x, condition = torch.randn(4, 5, 65, generator=g), torch.randn(4, 5, 65, generator=g)
+    wide = {name: value.double() for name, value in phi.items()}
+    expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
+    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    torch_error = sample_chain(ChainDenoiser(phi, condition, skip, scale), x, schedule) - expected
+    error = run(phi, schedule, x, condition) - expected
+    assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
+
+
+def test_tasks_are_independent_bit_by_bit(poisoned):
+    phi, schedule = parameters(11, 3, 6, 24, 2), make_schedule(6, 3)
+    x, condition = torch.randn(5, 3, 11), torch.randn(5, 3, 3)
+    together = run(phi, schedule, x, condition)
+    for i in range(5):
+        assert torch.equal(run(phi, schedule, x[i : i + 1], condition[i : i + 1])[0], together[i])
+    x[2] = torch.nan
+    again = run(phi, schedule, x, condition)
+    assert again[2].isnan().all()
+    rest = [0, 1, 3, 4]
+    assert torch.equal(again[rest], together[rest])
+
+
+def test_inputs_are_left_alone():
+    phi, schedule = parameters(5, 3, 6, 8, 1), make_schedule(6, 3)
+    x, condition = torch.randn(2, 3, 5), torch.randn(2, 3, 3)
+    before = x.clone(), condition.clone()
+    first = run(phi, schedule, x, condition)
+    assert torch.equal(x, before[0])
+    assert torch.equal(condition, before[1])
+    assert torch.equal(run(phi, schedule, x, condition), first)
+
+
+def test_exponential():
+    from numba import njit
+
+    @njit
+    def of(values):
+        return np.array([cpu_chain._exp(v) for v in values])
+
+    x = np.concatenate([np.linspace(-87, 87, 20001), np.linspace(-1e-3, 1e-3, 101), [0.0]]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(of(x) / exact - 1).max() < 2 * 2.0**-23
+    assert of(np.array([-1e9, -np.inf], np.float32)).max() < 2e-38
+    assert np.isfinite(of(np.array([1e9, np.inf], np.float32))).all()
+
+
+@pytest.fixture
+def generator():
+    layout = head_layout(5, 8)
+    phi = parameters(layout.width, 4, 6, 16, 2)
+    normal = [Normalizer(torch.zeros(5, n), torch.ones(5, n)) for n in (layout.width, 4)]
+    return WeightGenerator(phi, layout, *normal, DiffusionConfig(steps=6), {})
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many tasks each call of the compiled chain had."""
+    calls = []
+    inner = cpu_chain.PackedChain.run
+    monkeypatch.setattr(
+        cpu_chain.PackedChain, "run", lambda self, x, *rest: calls.append(len(x)) or inner(self, x, *rest)
+    )
+    monkeypatch.delenv("MCDI_IMPL", raising=False)
+    return calls
+
+
+def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken, monkeypatch):
+    condition, few = torch.randn(9, 5, 4), sampler.FEW_ROWS // 5
+    auto, plain = Sampler(generator), Sampler(generator, impl="torch")
+    for tasks in (1, few, few + 1, 9):
+        found, expected = (s.sample(condition[:tasks], range(tasks)).tokens for s in (auto, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    short = [s.sample(condition[:1], [3], num_steps=3).tokens for s in (auto, plain)]
+    torch.testing.assert_close(*short, rtol=1e-4, atol=1e-5)
+    assert taken == [1, few, 1]
+    taken.clear()
+    auto.sample(condition[:1], [0], eta_noise=0.5)
+    auto.sample(condition[:1], [0], callback=lambda t, x: None)
+    monkeypatch.setenv("MCDI_IMPL", "torch")
+    auto.sample(condition[:1], [0])
+    assert taken == []
+
+
+def test_padding_stays_as_by_torch(taken):
+    layout = WeightLayout.from_module(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
+    assert not layout.mask.all()
+    shape = (layout.num_tokens, layout.width)
+    phi = parameters(layout.width, 4, 6, 16, 2)
+    normal = Normalizer(torch.zeros(shape), torch.ones(shape))
+    told = Normalizer(torch.zeros(layout.num_tokens, 4), torch.ones(layout.num_tokens, 4))
+    made = WeightGenerator(phi, layout, normal, told, DiffusionConfig(steps=6), {})
+    condition = torch.randn(2, layout.num_tokens, 4)
+    found, expected = (Sampler(made, impl=impl).sample(condition, [0, 1]).tokens for impl in ("auto", "torch"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert taken == [2]
+
+
+def test_it_follows_a_phi_that_is_still_trained(generator, taken):
+    auto, condition = Sampler(generator), torch.randn(1, 5, 4)
+    before = auto.sample(condition, [0]).tokens
+    for value in generator.phi.values():
+        value.mul_(1.5)
+    after = auto.sample(condition, [0]).tokens
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(
+        after, Sampler(generator, impl="torch").sample(condition, [0]).tokens, rtol=1e-4, atol=1e-4
+    )
+    assert taken == [1, 1]
+
+
+def test_weights_that_are_not_finite_are_refused(generator):
+    huge = replace(generator, phi={name: value * 1e30 for name, value in generator.phi.items()})
+    with pytest.raises(McdiError, match="not finite"):
+        Sampler(huge).sample(torch.randn(1, 5, 4), [0])
+
+
+@pytest.fixture
+def fresh():
+    sampler._packed_chain.cache_clear()
+    yield
+    sampler._packed_chain.cache_clear()
+
+
+def test_without_numba_torch_samples(generator, taken, fresh, monkeypatch):
+    monkeypatch.setattr(sampler.importlib.util, "find_spec", lambda name: None)
+    Sampler(generator).sample(torch.randn(1, 5, 4), [0])
+    assert taken == []
+
+
+def test_a_numba_that_cannot_be_imported_is_named_and_torch_samples(generator, taken, fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mcdi_fast.cpu_chain", None)
+    with pytest.warns(UserWarning, match="numba is installed but cannot be used"):
+        Sampler(generator).sample(torch.randn(1, 5, 4), [0])
+    assert taken == []
+
+
+def test_no_folder_to_keep_what_is_compiled(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function")
+        return lambda function: ("compiled", function)
+
+    monkeypatch.setattr(cpu_chain, "njit", njit)
+    assert cpu_chain._compile(abs) == ("compiled", abs)
