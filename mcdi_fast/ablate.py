@@ -7,7 +7,6 @@ there are never computed again. Stop it at any moment and give the same command 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from mcdi_fast.store import (
     write_json,
 )
 from mcdi_fast.tasks import FewShotData, check_episodes, load_dataset
-from mcdi_fast.train import StoppedError, open_run, run_command
+from mcdi_fast.train import StoppedError, open_run, parse, run_command
 
 
 def ablate(config: AblateConfig) -> bool:
@@ -111,14 +110,7 @@ def _report(folder: Path, out: Path, dataset: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 3 time limit, 130 Ctrl-C."""
-    import tyro
-
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--dataset", default="omniglot")
-    dataset = peek.parse_known_args(arguments)[0].dataset
-    config = tyro.cli(
-        AblateConfig, default=default_ablate_config(dataset), prog="python -m mcdi_fast.ablate", args=arguments
-    )
+    config = parse(AblateConfig, default_ablate_config, "mcdi_fast.ablate", arguments)
     complete = True
 
     def run() -> None:

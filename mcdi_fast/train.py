@@ -10,13 +10,14 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -38,6 +39,8 @@ from mcdi_fast.sampler import Sampler
 from mcdi_fast.schedule import diffusion_tables
 from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
+
+Config = TypeVar("Config")
 
 
 class StoppedError(McdiError):
@@ -343,14 +346,23 @@ def run_command(main: Callable[[], Any]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and run. Returns the exit code."""
+def parse(kind: type[Config], default: Callable[[str], Config], name: str, arguments: Sequence[str] | None) -> Config:
+    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset."""
     import tyro
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--dataset", default="glyphs")  # the defaults shown and used depend on it
+    peek.add_argument("--dataset", default=vars(kind)["dataset"])  # that of the class
     dataset = peek.parse_known_args(arguments)[0].dataset
-    config = tyro.cli(TrainConfig, default=default_config(dataset), prog="python -m mcdi_fast.train", args=arguments)
+    try:
+        return tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run. Returns the exit code."""
+    config = parse(TrainConfig, default_config, "mcdi_fast.train", arguments)
     return run_command(lambda: train(config))
 
 

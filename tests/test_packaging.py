@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # of the main job's reports, downloads and command line: whoever embeds the sampler has no use for them
-HEAVY = ["matplotlib", "tyro", "pooch", "tqdm", "PIL", "scipy", "hypothesis", "pytest", "psutil"]
+HEAVY = ["matplotlib", "tyro", "pooch", "tqdm", "PIL", "scipy", "hypothesis", "pytest", "psutil", "numba", "llvmlite"]
 
 
 def run(code, *options, cwd, path=(), **environment):
