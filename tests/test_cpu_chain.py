@@ -1,6 +1,7 @@
 """The compiled chain of few tasks against the reference in float64, and when the sampler takes it."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -166,6 +167,18 @@ def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken
     monkeypatch.setenv("MCDI_IMPL", "torch")
     auto.sample(condition[:1], [0])
     assert taken == []
+
+
+def test_threads_share_a_sampler(generator, taken):
+    auto, condition = Sampler(generator), torch.randn(4, 5, 4)
+
+    def one(i):
+        return auto.sample(condition[i : i + 1], [i]).tokens
+
+    expected = [one(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(one, [0, 1, 2, 3] * 25)):
+            assert torch.equal(found, expected[i % 4])
 
 
 def test_padding_stays_as_by_torch(taken):
