@@ -116,7 +116,7 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     found = read_json(folder / "config.json")
     shared = ("dataset", "queries", "selection_tasks", "backbone", "prepare", "diffusion", "denoiser", "meta")
     config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
-    views = config["backbone"]["views"]
+    views = config["backbone"].get("views", 1)  # a folder may be older than the option
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
         mine = {"config": config, "cells": [cell for cell in cells if cell["cell"]["setting"] == setting]}
