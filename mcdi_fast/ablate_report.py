@@ -294,7 +294,23 @@ def _comparison(cells: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list
             f"{_milliseconds(cells, method, entries):.2f} | {' / '.join(map(str, steps))} | "
             f"{_seconds(entries, 'training_seconds')} | {_seconds(entries, 'preparation_seconds')} |"
         )
-    return [*lines, ""] if len(lines) > 4 else []
+    return [*lines, "", *_whole_network(cells)] if len(lines) > 4 else []
+
+
+def _whole_network(cells: list[dict[str, Any]]) -> list[str]:
+    """What Reptile on the whole network came to: without an outer step it is not Reptile's any more."""
+    chosen = [e["chosen"] for e in row(cells, "reptile-net")]
+    if not chosen:
+        return []
+    tried = sorted({outer for c in chosen for _, _, outer, _ in c["tried"]})
+    text = " / ".join(str(outer) for outer in sorted({c["outer_steps"] for c in chosen}))
+    best = [max(accuracy for accuracy, _, outer, _ in c["tried"] if outer == tried[-1]) for c in chosen]
+    return [
+        f"Reptile, whole network: of {' and '.join(map(str, tried))} outer steps from the trained backbone, validation tasks chose {text} "
+        f"(0: the trained backbone and a head of zeros, fine-tuned as a whole); with {tried[-1]} it had {np.mean(best):.1f} % there. Why: "
+        "[baselines.md](baselines.md).",
+        "",
+    ]
 
 
 def _milliseconds(cells: list[dict[str, Any]], method: str, entries: list[dict[str, Any]], steps: str = "all") -> float:

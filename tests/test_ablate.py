@@ -101,6 +101,7 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     text = (folder / "results.md").read_text()
     for word in ("Theorem 1", "figure 4", "Which claims hold here", "Are generated heads new", "One change at a time"):
         assert word in text
+    assert "Reptile, whole network: of 0 and 3 outer steps" in text
     for figure in ("accuracy", "segments", "theorem1", "chains"):
         assert (folder / "figures" / f"5way1shot-{figure}.png").read_bytes().startswith(b"\x89PNG")
 
