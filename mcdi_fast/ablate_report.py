@@ -519,24 +519,29 @@ def _novelty(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _selection(cells: list[dict[str, Any]]) -> list[str]:
-    found = [{**c, "seed": c["cell"]["seed"]} for c in cells if c["cell"]["change"]]
-    default = [c for c in found if c["cell"]["change"] == "default"]
+    changes: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda c: int(c["cell"]["seed"])):
+        if cell["cell"]["change"]:
+            changes.setdefault(cell["cell"]["change"], []).append({**cell, "seed": cell["cell"]["seed"]})
+    default = changes.pop("default", [])
     if not default:
         return []
     lines = [
         "### One change at a time (validation characters)",
         "",
-        f"Mc-Di, seed {default[0]['seed']}, {len(default[0]['correct'])} validation tasks; paired over the same tasks.",
+        f"Mc-Di, {len(default[0]['correct'])} validation tasks a seed; the difference is paired over the same tasks of the same seeds.",
         "",
-        "| change | accuracy, % | minus the default | one task, ms | training, s |",
-        "| --- | --- | --- | --- | --- |",
+        "| change | seeds | accuracy, % | minus the default | one task, ms | training, s |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    rest = sorted((c for c in found if c["cell"]["change"] != "default"), key=lambda c: -c["accuracy_mean"])
-    for c in [*default, *rest]:
-        difference = paired([c], default)
+    against = {name: paired(entries, default) for name, entries in changes.items()}
+    order = sorted(changes, key=lambda name: -(against[name] or Difference(0, 0, ())).mean)
+    for name, entries in [("default", default), *((name, changes[name]) for name in order)]:
+        seeds = ", ".join(str(e["seed"]) for e in entries)
+        mean, half = over_seeds([e["accuracy_mean"] for e in entries])[0], pooled_interval(entries)
         lines.append(
-            f"| {c['cell']['change']} | {c['accuracy_mean']:.2f} ± {c['accuracy_ci95']:.2f} | {difference if c in rest else ''} | "
-            f"{c['adapt_ms']:.2f} | {c['training_seconds']:.0f} |"
+            f"| {name} | {seeds} | {mean:.2f} ± {half:.2f} | {against.get(name) or ''} | "
+            f"{np.median([e['adapt_ms'] for e in entries]):.2f} | {_seconds(entries, 'training_seconds')} |"
         )
     return [*lines, ""]
 
