@@ -171,9 +171,8 @@ class AblateConfig:
     selection_tasks: int = 1000
     """Validation tasks that judge a change; other ones than those that choose rates."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    prepare: PrepareConfig = field(
-        default_factory=lambda: PrepareConfig(tasks=5000, copies=2)
-    )  # augmentation, as the paper
+    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000, copies=2))
+    """Stage 1, weight preparation: Adam + SAM on many training tasks, here with augmentation, as the paper has it."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=300, checkpoint_every=50))
