@@ -529,7 +529,8 @@ def _selection(cells: list[dict[str, Any]]) -> list[str]:
     lines = [
         "### One change at a time (validation characters)",
         "",
-        f"Mc-Di, {len(default[0]['correct'])} validation tasks a seed; the difference is paired over the same tasks of the same seeds.",
+        f"Mc-Di, {len(default[0]['correct'])} validation tasks a seed; the difference is paired over the same tasks of the same seeds. "
+        "Seeds have tasks of their own: compare differences, not accuracies of rows with other seeds.",
         "",
         "| change | seeds | accuracy, % | minus the default | one task, ms | training, s |",
         "| --- | --- | --- | --- | --- | --- |",

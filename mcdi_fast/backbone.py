@@ -99,6 +99,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
     """16 hex digits that change with the training images, the recipe and its precision."""
+    # views are of the features, not of the training
     recipe = {name: value for name, value in asdict(config).items() if name != "views"}
     text = json.dumps([_RECIPE, data.name, data.fingerprint, recipe, native_bfloat16(device)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
 FEW_ROWS = 20
 """Tokens of all tasks up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4 heads of 5 ways. Measured: one
-head 1.1 ms against 2.8, four 5.6 against 6.5, six alike, more slower."""
+head 1.2 ms against 2.8, four 5.5 against 5.7, six alike, more slower (one thread, docs/performance.md)."""
 
 
 @functools.cache

@@ -70,17 +70,16 @@ def poisoned(monkeypatch):
 def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked):
     phi, schedule = parameters(d, c, total, hidden, depth, seed), make_schedule(total, 3)
     g = torch.Generator().manual_seed(seed + 1)
-    x, condition = torch.randn(tasks, tokens, d, generator=g), torch.randn(tasks, tokens, c, generator=g)
+    x, condition = torch.randn(32, tokens, d, generator=g), torch.randn(32, tokens, c, generator=g)
     mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_chain.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
-        found = run(phi, schedule, x, condition, 3, mask if masked else None)
+        found = run(phi, schedule, x[:tasks], condition[:tasks], 3, mask if masked else None)
     wide = {name: value.double() for name, value in phi.items()}
     expected = by_steps(wide, schedule, x.double(), condition.double(), 3, mask.double())
-    own = (by_steps(phi, schedule, x, condition, 3, mask) - expected).abs().max()
-    # torch's own float32 error on the same chain, eight times for another order of sums, and no less than eight units in the last place
-    bound = 8 * max(float(own), float(expected.abs().max()) * 2**-23)
-    assert float((found - expected).abs().max()) <= bound
+    # torch's own float32 error on this chain, the worst of 32 tasks (of one alone it may be nothing, by luck); eight times, for another order of sums
+    own = float((by_steps(phi, schedule, x, condition, 3, mask) - expected).abs().max())
+    assert float((found - expected[:tasks]).abs().max()) <= 8 * own
 
 
 def test_the_default_size_as_exactly_as_torch(poisoned):
