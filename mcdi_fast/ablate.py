@@ -27,7 +27,9 @@ from mcdi_fast.ablate_workshop import PausedError, Workshop
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import (
     make_folder,
+    read_json,
     remove_temporaries,
+    show_path,
     write_json,
 )
 from mcdi_fast.tasks import FewShotData, check_episodes, load_dataset
@@ -55,9 +57,9 @@ def ablate(config: AblateConfig) -> bool:
             remove_temporaries(make_folder(folder / name))
         try:
             complete = _make_cells(config, data, folder, deadline)
+            _report(folder, out, config.dataset)
         except McdiError as error:
             raise StoppedError(str(error)) from error
-        _report(folder, out, config.dataset)
     return complete
 
 
@@ -80,6 +82,8 @@ def _make_cells(config: AblateConfig, data: FewShotData, folder: Path, deadline:
             try:
                 if i:  # a call always makes some progress, however short its time
                     shop.pause_if_late()
+                else:
+                    _check_backbone(folder, shop)
                 record = run_cell(shop, cell)
             except PausedError:
                 all_.close()
@@ -101,6 +105,17 @@ def _make_cells(config: AblateConfig, data: FewShotData, folder: Path, deadline:
                         shutil.rmtree(bank)
                         (folder / "partial" / f"bank_{bank.name}.json").unlink(missing_ok=True)
     return True
+
+
+def _check_backbone(folder: Path, shop: Workshop) -> None:
+    """Rows of other features are no comparison, and the same recipe trains another backbone on another kind of processor."""
+    for path in sorted((folder / "cells").glob("*.json")):
+        there = read_json(path).get("backbone")
+        if there != shop.backbone():
+            raise McdiError(
+                f"{show_path(path)}: made on backbone {there or 'unknown'}, {show_path(shop.config.cache_dir)} has {shop.backbone()}; "
+                "go on with the --cache-dir it was made with, or choose another --run-dir"
+            )
 
 
 def _report(folder: Path, out: Path, dataset: str) -> None:

@@ -127,7 +127,7 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
         joint = _joint_config(mine, there)
         if joint is None:
             raise McdiError(
-                f"{show_path(path)}: a record with another budget or other settings; move it, or choose another --out"
+                f"{show_path(path)}: a record with another backbone, another budget or other settings; move it, or choose another --out"
             )
         every = {_key(cell): cell for cell in [*there["cells"], *mine["cells"]]}
         lines = ",\n".join("  " + dumps(every[key], path) for key in sorted(every))
@@ -136,7 +136,12 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
 
 
 def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of the cells of two records together; None where they differ. Those of Reptile's whole network bind only who ran it."""
+    """The settings of the cells of two records together; None where they, or the trained backbones, differ.
+
+    Those of Reptile's whole network bind only who ran it.
+    """
+    if len({cell.get("backbone") for record in records for cell in record["cells"]}) > 1:
+        return None
     first, second = map(_settings, records)
     if first == second:
         return first
@@ -160,7 +165,7 @@ def _key(cell: dict[str, Any]) -> str:
 def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
     """In the order of `SETTINGS`, by setting (and number of views, where an image has several): `config`, `cells`, `files`.
 
-    The newest file of a setting, with what older ones of the same config have besides.
+    The newest file of a setting, with what older ones of the same config and backbone have besides.
 
     Raises:
         McdiError: a file that is no such record.
@@ -228,12 +233,15 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
     ]
     for setting, record in records.items():
         config, machines = record["config"], [c["machine"] for c in record["cells"]]
+        backbone = record["cells"][0].get("backbone")
         seeds = sorted({c["cell"]["seed"] for c in record["cells"]})
         lines.append(
             f"- {setting}: records {', '.join(record['files'])}; {_options(config)}; "
             f"seeds {', '.join(map(str, seeds))}; {config['evaluate']['tasks']} test tasks "
             f"a seed; {config['meta']['steps']} outer steps, {config['prepare']['tasks']} tasks in the bank; "
-            f"{machines[0]['processor']}, {machines[0]['threads']} thread(s), torch {machines[0]['torch']}; "
+            f"{f'backbone {backbone}; ' if backbone else ''}"
+            f"{' '.join(filter(None, (machines[0]['processor'], machines[0].get('instructions'))))}, "
+            f"{machines[0]['threads']} thread(s), torch {machines[0]['torch']}; "
             f"git {', '.join(sorted({m['git'] for m in machines}))}"
         )
     return [*lines, ""]

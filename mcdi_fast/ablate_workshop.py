@@ -55,6 +55,7 @@ class Workshop:
         self._sampler: tuple[WeightGenerator, Sampler] | None = None
         self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
+        self.backbone: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
         self.tasks: Callable[[str, int, str], FeatureTasks] = lru_cache(4)(self._tasks)
 

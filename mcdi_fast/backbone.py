@@ -111,6 +111,14 @@ def features_provenance(data: FewShotData, config: BackboneConfig, device: torch
     return {"backbone": fingerprint(data, config, device), **views}
 
 
+def weights_digest(backbone: nn.Module) -> str:
+    """16 hex digits of the trained weights themselves: the same recipe ends elsewhere on another kind of processor."""
+    found = hashlib.sha256()
+    for tensor in backbone.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 @torch.no_grad()
 def extract_features(
     backbone: nn.Module,

@@ -25,9 +25,10 @@ _WHAT = {
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were made with: processor, threads, versions, git sha."""
+    """What the numbers were made with: processor and the widest instructions torch uses of it, threads, versions, git sha."""
     return {
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

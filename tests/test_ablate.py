@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -136,6 +137,29 @@ def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, t
     assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
     assert "another budget" in capsys.readouterr().err
     assert record.read_bytes() == before
+
+
+def test_rows_on_another_backbone_are_refused(options, tmp_path, capsys):
+    """As a run folder or a record has them that go on on another kind of processor: the same recipe, other weights."""
+    out, run = tmp_path / "docs", tmp_path / "run"
+    common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--parts", "comparison", "--methods"]
+    assert ablate.main([*common, "prototype", "--run-dir", str(run), "--out", str(out)]) == 0
+    (cell,) = (run / "cells").iterdir()
+    ours = store.read_json(cell)["backbone"]
+    (weights,) = (tmp_path / "cache" / "backbones").iterdir()
+    tensors, meta = store.load_tensors(weights, "backbone")
+    tensors["0.bias"][0] += 1e-6
+    store.save_tensors(weights, tensors, meta, "backbone")
+    shutil.rmtree(tmp_path / "cache" / "features")
+    before = cell.read_bytes()
+    capsys.readouterr()
+    assert ablate.main([*common, "finetune", "--run-dir", str(run), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"{cell.name}: made on backbone {ours}" in said
+    assert "--cache-dir" in said
+    assert [path.read_bytes() for path in (run / "cells").iterdir()] == [before]
+    assert ablate.main([*common, "finetune", "--run-dir", str(tmp_path / "other"), "--out", str(out)]) == 1
+    assert "another backbone" in capsys.readouterr().err
 
 
 def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
