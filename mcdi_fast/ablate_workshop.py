@@ -55,7 +55,7 @@ class Workshop:
         self._sampler: tuple[WeightGenerator, Sampler] | None = None
         self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
-        self.backbone: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))
+        self.backbone: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))  # its digest
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
         self.tasks: Callable[[str, int, str], FeatureTasks] = lru_cache(4)(self._tasks)
 
@@ -88,9 +88,8 @@ class Workshop:
 
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
-        made_by = bb.features_provenance(self.data, self.config.backbone, self.device)
-        views = f"-views{made_by['views']}" if "views" in made_by else ""
-        name = f"{made_by['backbone']}{views}-{self.copies}.safetensors"
+        count = self.config.backbone.views
+        name = f"{self.backbone()}{f'-views{count}' if count > 1 else ''}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]
@@ -160,7 +159,7 @@ class Workshop:
             config = train_config(self.config, replace(cell, method="mc-di", segments=self.config.diffusion.segments))
         copies = self.features()["train"][: config.prepare.copies].to(self.device)
         meta = {
-            **bb.features_provenance(self.data, config.backbone, self.device),
+            **bb.features_provenance(self.data, config.backbone, self.network()),
             "prepare": asdict(config.prepare),
             "task": asdict(config.task),
             "seed": config.seed,

@@ -105,10 +105,11 @@ def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def features_provenance(data: FewShotData, config: BackboneConfig, device: torch.device) -> dict[str, Any]:
-    """What made the features: `backbone`, the fingerprint that is its file's name, and `views` where they are several."""
+def features_provenance(data: FewShotData, config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:
+    """What made the features: `backbone`, the fingerprint that is its file's name, `backbone_weights`, and `views` where they are several."""
     views = {"views": config.views} if config.views > 1 else {}
-    return {"backbone": fingerprint(data, config, device), **views}
+    name = fingerprint(data, config, next(backbone.parameters()).device)
+    return {"backbone": name, "backbone_weights": weights_digest(backbone), **views}
 
 
 def weights_digest(backbone: nn.Module) -> str:

@@ -257,7 +257,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
     provenance = {
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
-        **bb.features_provenance(data, config.backbone, torch.device(config.device)),
+        **bb.features_provenance(data, config.backbone, network),
     }
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
         bank = prepare_bank(

@@ -110,6 +110,19 @@ def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, st
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
+def test_a_run_does_not_go_on_with_another_backbone(options, tmp_path, capsys):
+    """As after a move to another kind of processor, where the same recipe trains other weights."""
+    assert train.main(options) == 0
+    before = result(tmp_path / "run")
+    (path,) = (tmp_path / "cache" / "backbones").iterdir()
+    tensors, meta = store.load_tensors(path, "backbone")
+    tensors["0.bias"][0] += 1e-6
+    store.save_tensors(path, tensors, meta, "backbone")
+    assert train.main(options) == 1
+    assert "another meta is there ('backbone_weights'" in capsys.readouterr().err
+    assert result(tmp_path / "run") == before
+
+
 BAD = {
     "--task.ways 9": "--task.ways = 9: more than the 8 classes",
     "--task.ways 1": "--task.ways = 1",
