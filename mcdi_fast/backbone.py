@@ -97,19 +97,18 @@ def to_float(images: Tensor) -> Tensor:
     return images.reshape(-1, 1, *images.shape[-2:]).float().div_(255)
 
 
-def fingerprint(data: FewShotData, config: BackboneConfig, device: torch.device) -> str:
-    """16 hex digits that change with the training images, the recipe and its precision."""
+def fingerprint(data: FewShotData, config: BackboneConfig) -> str:
+    """16 hex digits that change with the training images and the recipe; not with the machine, which `weights_digest` tells apart."""
     # views are of the features, not of the training
     recipe = {name: value for name, value in asdict(config).items() if name != "views"}
-    text = json.dumps([_RECIPE, data.name, data.fingerprint, recipe, native_bfloat16(device)])
+    text = json.dumps([_RECIPE, data.name, data.fingerprint, recipe])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def features_provenance(data: FewShotData, config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:
     """What made the features: `backbone`, the fingerprint that is its file's name, `backbone_weights`, and `views` where they are several."""
     views = {"views": config.views} if config.views > 1 else {}
-    name = fingerprint(data, config, next(backbone.parameters()).device)
-    return {"backbone": name, "backbone_weights": weights_digest(backbone), **views}
+    return {"backbone": fingerprint(data, config), "backbone_weights": weights_digest(backbone), **views}
 
 
 def weights_digest(backbone: nn.Module) -> str:
@@ -183,7 +182,7 @@ def train_backbone(
         on_start: called with the steps already done. on_step: called as on_step(step, loss).
     """
     device = torch.device(device)
-    name = fingerprint(data, config, device)
+    name = fingerprint(data, config)
     final, partial = folder / f"{name}.safetensors", folder / f"{name}.partial.safetensors"
     backbone = conv4()
     if final.exists():

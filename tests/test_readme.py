@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mcdi_fast import DiffusionConfig, WeightGenerator
-from mcdi_fast.backbone import conv4
+from mcdi_fast.backbone import conv4, weights_digest
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.heads import head_layout
 from mcdi_fast.store import make_folder, save_tensors
@@ -19,10 +19,12 @@ def finished_run(place):
     """What `make train` leaves, as far as the docs use it, untrained; and the names that their blocks take for given."""
     normalizers = [Normalizer(torch.zeros(1, width), torch.ones(1, width)) for width in (65, 65)]
     phi = init_parameters(65, 65, 20, 32, 1, seed=0)
-    parts = phi, head_layout(5, 64), *normalizers, DiffusionConfig(), {"backbone": "0123456789abcdef"}
+    network = conv4()
+    provenance = {"backbone": "0123456789abcdef", "backbone_weights": weights_digest(network)}
+    parts = phi, head_layout(5, 64), *normalizers, DiffusionConfig(), provenance
     WeightGenerator(*parts).save_pretrained(place / "runs/glyphs-seed0/generator")
     cache = make_folder(place / "runs/cache/backbones")
-    save_tensors(cache / "0123456789abcdef.safetensors", conv4().state_dict(), {}, "backbone")
+    save_tensors(cache / "0123456789abcdef.safetensors", network.state_dict(), {}, "backbone")
     return {
         "support_features": torch.randn(3, 5, 1, 64),
         "query_features": torch.randn(3, 15, 64),
