@@ -407,6 +407,7 @@ def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
 
 def _variants(cells: list[dict[str, Any]]) -> list[str]:
     variants = ("sam-augment", "sam", "augment", "plain")
+    heading = ["| row | SAM + augmentation | SAM | augmentation | neither |", "| --- | --- | --- | --- | --- |"]
     if not any(row(cells, "mc-di", v) or row(cells, "ceiling", v) for v in variants[1:]):
         return []
     lines = [
@@ -414,8 +415,7 @@ def _variants(cells: list[dict[str, Any]]) -> list[str]:
         "",
         "Accuracy, % (deviation over seeds); below, the largest Hessian eigenvalue of the trained heads' loss, mean over test tasks.",
         "",
-        "| row | SAM + augmentation | SAM | augmentation | neither |",
-        "| --- | --- | --- | --- | --- |",
+        *heading,
     ]
     for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling"):
         values = []
@@ -427,7 +427,17 @@ def _variants(cells: list[dict[str, Any]]) -> list[str]:
     for variant in variants:
         entries = row(cells, "ceiling", variant)
         values.append(f"{np.mean([e['eigenvalue']['mean'] for e in entries]):.4f}" if entries else "")
-    return [*lines, f"| largest eigenvalue | {' | '.join(values)} |", ""]
+    lines += [f"| largest eigenvalue | {' | '.join(values)} |", ""]
+    lines += [
+        "Mc-Di minus the row, the preparation of both being the same, paired over the same tasks, with its 95 % interval.",
+        "",
+        *heading,
+    ]
+    for method in _BASELINES:
+        differences = [paired(row(cells, "mc-di", v), row(cells, method, v)) for v in variants]
+        if any(differences):
+            lines.append(f"| {TITLES[method]} | {' | '.join(str(d or '') for d in differences)} |")
+    return [*lines, ""]
 
 
 def _segments(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: str) -> list[str]:

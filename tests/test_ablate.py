@@ -99,7 +99,14 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
         assert record["adapt_ms"] > 0
         assert record["gradient_steps"] >= 0
     text = (folder / "results.md").read_text()
-    for word in ("Theorem 1", "figure 4", "Which claims hold here", "Are generated heads new", "One change at a time"):
+    for word in (
+        "Theorem 1",
+        "figure 4",
+        "Which claims hold here",
+        "Are generated heads new",
+        "One change at a time",
+        "the preparation of both",
+    ):
         assert word in text
     assert "Reptile, whole network: of 0 and 3 outer steps" in text
     for figure in ("accuracy", "segments", "theorem1", "chains"):
