@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import json
 import os
 import random
+import shutil
 import struct
 import sys
 import zipfile
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mcdi_fast.backbone import fingerprint, train_backbone, weights_digest
+from mcdi_fast.config import BackboneConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import FewShotData, load_dataset, omniglot
 
@@ -114,6 +118,22 @@ def test_real_counts(real):
 @pytest.mark.data
 def test_real_fingerprint(real):
     assert real.fingerprint == "3f7d49794c010c94"
+
+
+@pytest.mark.data
+def test_the_records_backbone_is_found_under_its_name(real, tmp_path):
+    """The one kept beside the records, put into a cache as the README says, is what the default recipe loads instead of training."""
+    (file,) = (Path(__file__).parents[1] / "docs/records/backbone").glob("*.safetensors")
+    assert file.stem == fingerprint(real, BackboneConfig())
+    shutil.copy(file, tmp_path)
+    trained = train_backbone(real, BackboneConfig(), tmp_path, on_step=lambda *_: pytest.fail("trained again"))
+    named = {
+        cell["backbone"]
+        for path in file.parents[1].glob("*-ablation-omniglot-*.json")
+        for cell in json.loads(path.read_text())["cells"]
+        if "backbone" in cell  # the first records do not say
+    }
+    assert named == {weights_digest(trained)}
 
 
 @pytest.mark.data
