@@ -44,6 +44,7 @@ _BASELINES = (
     "prototype",
 )
 _DEFAULT, _K = "sam-augment", 3
+_PREPARATIONS = {"sam-augment": "SAM + augmentation", "sam": "SAM", "augment": "augmentation", "plain": "neither"}
 
 
 @dataclass(frozen=True)
@@ -385,29 +386,38 @@ def _claims(setting: str, cells: list[dict[str, Any]], ours: list[dict[str, Any]
 
 def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di"):
-        entries = row(cells, method)
-        counts = sorted({int(c) for e in entries for c in e.get("by_steps", {})})
-        for count in counts:
+    rows = [(method, _DEFAULT, TITLES[method]) for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di")]
+    rows += [("mc-di", variant, f"Mc-Di, {_PREPARATIONS[variant]} in the preparation") for variant in ("sam", "plain")]
+    for method, variant, title in rows:
+        entries = row(cells, method, variant)
+        for count in sorted({int(c) for e in entries for c in e.get("by_steps", {})}):
             few = steps_of(entries, count)
+            against = [
+                paired(few, entries),
+                paired(few, row(cells, "prototype")),
+                paired(few, row(cells, "mv-di", variant)),
+            ]
             lines.append(
-                f"| {TITLES[method]} | {count} | {_accuracy(few)} | {_milliseconds(cells, method, few, str(count)):.2f} |"
+                f"| {title} | {count} | {_accuracy(few)} | {' | '.join(str(d or '') for d in against)} | "
+                f"{_milliseconds(cells, method, few, str(count)):.2f} |"
             )
     if not lines:
         return []
     return [
         "### Fewer sampling steps",
         "",
-        "| row | steps | accuracy, % | one task, ms |",
-        "| --- | --- | --- | --- |",
+        "Minus: paired over the same tasks, with its 95 % interval; Mv-Di with all its steps, of the same preparation.",
+        "",
+        "| row | steps | accuracy, % | minus the row with all steps | minus nearest prototype | minus Mv-Di | one task, ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         *lines,
         "",
     ]
 
 
 def _variants(cells: list[dict[str, Any]]) -> list[str]:
-    variants = ("sam-augment", "sam", "augment", "plain")
-    heading = ["| row | SAM + augmentation | SAM | augmentation | neither |", "| --- | --- | --- | --- | --- |"]
+    variants = tuple(_PREPARATIONS)
+    heading = [f"| row | {' | '.join(_PREPARATIONS.values())} |", "| --- | --- | --- | --- | --- |"]
     if not any(row(cells, "mc-di", v) or row(cells, "ceiling", v) for v in variants[1:]):
         return []
     lines = [
