@@ -110,10 +110,10 @@ def _make_cells(config: AblateConfig, data: FewShotData, folder: Path, deadline:
 def _check_backbone(folder: Path, shop: Workshop) -> None:
     """Rows of other features are no comparison, and the same recipe trains another backbone on another kind of processor."""
     for path in sorted((folder / "cells").glob("*.json")):
-        there = read_json(path).get("backbone")
-        if there != shop.backbone():
+        there = read_json(path).get("backbone_weights")
+        if there != shop.backbone_weights():
             raise McdiError(
-                f"{show_path(path)}: made on backbone {there or 'unknown'}, {show_path(shop.config.cache_dir)} has {shop.backbone()}; "
+                f"{show_path(path)}: made on backbone {there or 'unknown'}, {show_path(shop.config.cache_dir)} has {shop.backbone_weights()}; "
                 "go on with the --cache-dir it was made with, or choose another --run-dir"
             )
 

@@ -97,7 +97,13 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     else:
         made = _support_only(shop, cell)
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {"cell": asdict(cell), "date": today, **made, "backbone": shop.backbone(), "machine": machine()}
+    return {
+        "cell": asdict(cell),
+        "date": today,
+        **made,
+        "backbone_weights": shop.backbone_weights(),
+        "machine": machine(),
+    }
 
 
 def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Callable[..., Tensor]:

@@ -141,7 +141,7 @@ def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
 
     Those of Reptile's whole network bind only who ran it.
     """
-    if len({cell.get("backbone") for record in records for cell in record["cells"]}) > 1:
+    if len({cell.get("backbone_weights") for record in records for cell in record["cells"]}) > 1:
         return None
     first, second = map(_settings, records)
     if first == second:
@@ -234,7 +234,7 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
     ]
     for setting, record in records.items():
         config, machines = record["config"], [c["machine"] for c in record["cells"]]
-        backbone = record["cells"][0].get("backbone")
+        backbone = record["cells"][0].get("backbone_weights")
         seeds = sorted({c["cell"]["seed"] for c in record["cells"]})
         lines.append(
             f"- {setting}: records {', '.join(record['files'])}; {_options(config)}; "

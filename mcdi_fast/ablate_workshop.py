@@ -55,7 +55,7 @@ class Workshop:
         self._sampler: tuple[WeightGenerator, Sampler] | None = None
         self.copies = max(train_config(config, cell).prepare.copies for cell in plan(config))
         self.network: Callable[[], nn.Module] = cache(self._network)
-        self.backbone: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))  # its digest
+        self.backbone_weights: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
         self.tasks: Callable[[str, int, str], FeatureTasks] = lru_cache(4)(self._tasks)
 
@@ -89,7 +89,7 @@ class Workshop:
     def _features(self) -> dict[str, Tensor]:
         """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
         count = self.config.backbone.views
-        name = f"{self.backbone()}{f'-views{count}' if count > 1 else ''}-{self.copies}.safetensors"
+        name = f"{self.backbone_weights()}{f'-views{count}' if count > 1 else ''}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
         if path.exists():
             return load_tensors(path, "features")[0]

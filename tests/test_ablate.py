@@ -151,7 +151,7 @@ def test_rows_on_another_backbone_are_refused(options, tmp_path, capsys):
     common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--parts", "comparison", "--methods"]
     assert ablate.main([*common, "prototype", "--run-dir", str(run), "--out", str(out)]) == 0
     (cell,) = (run / "cells").iterdir()
-    ours = store.read_json(cell)["backbone"]
+    ours = store.read_json(cell)["backbone_weights"]
     (weights,) = (tmp_path / "cache" / "backbones").iterdir()
     tensors, meta = store.load_tensors(weights, "backbone")
     tensors["0.bias"][0] += 1e-6

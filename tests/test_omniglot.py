@@ -128,10 +128,10 @@ def test_the_records_backbone_is_found_under_its_name(real, tmp_path):
     shutil.copy(file, tmp_path)
     trained = train_backbone(real, BackboneConfig(), tmp_path, on_step=lambda *_: pytest.fail("trained again"))
     named = {
-        cell["backbone"]
+        cell["backbone_weights"]
         for path in file.parents[1].glob("*-ablation-omniglot-*.json")
         for cell in json.loads(path.read_text())["cells"]
-        if "backbone" in cell  # the first records do not say
+        if "backbone_weights" in cell  # the first records do not say
     }
     assert named == {weights_digest(trained)}
 
