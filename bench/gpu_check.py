@@ -30,20 +30,19 @@ os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"  # before anything imports 
 import torch
 import triton
 
+from mcdi_fast.backend import PRECISIONS
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import denoise, init_parameters, parameter_shapes
-from mcdi_fast.diffusion import chain_table
+from mcdi_fast.diffusion import InnerBatch, chain_table, make_objective, make_schedule
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.heads import head_layout
-from mcdi_fast.impl import PRECISIONS
-from mcdi_fast.inner import InnerBatch, inner_loop
+from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels import api as K
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import make_objective, make_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +58,7 @@ def cases(device: str, tiny: bool):
 
     schedule = make_schedule(steps, 3)
     objective = make_objective(schedule, "local-consistency")
-    tables = K.noising_tables(schedule, objective)
+    tables = K.noising_tables(objective)
     segment = torch.randint(3, (b,), generator=g)
     step = (torch.rand(b, k, s, generator=g) * objective.ends[segment][:, None, None]).long().to(device)
     segment, target = segment.to(device), normal(b, n, d)
@@ -136,7 +135,7 @@ def cases(device: str, tiny: bool):
 
     size = 50 if tiny else sum(i * o for i, o in parameter_shapes(d, c, steps, h, depth).values())
     state, delta = OuterState(*(normal(size) for _ in range(3)), normal(size).abs()), normal(size)
-    scalars = outer_scalars(MetaConfig(outer_rate=1e-6), 5)
+    scalars = outer_scalars(MetaConfig(outer_lr=1e-6), 5)
     on_device, good = torch.tensor(scalars, device=device), torch.ones(1, dtype=torch.int32, device=device)
     yield (
         "outer_update",
@@ -149,7 +148,7 @@ def cases(device: str, tiny: bool):
     config = PrepareConfig(steps=3) if tiny else PrepareConfig()
     start, images = normal(heads, 5, features + 1) * 0.01, normal(2, heads, rows, features)
     labels = torch.randint(5, (heads, rows), generator=g).to(device)
-    row_weight = torch.full((rows,), 1 / rows, device=device)
+    sample_weight = torch.full((rows,), 1 / rows, device=device)
     pick = torch.randint(2, (config.steps, heads, rows), generator=g, dtype=torch.int32).to(device)
     for name, rho in (("head_trajectory SAM", config.rho), ("head_trajectory Adam", 0.0)):
         chosen = replace(config, rho=rho)
@@ -157,12 +156,14 @@ def cases(device: str, tiny: bool):
             name,
             {
                 f"triton {p}": lambda p=p, chosen=chosen: K.head_trajectory(
-                    start, images, labels, chosen, 3, pick, row_weight, precision=p
+                    start, images, labels, chosen, 3, pick, sample_weight, precision=p
                 )
                 for p in PRECISIONS
             }
             | {
-                "torch": lambda chosen=chosen: K.head_trajectory_ref(start, images, labels, chosen, 3, pick, row_weight)
+                "torch": lambda chosen=chosen: K.head_trajectory_ref(
+                    start, images, labels, chosen, 3, pick, sample_weight
+                )
             },
         )
 
@@ -185,9 +186,9 @@ def cases(device: str, tiny: bool):
         },
     )
 
-    chain_steps, coefficients = chain_table(schedule)
+    chain_steps, coefficients = chain_table(schedule, objective)
     chain_steps, coefficients = chain_steps.to(device), coefficients.float().to(device)
-    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    skip, scale = objective.skip.tolist(), objective.scale.tolist()
     at = torch.arange(steps, device=device).view(-1, 1)
     packed = {p: K.pack_weights(phi, torch.bfloat16 if p == "bf16" else torch.float32) for p in PRECISIONS}
     for tasks in (3,) if tiny else (1, 32, 600, 4096):

@@ -21,10 +21,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdi_fast import backbone as bb
+from mcdi_fast.backend import PRECISIONS
 from mcdi_fast.config import BackboneConfig, MetaConfig, PrepareConfig, TaskConfig
 from mcdi_fast.evaluate import draw_tasks, generate, interval
 from mcdi_fast.heads import head_accuracy
-from mcdi_fast.impl import PRECISIONS
 from mcdi_fast.meta import fit
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.report import machine

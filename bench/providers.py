@@ -17,9 +17,11 @@ from torch.func import grad, vmap
 
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.inner import InnerBatch, inner_loop, task_loss
-from mcdi_fast.prepare import adam_scalars, adam_step, sam_perturbation, train_heads
+from mcdi_fast.inner import inner_loop, task_loss
+from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
+from mcdi_fast.prepare import train_heads
 from mcdi_fast.weights import Normalizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,7 +220,7 @@ def prepare_case(tasks: int, rows: int, dtype: torch.dtype = torch.float32) -> t
     g = torch.Generator().manual_seed(0)
     features = torch.randn(tasks, rows, FEATURES, generator=g) / FEATURES**0.5
     labels = torch.arange(WAYS).repeat_interleave(rows // WAYS).expand(tasks, -1)
-    start = torch.randn(tasks, WAYS, FEATURES + 1, generator=torch.Generator().manual_seed(0)) * RECIPE.start_deviation
+    start = torch.randn(tasks, WAYS, FEATURES + 1, generator=torch.Generator().manual_seed(0)) * RECIPE.start_std
     return features.to(DEVICE, dtype), labels.to(DEVICE), start.to(DEVICE, dtype)
 
 
@@ -333,8 +335,8 @@ def chain_by_denoise(generator: Any, condition: Tensor, start: Tensor, network=d
     alpha, abar, skip, scale = (
         schedule.alpha.float(),
         schedule.abar.float(),
-        schedule.skip().float(),
-        schedule.scale().float(),
+        generator.objective.skip.float(),
+        generator.objective.scale.float(),
     )
     x = start
     for t in range(schedule.num_steps):

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from mcdi_fast.denoiser import ChainDenoiser, denoise
-from mcdi_fast.diffusion import consistency_loss, make_inner_batch
+from mcdi_fast.diffusion import consistency_loss, make_inner_batch, make_objective, make_schedule
 from mcdi_fast.heads import head_gradient
-from mcdi_fast.prepare import adam_scalars, adam_step, sam_perturbation
-from mcdi_fast.schedule import make_objective, make_schedule
+from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 
 TASKS = [32, 128]
 
@@ -39,7 +38,7 @@ def pieces(tasks, width=256, samples=4, tokens=5, inner=3):
 
     yield (
         "noising",
-        lambda: make_inner_batch(schedule, objective, target, condition, segment, step, eps).x,
+        lambda: make_inner_batch(objective, target, condition, segment, step, eps).x,
         noising_plain,
         6 * eps.numel(),
         4 * eps.nbytes,
@@ -111,13 +110,13 @@ def pieces(tasks, width=256, samples=4, tokens=5, inner=3):
     )
 
     phi, _ = P.meta_case(1, 1, 1, width)
-    noise, told = normal(tasks, tokens, P.TOKEN), normal(tasks, tokens, P.CONDITION)
-    chain = ChainDenoiser(phi, told, [0.5] * P.STEPS, [2.0] * P.STEPS)
+    noise, raw_normal = normal(tasks, tokens, P.TOKEN), normal(tasks, tokens, P.CONDITION)
+    chain = ChainDenoiser(phi, raw_normal, [0.5] * P.STEPS, [2.0] * P.STEPS)
     at = torch.full((tasks, 1), 3, device=P.DEVICE)
     yield (
         "chain step",
         lambda: chain.advance(noise, 3, 1.1, -0.2),
-        lambda: 1.1 * noise - 0.2 * (0.5 * noise + 2 * denoise(phi, noise.unsqueeze(1), at, told).squeeze(1)),
+        lambda: 1.1 * noise - 0.2 * (0.5 * noise + 2 * denoise(phi, noise.unsqueeze(1), at, raw_normal).squeeze(1)),
         P.chain_operations(tasks, tokens, phi, 1),
         P.chain_bytes(phi, 1),
     )

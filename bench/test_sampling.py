@@ -71,13 +71,14 @@ def reference(generator, condition, steps):
     """Heads by `diffusion.sample_chain` with `denoise` for the network, in float64."""
     tasks, tokens, _ = condition.shape
     x = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device).double()
-    told = generator.condition_normalizer.normalize(condition).double()
+    raw_normal = generator.condition_normalizer.normalize(condition).double()
     phi = {name: value.double() for name, value in generator.phi.items()}
     schedule = generator.schedule
-    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    objective = generator.objective
+    skip, scale = objective.skip.tolist(), objective.scale.tolist()
 
     def f(x, t):
-        net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t, device=x.device), told).squeeze(-3)
+        net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t, device=x.device), raw_normal).squeeze(-3)
         return skip[t] * x + scale[t] * net
 
     return generator.normalizer.denormalize(

@@ -11,15 +11,19 @@ import mcdi_fast
 # beyond the names of the package itself
 MORE = {
     "mcdi_fast.weights": ["Normalizer", "LayoutEntry"],
-    "mcdi_fast.schedule": ["Schedule", "Objective", "make_objective"],
     "mcdi_fast.diffusion": [
+        "Schedule",
+        "Objective",
+        "make_objective",
+        "residual_tables",
         "noising",
         "consistency_loss",
         "sampling_steps",
         "sampler_coefficients",
         "make_inner_batch",
+        "InnerBatch",
     ],
-    "mcdi_fast.inner": ["InnerBatch", "inner_loop"],
+    "mcdi_fast.inner": ["inner_loop"],
     "mcdi_fast.meta": ["MetaTrainer"],
     "mcdi_fast.ranks": ["Ranks", "join"],
     "mcdi_fast.noise": ["philox_normal"],

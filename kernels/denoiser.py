@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
     check_rank,
@@ -48,7 +48,7 @@ def task_linear_ref(
     rows: Tensor,
     weight: Tensor,
     earlier: tuple[Tensor, Tensor] | None = None,
-    inner_rate: float = 0.0,
+    inner_lr: float = 0.0,
     *,
     add_to: Tensor | None = None,
     broadcast: Broadcast | None = None,
@@ -58,7 +58,7 @@ def task_linear_ref(
     """As `task_linear`, in any dtype."""
     out = rows @ weight
     for keys, values in zip(*(earlier or ((), ())), strict=True):
-        out = out - inner_rate * (rows @ keys.mT) @ values
+        out = out - inner_lr * (rows @ keys.mT) @ values
     if add_to is not None:
         out = out + add_to
     if broadcast is not None:
@@ -75,7 +75,7 @@ def task_linear_ref(
 @triton.jit
 def task_linear_kernel(
     rows, weight, keys, values, add_to, broadcast, before, out,
-    inner_rate, broadcast_scale, num_tasks, num_rows, num_keys, width_in, width_out,
+    inner_lr, broadcast_scale, num_tasks, num_rows, num_keys, width_in, width_out,
     weight_task, weight_in, weight_out, divide, modulo,
     HAS_ADD: tl.constexpr, HAS_BROADCAST: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -120,7 +120,7 @@ def task_linear_kernel(
             values + stored_row[None, :] * width_out + column[:, None],
             mask=key_inside[None, :] & column_inside[:, None], other=0.0,
         )  # fmt: skip
-        result = dot(v, -inner_rate * scores, result, PRECISION)
+        result = dot(v, -inner_lr * scores, result, PRECISION)
 
     inside = column_inside[:, None] & row_inside[None, :]
     at = row[None, :] * width_out + column[:, None]
@@ -145,7 +145,7 @@ def task_linear(
     rows: Tensor,
     weight: Tensor,
     earlier: tuple[Tensor, Tensor] | None = None,
-    inner_rate: float = 0.0,
+    inner_lr: float = 0.0,
     *,
     add_to: Tensor | None = None,
     broadcast: Broadcast | None = None,
@@ -158,7 +158,7 @@ def task_linear(
 
     Args:
         rows: [B, R, I]. weight: [I, O] for all tasks, or [B, I, O]; any strides, so a transposed view serves the backward.
-        earlier: (keys [r, B, R, I], values [r, B, R, O]), the term -inner_rate * sum (rows keys^T) values; None or r = 0: none.
+        earlier: (keys [r, B, R, I], values [r, B, R, O]), the term -inner_lr * sum (rows keys^T) values; None or r = 0: none.
         add_to: [B, R, O]; `out` itself is allowed. broadcast: rows [B, modulo, O].
         activation: "silu" also returns what was before it; "silu_backward" multiplies by silu'(before).
         before: [B, R, O], read by "silu_backward", written by "silu".
@@ -209,7 +209,7 @@ def task_linear(
         task_linear_kernel[grid](
             rows, weight, keys, values, out if add_to is None else add_to, out if broadcast is None else broadcast.rows,
             out if before is None else before, out,
-            inner_rate, broadcast.scale if broadcast else 1.0, b, r, num_keys, i, o,
+            inner_lr, broadcast.scale if broadcast else 1.0, b, r, num_keys, i, o,
             weight.stride(0) if weight.ndim == 3 else 0, weight.stride(-2), weight.stride(-1),
             broadcast.divide if broadcast else 1, modulo,
             add_to is not None, broadcast is not None, activation, precision,

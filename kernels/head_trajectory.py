@@ -6,34 +6,32 @@ gradients stay in registers for the whole training.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast import prepare
+from mcdi_fast import heads
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output, pinned
 from mcdi_fast.kernels.sam_adam import adam_update
-from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
+from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
 MAX_STATE = 8192
 """Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
 
 
-head_trajectory_ref = functools.partial(prepare.head_trajectory, impl="torch")
+head_trajectory_ref = heads.head_trajectory
 
 
 @triton.jit
 def head_gradient_block(
-    weight, bias, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+    weight, bias, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
     HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. Where used: pick, this step's [B, R]; row_weight [R]."""
+    """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. Where used: pick, this step's [B, R]; sample_weight [R]."""
     column, way = tl.arange(0, WIDTH), tl.arange(0, WAYS)
     to_weight, to_bias = tl.zeros([WAYS, WIDTH], tl.float32), tl.zeros([WAYS], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -56,7 +54,7 @@ def head_gradient_block(
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None] - tl.where(way[None, :] == label[:, None], 1.0, 0.0)
         if HAS_WEIGHT:
-            share = tl.load(row_weight + row, mask=inside, other=0.0)
+            share = tl.load(sample_weight + row, mask=inside, other=0.0)
         else:
             share = tl.where(inside, 1.0 / rows, 0.0)
         p = tl.where(inside[:, None], p * share[:, None], 0.0)
@@ -67,7 +65,7 @@ def head_gradient_block(
 
 @triton.jit
 def head_trajectory_kernel(
-    start, features, labels, pick, row_weight, scalars, out,
+    start, features, labels, pick, sample_weight, scalars, out,
     rho, weight_decay, keep_first, keep_second, eps, num_tasks, rows, width, ways, segments, per_segment,
     SAM: tl.constexpr, HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
@@ -86,14 +84,14 @@ def head_trajectory_kernel(
     for segment in range(0, segments):  # `pick` walks along, a step at a time
         for step in range(segment * per_segment, (segment + 1) * per_segment):
             gw, gb = head_gradient_block(
-                w, b, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+                w, b, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
                 HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
             )  # fmt: skip
             if SAM:
                 norm = tl.sqrt(tl.sum(tl.sum(gw * gw, 1), 0) + tl.sum(gb * gb, 0))
                 factor = rho / tl.maximum(norm, TINY)
                 gw, gb = head_gradient_block(
-                    w + factor * gw, b + factor * gb, features, labels, pick, row_weight, task, num_tasks, rows, width, ways, weight_decay,
+                    w + factor * gw, b + factor * gb, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
                     HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
                 )  # fmt: skip
             rate, root = tl.load(scalars + 2 * step), tl.load(scalars + 2 * step + 1)
@@ -130,20 +128,20 @@ def head_trajectory(
     features: Tensor,
     labels: Tensor,
     config: PrepareConfig,
-    record: int = 1,
+    segments: int = 1,
     pick: Tensor | None = None,
-    row_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     *,
     out: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """Train the heads of B tasks and keep theta_d … theta_M: prepare.head_trajectory in one launch.
+    """Train the heads of B tasks and keep theta_d … theta_M: heads.head_trajectory in one launch.
 
     Args:
         start: float32 [B, ways, F + 1], the Gaussian theta_0. features: [A, B, R, F], float32 or bfloat16. labels: int64 [B, R].
-        config: steps M, learning rate, rho, weight decay. record: k, a divisor of M.
+        config: steps M, learning rate, rho, weight decay. segments: k, a divisor of M.
         pick: int32 or int64 [M, B, R] in [0, A), the version of every row in every step; None: version 0.
-        row_weight: float32 [R], the share of each row in the loss; None: 1 / R.
+        sample_weight: float32 [R], the share of each row in the loss; None: 1 / R.
 
     Labels and picks are not range-checked: that would wait for the GPU.
 
@@ -159,14 +157,14 @@ def head_trajectory(
     check_tensor("features", features, (copies, b, rows, width), device=device)
     check_tensor("start", start, (b, ways, width + 1), (torch.float32,))
     check_tensor("labels", labels, (b, rows), (torch.int64,), device)
-    if record < 1 or config.steps < 1 or config.steps % record:
+    if segments < 1 or config.steps < 1 or config.steps % segments:
         raise McdiError(
-            f"preparation steps M = {config.steps}: expected a positive multiple of the segments k = {record}"
+            f"preparation steps M = {config.steps}: expected a positive multiple of the segments k = {segments}"
         )
     if pick is not None:
         check_tensor("pick", pick, (config.steps, b, rows), (torch.int32, torch.int64), device)
-    if row_weight is not None:
-        check_tensor("row_weight", row_weight, (rows,), (torch.float32,), device)
+    if sample_weight is not None:
+        check_tensor("sample_weight", sample_weight, (rows,), (torch.float32,), device)
     check_precision(precision)
     block_rows, padded_ways, padded_width = head_blocks(rows, ways, width)
     if not fits(ways, columns):
@@ -174,15 +172,15 @@ def head_trajectory(
             f"start: heads of {ways} x {columns} (padded {padded_ways} x {padded_width}), expected at most {MAX_STATE} numbers, "
             "which a program can hold; use prepare.head_trajectory"
         )
-    out = output("out", out, (b, record, ways, width + 1), device)
+    out = output("out", out, (b, segments, ways, width + 1), device)
     check_runs(device, "head_trajectory")
     scalars = [adam_scalars(step, config.learning_rate) for step in range(1, config.steps + 1)]
     with on_device(device):
         head_trajectory_kernel[(b,)](
-            start, features, labels, labels if pick is None else pick, start if row_weight is None else row_weight,
+            start, features, labels, labels if pick is None else pick, start if sample_weight is None else sample_weight,
             pinned(torch.tensor(scalars), device).to(device, non_blocking=True), out,
-            config.rho, config.weight_decay, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, b, rows, width, ways, record, config.steps // record,
-            config.rho > 0, pick is not None, row_weight is not None, SAM_TINY, precision,
+            config.rho, config.weight_decay, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, b, rows, width, ways, segments, config.steps // segments,
+            config.rho > 0, pick is not None, sample_weight is not None, SAM_TINY, precision,
             block_rows, padded_ways, padded_width, **head_options(),
         )  # fmt: skip
     return out

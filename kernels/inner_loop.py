@@ -6,10 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.denoiser import Parameters, depth_of
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_precision, check_runs
-from mcdi_fast.inner import InnerBatch, inner_loop, prefer_stacked
+from mcdi_fast.inner import inner_loop, prefer_stacked
 from mcdi_fast.kernels.consistency_loss import consistency_loss
 from mcdi_fast.kernels.denoiser import Broadcast, task_linear
 from mcdi_fast.kernels.inner_update import reptile_delta, sgd_step_
@@ -26,26 +27,26 @@ class _Linear:
         self.shared, self.stacked, self.precision = weight, stacked, precision
         self.weight = weight.new_empty(shape[1], *weight.shape) if stacked else weight
 
-    def start(self, inner_rate: float) -> None:
+    def start(self, inner_lr: float) -> None:
         """Before the first inner step."""
-        self.inner_rate = inner_rate
+        self.inner_lr = inner_lr
         if self.stacked:
             self.weight.copy_(self.shared)
 
     def forward(self, r: int, **fused) -> None:
         """`inputs[r]` times the task's weights, and what task_linear fuses behind it."""
         earlier = None if self.stacked else (self.inputs[:r], self.gradients[:r])
-        task_linear(self.inputs[r], self.weight, earlier, self.inner_rate, precision=self.precision, **fused)
+        task_linear(self.inputs[r], self.weight, earlier, self.inner_lr, precision=self.precision, **fused)
 
     def backward(self, r: int, **fused) -> None:
         """The gradient of `inputs[r]`, from `gradients[r]`."""
         earlier = None if self.stacked else (self.gradients[:r], self.inputs[:r])
-        task_linear(self.gradients[r], self.weight.mT, earlier, self.inner_rate, precision=self.precision, **fused)
+        task_linear(self.gradients[r], self.weight.mT, earlier, self.inner_lr, precision=self.precision, **fused)
 
     def update(self, r: int) -> None:
         """The SGD step; the last one is not needed, for delta comes from the rows."""
         if self.stacked and r + 1 < len(self.inputs):
-            sgd_step_(self.weight, self.inputs[r], self.gradients[r], self.inner_rate, precision=self.precision)
+            sgd_step_(self.weight, self.inputs[r], self.gradients[r], self.inner_lr, precision=self.precision)
 
 
 class InnerLoop:
@@ -75,7 +76,7 @@ class InnerLoop:
         self.net = new(b, s * n, d)
         self.delta = {name: torch.empty_like(value) for name, value in phi.items()} if delta is None else delta
 
-    def run(self, batch: InnerBatch, inner_rate: float) -> None:
+    def run(self, batch: InnerBatch, inner_lr: float) -> None:
         """Fill `delta` and `losses`."""
         b, k, s, n, _ = self.shape
         width, linear = self.width, self.linear
@@ -84,7 +85,7 @@ class InnerLoop:
         ]
         tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
         for member in linear.values():
-            member.start(inner_rate)
+            member.start(inner_lr)
         tokens.inputs.copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
         conditions.inputs.copy_(batch.condition.expand(k, b, n, -1))
         for _, sample, _ in blocks:  # not F.one_hot, which looks at its values on the host
@@ -131,13 +132,13 @@ class InnerLoop:
                 member.update(r)
         for name, member in linear.items():
             reptile_delta(
-                member.inputs, member.gradients, inner_rate, out=self.delta[name], precision=self.precision
+                member.inputs, member.gradients, inner_lr, out=self.delta[name], precision=self.precision
             )  # fmt: skip
 
 
 @torch.no_grad()
 def inner_loop_triton(
-    phi: Parameters, batch: InnerBatch, inner_rate: float, *, stacked: bool | None = None, precision: str = "ieee"
+    phi: Parameters, batch: InnerBatch, inner_lr: float, *, stacked: bool | None = None, precision: str = "ieee"
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference.
 
@@ -160,5 +161,5 @@ def inner_loop_triton(
     loop = InnerLoop(
         {name: value.contiguous() for name, value in phi.items()}, batch, stacked=stacked, precision=precision
     )
-    loop.run(batch, inner_rate)
+    loop.run(batch, inner_lr)
     return loop.delta, loop.losses.T

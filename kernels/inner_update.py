@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.impl import check_precision, check_runs
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.kernels.launch import BLOCK_COLUMNS, check_rank, check_tensor, dot, on_device, output, sum_block
 
 
-def reptile_delta_ref(inputs: Tensor, gradients: Tensor, inner_rate: float) -> Tensor:
+def reptile_delta_ref(inputs: Tensor, gradients: Tensor, inner_lr: float) -> Tensor:
     """As `reptile_delta`, in any dtype."""
     a, g = inputs.flatten(0, 2), gradients.flatten(0, 2)
-    return (-inner_rate / inputs.shape[1]) * (a.T @ g)
+    return (-inner_lr / inputs.shape[1]) * (a.T @ g)
 
 
-def sgd_step_ref(weights: Tensor, inputs: Tensor, gradients: Tensor, inner_rate: float) -> Tensor:
+def sgd_step_ref(weights: Tensor, inputs: Tensor, gradients: Tensor, inner_lr: float) -> Tensor:
     """As `sgd_step_`, but not in place, in any dtype."""
-    return weights - inner_rate * inputs.mT @ gradients
+    return weights - inner_lr * inputs.mT @ gradients
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def delta_chunks(total_rows: int) -> int:
 
 
 def reptile_delta(
-    inputs: Tensor, gradients: Tensor, inner_rate: float, *, out: Tensor | None = None, precision: str = "ieee"
+    inputs: Tensor, gradients: Tensor, inner_lr: float, *, out: Tensor | None = None, precision: str = "ieee"
 ) -> Tensor:
-    """Mean over tasks of W_b - W after the K steps: -inner_rate / B * sum over all rows of input^T gradient.
+    """Mean over tasks of W_b - W after the K steps: -inner_lr / B * sum over all rows of input^T gradient.
 
     The chunks of rows are added by a second pass in a fixed order: no atomics, the same bits every time.
 
@@ -95,14 +95,12 @@ def reptile_delta(
     check_runs(inputs.device, "reptile_delta")
     chunks = delta_chunks(k * b * r)
     partial = out.unsqueeze(0) if chunks == 1 else out.new_empty(chunks, i, o)
-    _launch(inputs, gradients, partial, -inner_rate / b, triton.cdiv(k * b * r, chunks), False, precision)
+    _launch(inputs, gradients, partial, -inner_lr / b, triton.cdiv(k * b * r, chunks), False, precision)
     return out if chunks == 1 else torch.sum(partial, 0, out=out)
 
 
-def sgd_step_(
-    weights: Tensor, inputs: Tensor, gradients: Tensor, inner_rate: float, *, precision: str = "ieee"
-) -> None:
-    """weights_b -= inner_rate * inputs_b^T gradients_b, in place.
+def sgd_step_(weights: Tensor, inputs: Tensor, gradients: Tensor, inner_lr: float, *, precision: str = "ieee") -> None:
+    """weights_b -= inner_lr * inputs_b^T gradients_b, in place.
 
     Args:
         weights: float32 [B, I, O]. inputs: [B, R, I]. gradients: [B, R, O].
@@ -117,4 +115,4 @@ def sgd_step_(
     check_tensor("gradients", gradients, (b, r, o), device=weights.device)
     check_precision(precision)
     check_runs(weights.device, "sgd_step_")
-    _launch(inputs, gradients, weights, -inner_rate, r, True, precision)
+    _launch(inputs, gradients, weights, -inner_lr, r, True, precision)

@@ -23,10 +23,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mcdi_fast.backend import interpreted
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import parameter_shapes
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import interpreted
 from mcdi_fast.kernels.consistency_loss import consistency_loss_kernel
 from mcdi_fast.kernels.denoiser import task_linear_kernel
 from mcdi_fast.kernels.head_trajectory import head_blocks, head_options, head_trajectory_kernel
@@ -37,7 +37,7 @@ from mcdi_fast.kernels.normal_noise import normal_noise_kernel
 from mcdi_fast.kernels.outer_update import outer_update_kernel
 from mcdi_fast.kernels.sam_adam import adam_kernel, sam_kernel
 from mcdi_fast.kernels.sample_chain import chain_blocks, chain_columns, chain_options, sample_chain_kernel
-from mcdi_fast.prepare import SAM_TINY
+from mcdi_fast.optim import SAM_TINY
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),

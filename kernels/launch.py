@@ -1,4 +1,4 @@
-"""What every kernel shares: the checks of a launcher, block sizes, and the one `dot`. Whether kernels run at all: mcdi_fast/impl.py.
+"""What every kernel shares: the checks of a launcher, block sizes, and the one `dot`. Whether kernels run at all: mcdi_fast/backend.py.
 
 The folder has no `__init__.py`: a namespace package gives way to the package `kernels` that others publish, should this one be found at
 the top level.
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import interpreted
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import interpreted
 
 FLOATS = (torch.float32, torch.bfloat16)
 """What a kernel reads. It computes and writes float32."""

@@ -15,15 +15,15 @@ import math
 import torch
 from torch import Tensor
 
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.denoiser import Parameters
-from mcdi_fast.impl import check_precision, check_runs
-from mcdi_fast.inner import InnerBatch, prefer_stacked
+from mcdi_fast.diffusion import Draws, InnerBatch
+from mcdi_fast.inner import prefer_stacked
 from mcdi_fast.kernels.inner_loop import InnerLoop
 from mcdi_fast.kernels.launch import on_device, pinned
 from mcdi_fast.kernels.noising import noising
 from mcdi_fast.kernels.outer_update import outer_update_
-from mcdi_fast.meta import Draws
 from mcdi_fast.outer import OuterScalars, OuterState, named_views
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.weights import Normalizer
@@ -53,7 +53,7 @@ class MetaStep:
         shapes: dict[str, tuple[int, int]],
         *,
         seed: int,
-        inner_rate: float,
+        inner_lr: float,
         outer: str,
         precision: str,
         skip: bool = False,
@@ -70,7 +70,7 @@ class MetaStep:
         check_precision(precision)
         check_runs(device, "impl = 'triton'")
         self.state, self.bank, self.device = state, bank, device
-        self.seed, self.inner_rate, self.outer = seed, inner_rate, outer
+        self.seed, self.inner_lr, self.outer = seed, inner_lr, outer
         (b, k, s), (n, d) = draws.step.shape, bank.layout.mask.shape
         counts = {"row": b, "task": b, "segment": b, "step": b * k * s, "streams": b, "number": 1, "scalars": 4}
         self._inbox = torch.zeros(sum(counts.values()), dtype=torch.int64, device=device)
@@ -162,7 +162,7 @@ class MetaStep:
             self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
             x=batch.x, loss_target=batch.target, gain=batch.gain,
         )  # fmt: skip
-        self._loop.run(batch, self.inner_rate)
+        self._loop.run(batch, self.inner_lr)
         if self._ranks.size == 1:
             losses.copy_(self._loop.losses)
         else:

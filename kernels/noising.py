@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import check_runs
+from mcdi_fast.diffusion import Objective
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_runs
 from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
 from mcdi_fast.kernels.normal_noise import philox_normal_block
 from mcdi_fast.noise import philox_normal
-from mcdi_fast.schedule import Objective, Schedule
 
 
-def noising_tables(schedule: Schedule, objective: Objective, device: torch.device | str = "cpu") -> Tensor:
+def noising_tables(objective: Objective, device: torch.device | str = "cpu") -> Tensor:
     """float64 [k, T, 5]: signal, noise, eps_weight, f_weight * skip, f_weight * scale (gain). Build once, then `.float().to(device)`."""
     k = len(objective.f_weight)
-    skip, scale = schedule.skip().expand(k, -1), schedule.scale().expand(k, -1)
+    skip, scale = objective.skip.expand(k, -1), objective.scale.expand(k, -1)
     f = objective.f_weight
     return torch.stack([objective.signal, objective.noise, objective.eps_weight, f * skip, f * scale], -1).to(device)
 

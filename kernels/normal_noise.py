@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import check_runs
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_runs
 from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
 from mcdi_fast.noise import philox_normal
 

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.impl import check_runs
+from mcdi_fast.backend import check_runs
 from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device
 from mcdi_fast.kernels.sam_adam import adam_update
+from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS
 from mcdi_fast.outer import OuterState, outer_update
-from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS
 
 outer_update_ref = outer_update
 
@@ -51,7 +51,7 @@ def outer_update_(state: OuterState, delta: Tensor, scalars: Tensor, good: Tenso
     """
     (count,) = check_rank("phi", state.phi, "P")
     device = state.phi.device
-    for name in ("phi", "average", "first", "second"):
+    for name in ("phi", "average", "exp_avg", "exp_avg_sq"):
         check_tensor(name, getattr(state, name), (count,), (torch.float32,), device)
     check_tensor("delta", delta, (count,), (torch.float32,), device)
     check_tensor("scalars", scalars, (4,), (torch.float32,), device)
@@ -60,6 +60,6 @@ def outer_update_(state: OuterState, delta: Tensor, scalars: Tensor, good: Tenso
     block = element_block(count)
     with on_device(device):
         outer_update_kernel[(triton.cdiv(count, block),)](
-            state.phi, state.average, state.first, state.second, delta, scalars, good,
+            state.phi, state.average, state.exp_avg, state.exp_avg_sq, delta, scalars, good,
             1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, count, outer == "adam", block,
         )  # fmt: skip

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import check_runs
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_runs
 from mcdi_fast.kernels.launch import check_tensor, element_block, on_device, output
-from mcdi_fast.prepare import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_step, sam_perturbation
+from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation
 adam_step_ref = adam_step

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mcdi_fast.backend import check_precision, check_runs
 from mcdi_fast.denoiser import FoldedDenoiser, Parameters, denoise
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_precision, check_runs
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
     FLOATS,
@@ -131,7 +131,7 @@ def sample_chain_kernel(
     x_at = x + row * width
     # three pages a program: columns [x u_0 …], their means over tokens, and what the condition adds to every u_l and to net
     columns_at = scratch + (program * 3 * ROWS + local) * page_width
-    means_at, told_at = columns_at + ROWS * page_width, columns_at + 2 * ROWS * page_width
+    means_at, cond_bias_at = columns_at + ROWS * page_width, columns_at + 2 * ROWS * page_width
     block = tl.arange(0, BLOCK_OUT)
 
     _copy_with_mean(
@@ -141,14 +141,16 @@ def sample_chain_kernel(
     all_hidden = depth * hidden
     for first in range(0, all_hidden + width, BLOCK_OUT):
         o = first + block
-        told = _product(
+        cond_bias = _product(
             tl.zeros([BLOCK_OUT, ROWS], tl.float32), w_condition, all_hidden + width, columns_at, o,
             condition_width, all_hidden + width, inside, BLOCK_IN, PRECISION,
         )  # fmt: skip
-        told = _product(
-            told, w_condition_mean, all_hidden, means_at, o, condition_width, all_hidden, inside, BLOCK_IN, PRECISION
+        cond_bias = _product(
+            cond_bias, w_condition_mean, all_hidden, means_at, o, condition_width, all_hidden, inside, BLOCK_IN, PRECISION
         )  # fmt: skip
-        tl.store(told_at[None, :] + o[:, None], told, mask=inside[None, :] & (o < all_hidden + width)[:, None])
+        tl.store(
+            cond_bias_at[None, :] + o[:, None], cond_bias, mask=inside[None, :] & (o < all_hidden + width)[:, None]
+        )
     tl.debug_barrier()
     _copy_with_mean(x_at, columns_at, means_at, width, inside, tokens, TASKS, TOKENS, BLOCK_OUT)
     tl.debug_barrier()
@@ -161,7 +163,7 @@ def sample_chain_kernel(
             for first in range(0, hidden, BLOCK_OUT):
                 o = first + block
                 a = tl.load(
-                    told_at[None, :] + layer * hidden + o[:, None],
+                    cond_bias_at[None, :] + layer * hidden + o[:, None],
                     mask=inside[None, :] & (o < hidden)[:, None],
                     other=0.0,
                 )
@@ -181,7 +183,7 @@ def sample_chain_kernel(
         for first in range(0, width, BLOCK_OUT):
             o = first + block
             write = inside[None, :] & (o < width)[:, None]
-            net = tl.load(told_at[None, :] + all_hidden + o[:, None], mask=write, other=0.0)
+            net = tl.load(cond_bias_at[None, :] + all_hidden + o[:, None], mask=write, other=0.0)
             net = _product(net, w_last, width, columns_at, o, seen, width, inside, BLOCK_IN, PRECISION)
             old = tl.load(columns_at[None, :] + o[:, None], mask=write, other=0.0)
             step = keep_f * old + move * net

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mcdi_fast.bank import TrajectoryBank
     from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
-    from mcdi_fast.diffusion import sample_chain
+    from mcdi_fast.diffusion import make_schedule, sample_chain
     from mcdi_fast.errors import McdiError
     from mcdi_fast.generator import WeightGenerator
     from mcdi_fast.meta import fit
     from mcdi_fast.sampler import Sampler, StaticSampler
-    from mcdi_fast.schedule import make_schedule
     from mcdi_fast.weights import GeneratedWeights, WeightLayout
 
 __all__ = [

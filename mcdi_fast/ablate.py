@@ -24,6 +24,7 @@ from mcdi_fast.ablate_cells import run_cell
 from mcdi_fast.ablate_plan import FREE, SETTINGS, AblateConfig, Cell, check_ablate, default_ablate_config, plan
 from mcdi_fast.ablate_report import publish, render
 from mcdi_fast.ablate_workshop import PausedError, Workshop
+from mcdi_fast.cli import StoppedError, open_run, parse, run_command
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import (
     make_folder,
@@ -33,7 +34,6 @@ from mcdi_fast.store import (
     write_json,
 )
 from mcdi_fast.tasks import FewShotData, check_episodes, load_dataset
-from mcdi_fast.train import StoppedError, open_run, parse, run_command
 
 
 def ablate(config: AblateConfig) -> bool:
@@ -51,7 +51,9 @@ def ablate(config: AblateConfig) -> bool:
     for setting in config.settings:
         task = SETTINGS[setting]
         for part in (data.train, data.val, data.test):
-            check_episodes(part.num_classes, part.num_drawers, ways=task.ways, shots=task.shots, queries=config.queries)
+            check_episodes(
+                part.num_classes, part.images_per_class, ways=task.ways, shots=task.shots, queries=config.queries
+            )
     with open_run(folder, config, FREE):
         for name in ("cells", "partial", "banks", "generators"):
             remove_temporaries(make_folder(folder / name))

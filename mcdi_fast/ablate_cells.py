@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_accuracy, prototype_head
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import Schedule
 from mcdi_fast.store import (
     read_json,
     write_json,
@@ -39,28 +36,6 @@ from mcdi_fast.train import _TEST_SEED, _VALIDATION_SEED
 
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
-
-
-def other_form(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Context in which f or the normaliser has another form, to learn what the default brings: too little for an option of its own.
-
-    no-skip: f = scale net, with the deviation of f as scale. unscaled-residual: f = skip x + net. floor-<number>: of `Normalizer.fit`.
-    """
-    if name.startswith("floor-"):
-        return mock.patch("mcdi_fast.meta._FLOOR", float(name.removeprefix("floor-")))
-    if name == "unscaled-residual":
-        return mock.patch.object(Schedule, "scale", lambda self: torch.ones_like(self.alpha))
-    if name == "no-skip":
-        stack = contextlib.ExitStack()
-
-        def deviation(self: Schedule) -> Tensor:
-            a = self.abar_segment[self.next_segment(), torch.arange(self.num_steps)]
-            return ((1 - self.abar[:-1]) / (1 - a)).sqrt()
-
-        stack.enter_context(mock.patch.object(Schedule, "skip", lambda self: torch.zeros_like(self.alpha)))
-        stack.enter_context(mock.patch.object(Schedule, "scale", deviation))
-        return stack
-    return contextlib.nullcontext()
 
 
 def scored(correct: Tensor, total: int) -> dict[str, Any]:
@@ -90,8 +65,7 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
         "ceiling": _ceiling,
     }
     if cell.method in (*OBJECTIVES, "ocd"):
-        with other_form(CHANGES[cell.change].get("form", "") if cell.change else ""):
-            made = _diffusion(shop, cell)
+        made = _diffusion(shop, cell)
     elif cell.method in work:
         made = work[cell.method](shop, cell)
     else:
@@ -154,7 +128,7 @@ def _support_only(shop: Workshop, cell: Cell) -> dict[str, Any]:
     c, chosen = shop.config.evaluate, {}
     if cell.method != "prototype":
         tried = []
-        for rate in c.finetune_rates:
+        for rate in c.finetune_lrs:
             for decay in (0.0,) if cell.method == "finetune" else c.finetune_decays:
                 heads = finetune(validation.support, c.finetune_steps, rate, decay)
                 tried.append((float(head_accuracy(heads, validation.query).mean()), rate, decay))
@@ -228,7 +202,9 @@ def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
     ) -> None:
         """Append to counts, a list a task, the correct query images after each of `at` steps."""
         images = getattr(shop.data, split)
-        position = torch.arange(images.num_classes * images.num_drawers).view(images.num_classes, images.num_drawers, 1)
+        position = torch.arange(images.num_classes * images.images_per_class).view(
+            images.num_classes, images.images_per_class, 1
+        )
         seed = {"val": _VALIDATION_SEED, "test": _TEST_SEED}[purpose] + cell.seed
         tasks = draw_tasks(position, task, total, seed)
         flat = torch.from_numpy(images.images).flatten(0, 1)
@@ -287,11 +263,11 @@ def _ceiling(shop: Workshop, cell: Cell) -> dict[str, Any]:
     begun = time.perf_counter()
     heads = shop.targets(cell)[:, -1]
     seconds = time.perf_counter() - begun
-    ways, drawers = test.every.shape[1:3]
-    weight = row_shares(ways, drawers, config.task.shots, config.prepare.support_share)
+    ways, images_per_class = test.every.shape[1:3]
+    weight = row_shares(ways, images_per_class, config.task.shots, config.prepare.support_loss_weight)
     value = torch.cat(
         [
-            largest_eigenvalue(heads[i : i + 50], test.every[i : i + 50].flatten(1, 2), row_weight=weight)
+            largest_eigenvalue(heads[i : i + 50], test.every[i : i + 50].flatten(1, 2), sample_weight=weight)
             for i in range(0, min(len(heads), _CURVATURE_TASKS), 50)
         ]
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mcdi_fast.backend import check_device
 from mcdi_fast.baselines import ReptileConfig, check_reptile
 from mcdi_fast.config import (
     BackboneConfig,
@@ -20,7 +21,6 @@ from mcdi_fast.config import (
     default_config,
 )
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_device
 from mcdi_fast.train import _TEST_SEED, check_config
 
 SettingName = Literal["5way1shot", "5way5shot", "20way1shot"]
@@ -63,7 +63,7 @@ OBJECTIVES = {
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 
-# One change of Mc-Di at a time, judged on validation characters: dotted options, and three that are no options (`bank`, `sampler`, `form`).
+# One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "window-whole": {"diffusion.window": "whole"},
@@ -86,10 +86,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "S-1": {"meta.samples": 1},
     "S-16": {"meta.samples": 16},
     "K-1": {"meta.inner_steps": 1},
-    "inner-rate-0.02": {"meta.inner_rate": 0.02},
-    "plain-reptile-outer": {"meta.outer": "reptile", "meta.outer_rate": 1.0},
-    "outer-rate-0.001": {"meta.outer_rate": 0.001},
-    "outer-rate-0.01": {"meta.outer_rate": 0.01},
+    "inner-lr-0.02": {"meta.inner_lr": 0.02},
+    "plain-reptile-outer": {"meta.outer": "reptile", "meta.outer_lr": 1.0},
+    "outer-lr-0.001": {"meta.outer_lr": 0.001},
+    "outer-lr-0.01": {"meta.outer_lr": 0.01},
     "no-ema": {"meta.ema": 0.0},
     "M-30": {"prepare.steps": 30},
     "M-120": {"prepare.steps": 120},
@@ -98,8 +98,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rho-0.5": {"prepare.rho": 0.5},
     "decay-0.001": {"prepare.weight_decay": 0.001},
     "decay-0.01": {"prepare.weight_decay": 0.01},
-    "support-share-0.5": {"prepare.support_share": 0.5},
-    "support-share-1": {"prepare.support_share": 1.0},
+    "support-loss-weight-0.5": {"prepare.support_loss_weight": 0.5},
+    "support-loss-weight-1": {"prepare.support_loss_weight": 1.0},
     "no-augmentation": {"prepare.copies": 1},
     "4-copies": {"prepare.copies": 4},
     "twice-the-tasks": {"prepare.tasks": 2.0},  # a factor: the budget's own number is the base
@@ -111,10 +111,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "width-512": {"denoiser.width": 512},
     "depth-1": {"denoiser.depth": 1},
     "depth-4": {"denoiser.depth": 4},
-    "no-skip": {"form": "no-skip"},
-    "unscaled-residual": {"form": "unscaled-residual"},
-    "normalizer-floor-0.03": {"form": "floor-0.03"},
-    "normalizer-floor-1": {"form": "floor-1"},
+    "no-skip": {"diffusion.residual": "none"},
+    "unscaled-residual": {"diffusion.residual": "unscaled"},
+    "normalizer-floor-0.03": {"meta.normalizer_floor": 0.03},
+    "normalizer-floor-1": {"meta.normalizer_floor": 1.0},
     "half-the-steps": {"meta.steps": 0.5},
     "twice-the-steps": {"meta.steps": 2.0},
 }

@@ -87,7 +87,7 @@ class Workshop:
             )
 
     def _features(self) -> dict[str, Tensor]:
-        """Train, val, test: float32 [copies, classes, drawers, F], the images and augmented ones (val: the images)."""
+        """Train, val, test: float32 [copies, classes, images_per_class, F], the images and augmented ones (val: the images)."""
         count = self.config.backbone.views
         name = f"{self.backbone_weights()}{f'-views{count}' if count > 1 else ''}-{self.copies}.safetensors"
         path = make_folder(self.config.cache_dir / "features") / name
@@ -209,13 +209,13 @@ class Workshop:
     def _support(self, task: TaskConfig, seed: int, index: Tensor) -> Tensor:
         """Support features of tasks of a bank: [B, ways, shots, F]."""
         images = self.features()["train"][0]
-        classes, drawers = images.shape[:2]
+        classes, images_per_class = images.shape[:2]
         episodes = sample_episodes(
             classes,
-            drawers,
+            images_per_class,
             ways=task.ways,
             shots=task.shots,
-            queries=drawers - task.shots,
+            queries=images_per_class - task.shots,
             seed=seed,
             start=int(index[0]),
             count=len(index),

@@ -18,12 +18,12 @@ _NOVELTY_CHUNK = 1024  # training rows compared at a time
 
 
 def head_hessian_product(
-    head: Tensor, features: Tensor, direction: Tensor, weight_decay: float = 0.0, row_weight: Tensor | None = None
+    head: Tensor, features: Tensor, direction: Tensor, weight_decay: float = 0.0, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Hessian of the mean cross-entropy + weight_decay / 2 ||head||^2 times a direction, by hand; labels do not enter.
 
     Args:
-        head, direction: [B, ways, F + 1]. features: [B, R, F]. row_weight: [R], summing to 1; equal shares by default.
+        head, direction: [B, ways, F + 1]. features: [B, R, F]. sample_weight: [R], summing to 1; equal shares by default.
 
     Returns:
         [B, ways, F + 1]
@@ -31,7 +31,7 @@ def head_hessian_product(
     p = head_logits(head, features).softmax(-1)
     u = head_logits(direction, features)  # how the logits move along the direction
     g = p * (u - (p * u).sum(-1, keepdim=True))
-    g = g / features.shape[1] if row_weight is None else g * row_weight.unsqueeze(-1)
+    g = g / features.shape[1] if sample_weight is None else g * sample_weight.unsqueeze(-1)
     return torch.cat([g.mT @ features, g.sum(1).unsqueeze(-1)], -1).add_(direction, alpha=weight_decay)
 
 
@@ -39,7 +39,7 @@ def largest_eigenvalue(
     head: Tensor,
     features: Tensor,
     weight_decay: float = 0.0,
-    row_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     *,
     iterations: int = 200,
     tolerance: float = 1e-4,
@@ -51,13 +51,13 @@ def largest_eigenvalue(
     task's Rayleigh quotient moves by more than `tolerance` of itself.
     """
     head, features = head.double(), features.double()
-    row_weight = None if row_weight is None else row_weight.double()
+    sample_weight = None if sample_weight is None else sample_weight.double()
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(head.shape, generator=generator, dtype=head.dtype)
     value = torch.zeros(len(head), dtype=head.dtype)
     for _ in range(iterations):
         v = v / v.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1)
-        product = head_hessian_product(head, features, v, weight_decay, row_weight)
+        product = head_hessian_product(head, features, v, weight_decay, sample_weight)
         before, value = value, (v * product).sum((1, 2))
         if bool(((value - before).abs() <= tolerance * value.abs()).all()):
             break

@@ -71,7 +71,7 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small random affine maps: turn, shear, scale and shift within what drawers differ by. float32 [B, 1, 28, 28] in and out.
+    """Small random affine maps: turn, shear, scale and shift within what images_per_class differ by. float32 [B, 1, 28, 28] in and out.
 
     Drawn on the CPU wherever the images are: the same draws on every device.
     """
@@ -127,7 +127,7 @@ def extract_features(
     progress: Callable[[int], None] | None = None,
     views: int = 1,
 ) -> Tensor:
-    """Features of every image: float32 [classes, drawers, 64], where the backbone is.
+    """Features of every image: float32 [classes, images_per_class, 64], where the backbone is.
 
     Args:
         augment_seed: of an augmented copy of each image instead. progress: called with the number of images that are done.
@@ -135,7 +135,7 @@ def extract_features(
     """
     backbone.eval()
     device = next(backbone.parameters()).device
-    classes, drawers = images.images.shape[:2]
+    classes, images_per_class = images.images.shape[:2]
     generator = torch.Generator().manual_seed(augment_seed or 0)
     out = []
     for start in range(0, classes, 64):
@@ -147,7 +147,7 @@ def extract_features(
         out.append(total / views)
         if progress:
             progress(len(x))
-    return torch.cat(out).view(classes, drawers, -1)
+    return torch.cat(out).view(classes, images_per_class, -1)
 
 
 @contextlib.contextmanager
@@ -192,11 +192,12 @@ def train_backbone(
         return backbone.eval().to(device)
 
     images = torch.from_numpy(data.train.images).to(device)
-    classes, drawers = images.shape[:2]
-    ways, per_class = min(config.ways, classes), min(config.images_per_class, drawers)
+    classes, images_per_class = images.shape[:2]
+    ways, per_class = min(config.ways, classes), min(config.images_per_class, images_per_class)
     if ways < 2 or per_class < 2:
         raise McdiError(
-            f"backbone episodes of {ways} ways x {per_class} images: expected at least 2 of each; the data has {classes} classes x {drawers} drawers"
+            f"backbone episodes of {ways} ways x {per_class} images: expected at least 2 of each; "
+            f"the data has {classes} classes x {images_per_class} images"
         )
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -229,8 +230,8 @@ def train_backbone(
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.randperm(classes, generator=generator)[:ways]
-        drawer = torch.rand(ways, drawers, generator=generator).argsort(1)[:, :per_class]
-        x = augment(to_float(images[chosen[:, None].to(device), drawer.to(device)]), generator)
+        image = torch.rand(ways, images_per_class, generator=generator).argsort(1)[:, :per_class]
+        x = augment(to_float(images[chosen[:, None].to(device), image.to(device)]), generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
             features = backbone(x.to(memory_format=torch.channels_last)).float().view(ways, per_class, -1)
         prototype, query = features[:, 0], features[:, 1:].flatten(0, 1)

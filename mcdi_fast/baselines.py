@@ -20,6 +20,7 @@ from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_layout, prototype_head, support_condition
+from mcdi_fast.noise import PREPARATION, REPTILE, draw_generator
 from mcdi_fast.prepare import SHARD_TASKS, head_trajectory
 from mcdi_fast.store import load_tensors, save_tensors
 from mcdi_fast.tasks import ClassImages, sample_episodes
@@ -49,7 +50,7 @@ class ReptileConfig:
     """Images an inner step (published: 5 to 15)."""
     train_shots: int = 10
     """Images a class of a training task, more than a test task has (published: 9 to 12)."""
-    outer_rate: float = 1.0
+    outer_lr: float = 1.0
     """Outer step at the start; it falls linearly to 0 (published: 0.7 to 1)."""
     test_steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Gradient steps on a new task that are tried; validation tasks choose (published: 86 to 100)."""
@@ -73,8 +74,8 @@ def check_reptile(config: ReptileConfig) -> None:
         values = getattr(config, name)
         if not values or min(values) <= 0:
             raise McdiError(f"--reptile.{name.replace('_', '-')} = {values}: expected one or more positive values")
-    if not 0 < config.outer_rate <= 1:
-        raise McdiError(f"--reptile.outer-rate = {config.outer_rate}: expected above 0, at most 1")
+    if not 0 < config.outer_lr <= 1:
+        raise McdiError(f"--reptile.outer-lr = {config.outer_lr}: expected above 0, at most 1")
 
 
 def minibatches(rows: int, batch: int, steps: int, count: int, generator: torch.Generator) -> Tensor:
@@ -115,18 +116,18 @@ def reptile_head(
 ) -> HeadStart:
     """Meta-train the head's start on training classes, all tasks of an outer step at once.
 
-    features: [classes, drawers, F]. The tasks are those of `sample_episodes` with this seed. The published loop has one task after
+    features: [classes, images_per_class, F]. The tasks are those of `sample_episodes` with this seed. The published loop has one task after
     another and lets Adam's second moment run through; here the tasks of an outer step start from the same one and leave their mean.
     """
-    classes, drawers, width = features.shape
-    shots = min(config.train_shots, drawers)
+    classes, images_per_class, width = features.shape
+    shots = min(config.train_shots, images_per_class)
     label = torch.arange(ways).repeat_interleave(shots)
     start = HeadStart(torch.zeros(ways, width + 1), torch.zeros(ways, width + 1), 0, rate)
     generator = torch.Generator().manual_seed(seed)
     count = config.head_batch
     for outer in range(config.head_steps):
         episodes = sample_episodes(
-            classes, drawers, ways=ways, shots=shots, queries=0, seed=seed, start=outer * count, count=count
+            classes, images_per_class, ways=ways, shots=shots, queries=0, seed=seed, start=outer * count, count=count
         )
         rows = episodes.take(features)[0].flatten(1, 2)
         head, second = (value.expand(count, -1, -1).clone() for value in (start.head, start.second))
@@ -135,7 +136,7 @@ def reptile_head(
             start.steps += 1
             momentumless_adam(head, head_gradient(head, x, label[pick]), second, start.steps, rate)
         start.second = second.mean(0)
-        start.head = start.head + config.outer_rate * (1 - outer / config.head_steps) * (head.mean(0) - start.head)
+        start.head = start.head + config.outer_lr * (1 - outer / config.head_steps) * (head.mean(0) - start.head)
         on_step()
     return start
 
@@ -191,11 +192,11 @@ class ReptileNet:
     def outer_step(self, images: ClassImages) -> float:
         """One outer step over `net_batch` training tasks; returns the loss of their first inner steps."""
         c = self.config
-        shots, pixels = min(c.train_shots, images.num_drawers), torch.from_numpy(images.images)
+        shots, pixels = min(c.train_shots, images.images_per_class), torch.from_numpy(images.images)
         label = torch.arange(self.ways).repeat_interleave(shots)
         episodes = sample_episodes(
             images.num_classes,
-            images.num_drawers,
+            images.images_per_class,
             ways=self.ways,
             shots=shots,
             queries=0,
@@ -203,7 +204,7 @@ class ReptileNet:
             start=self.step * c.net_batch,
             count=c.net_batch,
         )
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
+        generator = draw_generator(self.seed, REPTILE, self.step)
         picks = minibatches(len(label), c.inner_batch, c.inner_steps, c.net_batch, generator)
         start = [p.detach().clone() for p in self.parameters]
         total = [torch.zeros_like(p) for p in start]
@@ -219,7 +220,7 @@ class ReptileNet:
             raise McdiError(
                 f"Reptile on the whole network: weights not finite at outer step {self.step}; lower --reptile.net-rates (now {self.rate})"
             )
-        weight = c.outer_rate * (1 - self.step / c.net_steps)
+        weight = c.outer_lr * (1 - self.step / c.net_steps)
         self._assign([p + weight * (t / c.net_batch - p) for p, t in zip(start, total, strict=True)])
         self.step += 1
         return loss
@@ -267,28 +268,28 @@ def overfit_heads(
     """Adam (+ SAM) from a base head, with the loss of the preparation: what OCD's diffusion learns to imitate.
 
     Args:
-        images: features [copies, B, ways, drawers, F], the support first. base: [B, ways, F + 1].
+        images: features [copies, B, ways, images_per_class, F], the support first. base: [B, ways, F + 1].
 
     Returns:
         [B, ways, F + 1]
     """
-    copies, tasks, ways, drawers, _ = images.shape
-    label = torch.arange(ways, device=images.device).repeat_interleave(drawers).repeat(tasks, 1)
-    weight = row_shares(ways, drawers, shots, config.support_share)
+    copies, tasks, ways, images_per_class, _ = images.shape
+    label = torch.arange(ways, device=images.device).repeat_interleave(images_per_class).repeat(tasks, 1)
+    weight = row_shares(ways, images_per_class, shots, config.support_loss_weight)
     weight = None if weight is None else weight.to(images.device)
     rows, pick = images.flatten(2, 3), None
     if copies > 1:
-        pick = torch.randint(copies, (config.steps, tasks, ways * drawers), generator=generator)
+        pick = torch.randint(copies, (config.steps, tasks, ways * images_per_class), generator=generator)
         pick = pick.int().to(images.device)
     return head_trajectory(base, rows, label, config, 1, pick, weight)[:, -1]
 
 
-def row_shares(ways: int, drawers: int, shots: int, support_share: float | None) -> Tensor | None:
-    """The share of each row in the preparation's loss, [ways * drawers]; None where all count alike."""
-    if support_share is None or shots >= drawers:
+def row_shares(ways: int, images_per_class: int, shots: int, support_loss_weight: float | None) -> Tensor | None:
+    """The share of each row in the preparation's loss, [ways * images_per_class]; None where all count alike."""
+    if support_loss_weight is None or shots >= images_per_class:
         return None
-    weight = torch.full((ways, drawers), (1 - support_share) / (ways * (drawers - shots)))
-    weight[:, :shots] = support_share / (ways * shots)
+    weight = torch.full((ways, images_per_class), (1 - support_loss_weight) / (ways * (images_per_class - shots)))
+    weight[:, :shots] = support_loss_weight / (ways * shots)
     return weight.flatten()
 
 
@@ -307,7 +308,7 @@ def prepare_difference_bank(
 
     As `prepare.prepare_bank` otherwise: the same tasks for a seed, resumable by shards.
     """
-    _, classes, drawers, width = features.shape
+    _, classes, images_per_class, width = features.shape
     bank = TrajectoryBank.create(folder, head_layout(task.ways, width), 1, width + 1, meta)
     if on_start:
         on_start(len(bank))
@@ -315,17 +316,17 @@ def prepare_difference_bank(
         count = min(SHARD_TASKS, config.tasks - len(bank))
         episodes = sample_episodes(
             classes,
-            drawers,
+            images_per_class,
             ways=task.ways,
             shots=task.shots,
-            queries=drawers - task.shots,
+            queries=images_per_class - task.shots,
             seed=seed,
             start=len(bank),
             count=count,
         )
         rows = torch.cat([episodes.support, episodes.query], 2)
         x = features[:, episodes.classes.unsqueeze(-1).to(features.device), rows.to(features.device)]
-        generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + bank.num_shards)
+        generator = draw_generator(seed, PREPARATION, bank.num_shards)
         support = x[0, :, :, : task.shots]
         base = prototype_head(support)
         difference = overfit_heads(x, base, task.shots, config, generator) - base

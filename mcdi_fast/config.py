@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from mcdi_fast.impl import DEFAULT_PRECISION, Impl, Precision
+from mcdi_fast.backend import DEFAULT_PRECISION, Impl, Precision
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class PrepareConfig:
     """SAM's radius; 0 turns SAM off (record: 0, 0.2, 0.5 alike)."""
     weight_decay: float = 0.003
     """Added to the loss as weight_decay / 2 ||theta||^2 (record: 0.001, 0.01 alike)."""
-    start_deviation: float = 0.01
+    start_std: float = 0.01
     """Of the Gaussian start theta_0 (measured: 0.01 beats 0.1, whose remains in the targets no condition predicts)."""
-    support_share: float | None = 0.8
+    support_loss_weight: float | None = 0.8
     """Share of a task's loss that its support images have; the other images of its classes share the rest; None weighs all alike.
 
     Measured on validation characters, heads regressed on the condition: None 98.0, 0.5 98.3, 0.8 98.3, 1.0 98.35 %. What a target owes
@@ -90,6 +90,8 @@ class DiffusionConfig:
     window: Literal["whole", "segment"] = "segment"
     """At which steps t target i of Mc-Di is trained: whole, all of 0 to e_i (paper), or segment, e_{i-1} to e_i, where the chain heads for it
     (record: whole is 0.15 ± 0.06 % worse; docs/choices.md)."""
+    residual: Literal["scaled", "unscaled", "none"] = "scaled"
+    """What the network adds to: f = skip_t x + scale_t net. unscaled: scale 1. none: skip 0 (record: 0.09 ± 0.05 and 0.13 ± 0.06 % worse)."""
     carry: Literal["full", "scaled"] = "scaled"
     """How a chain of Mc-Di goes on from a local target it has reached: full, with it as it is (paper), or scaled by sqrt(abar^{i+1}), as large as the
     signal that training showed at that step (measured, docs/choices.md: weight error 0.36 to 0.31; record: accuracy alike)."""
@@ -117,15 +119,17 @@ class MetaConfig:
     """K, SGD steps of a base learner (paper; record: 1 alike)."""
     samples: int = 4
     """S, noised samples an inner step (record: 1, 16 alike)."""
-    inner_rate: float = 0.005
+    inner_lr: float = 0.005
     """eta (paper; record: 0.02 alike)."""
     outer: Literal["adam", "reptile"] = "adam"
     """What takes the Reptile difference: Adam as a gradient, or phi <- phi + zeta * difference (the paper's; record: 7 % worse after 300 steps)."""
-    outer_rate: float = 0.003
+    outer_lr: float = 0.003
     """zeta at its peak, the rate of either; it warms up over the first 1 % and falls linearly to 0 (paper: 0.001, for plain Reptile;
     measured, docs/choices.md: after 250 steps 98.35 % against 98.24 with 0.001)."""
     ema: float = 0.999
     """Decay of the average of phi that is sampled from; 0 turns it off (record: alike)."""
+    normalizer_floor: float = 0.1
+    """Least deviation of a column in the normalisers, as a share of all columns' (record: 0.03 and 1 alike; with 0 the inner loop diverged)."""
     checkpoint_every: int = 500
     """Outer steps between checkpoints."""
     on_bad_step: Literal["stop", "skip"] = "stop"
@@ -142,7 +146,7 @@ class EvaluateConfig:
     """Validation tasks: learning curve, and the choice of fine-tuning's rate."""
     finetune_steps: int = 100
     """Adam steps of head fine-tuning."""
-    finetune_rates: tuple[float, ...] = (0.01, 0.05, 0.2)
+    finetune_lrs: tuple[float, ...] = (0.01, 0.05, 0.2)
     """Adam rates tried on the validation tasks; the best is used on the test tasks."""
     finetune_decays: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
     """Weight decays tried likewise, for a second row of fine-tuning that regularises (head-finetune-decay)."""

@@ -99,8 +99,8 @@ def _chain(
     step_rows,
     steps,
     coefficients,
-    told,
-    task_told,
+    cond_bias,
+    task_cond_bias,
     columns,
     mean,
     own,
@@ -109,18 +109,18 @@ def _chain(
 ):
     """x [R, D] becomes the chain's end, from condition [R, C].
 
-    Scratch: told [R, L H + D], task_told [1, L H], columns [R, D + L H], mean [B, D + L H or C], own [1, H], u [R, H], out [R, D].
+    Scratch: cond_bias [R, L H + D], task_cond_bias [1, L H], columns [R, D + L H], mean [B, D + L H or C], own [1, H], u [R, H], out [R, D].
     """
     rows, d = x.shape
     tasks, h = len(mean), u.shape[1]
     depth, tokens = len(step_rows), rows // tasks
-    told[:] = 0
-    _product(condition, by_token, told)
+    cond_bias[:] = 0
+    _product(condition, by_token, cond_bias)
     _mean(condition, tokens, 0, condition.shape[1], mean)
     for b in range(tasks):
-        task_told[:] = 0
-        _product(mean[b : b + 1], by_mean, task_told)
-        _add_to_each(told, tokens, b, task_told[0])
+        task_cond_bias[:] = 0
+        _product(mean[b : b + 1], by_mean, task_cond_bias)
+        _add_to_each(cond_bias, tokens, b, task_cond_bias[0])
     for s in range(len(steps)):
         for i in range(rows):
             for j in range(d):
@@ -133,7 +133,7 @@ def _chain(
             _mean(columns, tokens, start, width, mean)
             for i in range(rows):
                 for j in range(h):
-                    u[i, j] = told[i, layer * h + j]
+                    u[i, j] = cond_bias[i, layer * h + j]
             for b in range(tasks):
                 for j in range(h):
                     own[0, j] = step_rows[layer, steps[s], j]
@@ -147,7 +147,7 @@ def _chain(
             at += 2 * width * h
         for i in range(rows):
             for j in range(d):
-                out[i, j] = told[i, depth * h + j]
+                out[i, j] = cond_bias[i, depth * h + j]
         _product(columns, matrices[at:].reshape(d + depth * h, d), out)
         keep, skip, scale = coefficients[s, 0], coefficients[s, 1], coefficients[s, 2]
         for i in range(rows):
@@ -178,12 +178,12 @@ class PackedChain:
         rows, width, hidden = tasks * tokens, len(self.folded.last), self.folded.width
         end = x.reshape(rows, d).clone()
         allowed = np.ones((tokens, d), np.float32) if mask is None else mask.numpy()
-        told = condition.reshape(rows, -1).contiguous().numpy()
-        widest = max(width, told.shape[1])
+        given = condition.reshape(rows, -1).contiguous().numpy()
+        widest = max(width, given.shape[1])
         shapes = (rows, width), (1, width - d), (rows, width), (tasks, widest), (1, hidden), (rows, hidden), (rows, d)
         _chain(
             end.numpy(),
-            told,
+            given,
             allowed,
             *self._matrices,
             self._step_rows,

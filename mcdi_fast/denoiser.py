@@ -64,6 +64,13 @@ def init_parameters(
     return phi
 
 
+def token_condition(condition: Tensor, position: Tensor) -> Tensor:
+    """What the network is given of each token: [B, N or 1, C] (normalised) beside position [N, P], as [B, N, C + P]."""
+    tokens = len(position) if position.shape[1] else condition.shape[1]
+    condition = condition.expand(-1, tokens, -1)
+    return torch.cat([condition, position.expand(len(condition), -1, -1)], -1) if position.shape[1] else condition
+
+
 def depth_of(phi: Parameters) -> int:
     """L, the number of residual blocks."""
     return sum(name.endswith(".out") for name in phi)
@@ -121,7 +128,7 @@ class FoldedDenoiser:
         self.condition_token, self.condition_mean = (torch.cat(parts, 1).to(dtype) for parts in (by_token, by_mean))
         self.last = (into_h @ wide["out.token"]).to(dtype)
 
-    def told(self, condition: Tensor) -> Tensor:
+    def cond_bias(self, condition: Tensor) -> Tensor:
         """What a condition [B, N, C] gives: [B N, L H + D], a share of each u_l before silu and of net."""
         rows = torch.matmul(condition, self.condition_token)
         rows[..., : -self.token_width] += torch.matmul(condition.mean(1, keepdim=True), self.condition_mean)
@@ -166,21 +173,21 @@ class ChainDenoiser:
         tasks, tokens, _ = condition.shape
         self.skip, self.scale, self._rows, self._tokens = skip, scale, tasks * tokens, tokens
         folded = self._folded = folded or FoldedDenoiser(phi)
-        told = folded.told(condition)
-        self._told = told.split([folded.width] * len(folded.token) + [folded.token_width], 1)
+        cond_bias = folded.cond_bias(condition)
+        self._cond_bias = cond_bias.split([folded.width] * len(folded.token) + [folded.token_width], 1)
 
         # all columns [x | u_0 | …] and their sums over tokens, with all views taken once: a view costs as much as a small product
         ends = [folded.token_width + layer * folded.width for layer in range(len(folded.token) + 1)]
-        self._columns = told.new_empty(self._rows, ends[-1])
-        sums = told.new_empty(tasks, ends[-1])
+        self._columns = cond_bias.new_empty(self._rows, ends[-1])
+        sums = cond_bias.new_empty(tasks, ends[-1])
         self._seen, self._seen_sums = ([rows[:, :end] for end in ends[:-1]] for rows in (self._columns, sums))
         blocks = list(zip([0, *ends[:-1]], ends, strict=True))
         self._x, *self._u = (self._columns[:, start:end] for start, end in blocks)
         self._sums = [sums[:, start:end] for start, end in blocks]
-        self._per_task = told.new_empty(tasks, folded.width)
+        self._per_task = cond_bias.new_empty(tasks, folded.width)
         self._few = None
         if tasks <= _FEW_TASKS:
-            self._few = torch.eye(tasks, dtype=told.dtype, device=told.device).repeat_interleave(tokens, 0)
+            self._few = torch.eye(tasks, dtype=cond_bias.dtype, device=cond_bias.device).repeat_interleave(tokens, 0)
             self._few_t = self._few.T.contiguous()
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
@@ -206,7 +213,7 @@ class ChainDenoiser:
                 self._sum(self._u[layer - 1], self._sums[layer])
             row = folded.step_rows[layer][t]
             torch.addmm(row, self._seen_sums[layer], folded.sample[layer], alpha=1 / self._tokens, out=per_task)
-            torch.addmm(self._told[layer], self._seen[layer], folded.token[layer], out=u)
+            torch.addmm(self._cond_bias[layer], self._seen[layer], folded.token[layer], out=u)
             if self._few is not None:
                 u.addmm_(self._few, per_task)
             else:
@@ -214,4 +221,4 @@ class ChainDenoiser:
             F.silu(u, inplace=True)
         scale = b * self.scale[t]
         end = torch.addmm(rows, self._columns, folded.last, beta=a + b * self.skip[t], alpha=scale)
-        return end.add_(self._told[-1], alpha=scale).view(x.shape)
+        return end.add_(self._cond_bias[-1], alpha=scale).view(x.shape)

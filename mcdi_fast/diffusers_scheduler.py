@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.diffusion import sampler_coefficients, sampling_steps
+from mcdi_fast.diffusion import diffusion_tables, sampler_coefficients, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.schedule import diffusion_tables
 
 try:
     from diffusers import ConfigMixin, SchedulerMixin

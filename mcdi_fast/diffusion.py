@@ -1,17 +1,246 @@
-"""Noising, the loss's ingredients and the sampler's step: pure functions over the tables of `schedule.py`."""
+"""Every formula of the diffusion, float64-capable: the schedule's tables, noising, the loss's ingredients, the sampler's step.
+
+Time runs from noise (t = 0) to weights (t = T), the paper's convention and the reverse of DDPM's. The tables are float64 and built once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from math import prod, sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mcdi_fast.config import DiffusionConfig
+from mcdi_fast.denoiser import Parameters
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import InnerBatch
-from mcdi_fast.schedule import Objective, Schedule
+
+MAX_TABLE = 2**20  # steps times segments: some tables of 8 bytes each are built
+OBJECTIVES = ("local-consistency", "vanilla", "naive-local")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tables of the local consistency diffusion (paper, section 3; T steps, k segments). All float64, on the CPU.
+
+    Attributes:
+        alpha: [T], alpha_0 < … < alpha_{T-1}, all in (0, 1).
+        ends: e_1 < … < e_k = T, the step at which local target i must be reached, `round(i * T / k)`.
+        abar: [T + 1], abar_t = prod_{j=t}^{T-1} alpha_j; abar_T = 1 (empty product).
+        abar_segment: [k, T + 1], abar^i_t = prod_{j=t}^{e_i - 1} alpha_j for t <= e_i; 1 behind e_i, where it means nothing.
+        carry: [T + 1], what the sampler multiplies x by on arriving at t: 1, but where carry is scaled, sqrt(abar^{i+1}_{e_i}) at e_i, i < k.
+    """
+
+    alpha: Tensor
+    ends: tuple[int, ...]
+    abar: Tensor
+    abar_segment: Tensor
+    carry: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.alpha)
+
+    @property
+    def num_segments(self) -> int:
+        """k."""
+        return len(self.ends)
+
+    def next_segment(self) -> Tensor:
+        """int64 [T]: the segment a chain is in at step t, that is the first i with t < e_i (0-based)."""
+        return torch.bucketize(torch.arange(self.num_steps), torch.tensor(self.ends), right=True)
+
+
+def make_schedule(
+    num_steps: int, num_segments: int, beta_start: float = 0.8, beta_end: float = 0.01, carry_scaled: bool = False
+) -> Schedule:
+    """Build the tables: 1 - alpha falls linearly from `beta_start` at t = 0 to `beta_end` at t = T - 1.
+
+    The paper gives no values. 0.8 to 0.01 makes abar^1_0 about 0.0003 at T = 20, k = 3, so that a chain starts from noise
+    (measured: a first experiment on Omniglot heads). T / k need not be an integer; e_i rounds to even on ties, as Python does.
+
+    carry_scaled: a chain that has reached target i goes on from sqrt(abar^{i+1}) times it. Training shows the next segment x_t =
+    sqrt(abar^{i+1}) theta + noise there; arriving with all of theta, the chain overshoots the later targets.
+
+    Raises:
+        McdiError: k < 1, k > T, T k above `MAX_TABLE`, or betas outside 0 < beta_end < beta_start < 1.
+    """
+    if num_segments < 1:
+        raise McdiError(f"segments k = {num_segments}: expected at least 1")
+    if num_steps < num_segments:
+        raise McdiError(
+            f"segments k = {num_segments} exceed the steps T = {num_steps}: each segment needs a step; raise T or lower k"
+        )
+    if num_steps * num_segments > MAX_TABLE:
+        raise McdiError(
+            f"steps T = {num_steps} times segments k = {num_segments}: expected at most {MAX_TABLE}; lower T (20 is usual)"
+        )
+    if not 0 < beta_end < beta_start < 1:
+        raise McdiError(f"beta_start = {beta_start}, beta_end = {beta_end}: expected 0 < beta_end < beta_start < 1")
+    if num_steps == 1:
+        beta = torch.tensor([beta_start], dtype=torch.float64)
+    else:
+        beta = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+    alpha = 1 - beta
+    ends = tuple(round(Fraction(i * num_steps, num_segments)) for i in range(1, num_segments + 1))
+    abar_segment = torch.ones(num_segments, num_steps + 1, dtype=torch.float64)
+    for i, end in enumerate(ends):
+        abar_segment[i, :end] = alpha[:end].flip(0).cumprod(0).flip(0)
+    carry = torch.ones(num_steps + 1, dtype=torch.float64)
+    if carry_scaled:
+        for i, end in enumerate(ends[:-1]):
+            carry[end] = abar_segment[i + 1, end].sqrt()
+    return Schedule(alpha, ends, abar_segment[-1].clone(), abar_segment, carry)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training asks for at (target i, step t): `|| f_weight * f(x_t) - eps_weight * eps ||^2`, x_t = signal * theta + noise * eps.
+
+    Attributes:
+        name: one of `OBJECTIVES`.
+        targets: the local targets it trains on, 0-based.
+        ends: int64 [k], t is drawn from starts[i] <= t < ends[i].
+        signal, noise, f_weight, eps_weight: [k, T] float64; entries with t >= ends[i] mean nothing.
+        starts: int64 [k], see ends.
+        skip, scale: [T] float64, f is predicted as `skip_t x_t + scale_t net` (`residual_tables`).
+    """
+
+    name: str
+    targets: tuple[int, ...]
+    ends: Tensor
+    signal: Tensor
+    noise: Tensor
+    f_weight: Tensor
+    eps_weight: Tensor
+    starts: Tensor
+    skip: Tensor
+    scale: Tensor
+
+
+def residual_tables(schedule: Schedule, name: str, residual: str = "scaled") -> tuple[Tensor, Tensor]:
+    """skip [T] and scale [T] of f = skip_t x_t + scale_t net, for unit-variance targets.
+
+    A chain that heads for the target reached at e has f = sqrt(1-abar_t) (x_t - sqrt(a) theta) / (1-a), with a = prod_{j=t}^{e-1} alpha_j.
+    With skip = sqrt(1-abar_t) what is left has the deviation sqrt((1-abar_t) a / (1-a)): that is the scale, so that the network's own
+    target is of order one. Mc-Di heads for the end of its segment. Mv-Di and Tw-Di head for T from everywhere: a = abar, scale = sqrt(abar_t).
+
+    residual: "scaled"; "unscaled", scale = 1; "none", skip = 0 and scale the deviation of f itself (docs/choices.md: both are worse).
+    """
+    whole = 1 - schedule.abar[:-1]
+    a = schedule.abar[:-1]
+    if name == "local-consistency":
+        a = schedule.abar_segment[schedule.next_segment(), torch.arange(schedule.num_steps)]
+    if residual == "none":
+        return torch.zeros_like(whole), (whole / (1 - a)).sqrt()
+    if residual == "unscaled":
+        return whole.sqrt(), torch.ones_like(whole)
+    if residual != "scaled":
+        raise McdiError(f"residual {residual!r}: expected scaled, unscaled or none")
+    return whole.sqrt(), (whole * a / (1 - a)).sqrt()
+
+
+def make_objective(schedule: Schedule, name: str, window: str = "whole", residual: str = "scaled") -> Objective:
+    """Tables of one of the paper's three objectives.
+
+    - `local-consistency` (Mc-Di): target i is reached at e_i; f weighted by sqrt(1 - abar^i_t), eps by sqrt(1 - abar_t).
+    - `vanilla` (Mv-Di): the last target only, reached at T; both weights 1.
+    - `naive-local` (Tw-Di): all k targets, every chain ends at T; both weights 1.
+
+    residual: of `residual_tables`. window: "segment" trains
+    target i of `local-consistency` in its own segment only, e_{i-1} <= t < e_i; the other two have no segments.
+
+    Raises:
+        McdiError: another name or window.
+    """
+    if window not in ("whole", "segment"):
+        raise McdiError(f"window {window!r}: expected whole or segment")
+    k, steps = schedule.num_segments, schedule.num_steps
+    if name == "local-consistency":
+        ends, a = torch.tensor(schedule.ends), schedule.abar_segment[:, :-1]
+        weights = (1 - a).sqrt(), (1 - schedule.abar[:-1]).sqrt().expand(k, -1)
+    elif name in ("vanilla", "naive-local"):
+        ends, a = torch.full((k,), steps), schedule.abar[:-1].expand(k, -1)
+        weights = torch.ones_like(a), torch.ones_like(a)
+    else:
+        raise McdiError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
+    targets = (k - 1,) if name == "vanilla" else tuple(range(k))
+    starts = torch.zeros_like(ends)
+    if window == "segment" and name == "local-consistency":
+        starts[1:] = ends[:-1]
+    tables = residual_tables(schedule, name, residual)
+    return Objective(name, targets, ends, a.sqrt(), (1 - a).sqrt(), *weights, starts, *tables)
+
+
+def diffusion_tables(diffusion: DiffusionConfig) -> tuple[Schedule, Objective]:
+    """Both of a configuration."""
+    d = diffusion
+    if d.carry not in ("full", "scaled"):
+        raise McdiError(f"carry {d.carry!r}: expected full or scaled")
+    scaled = d.carry == "scaled" and d.objective == "local-consistency"
+    schedule = make_schedule(d.steps, d.segments, d.beta_start, d.beta_end, scaled)
+    return schedule, make_objective(schedule, d.objective, d.window, d.residual)
+
+
+class Draws(NamedTuple):
+    """The random choices of a meta-step, int64 on the CPU.
+
+    task, segment: [B], task of the bank and local target of each base learner. step: [B, K, S]. streams: [B], of the noise.
+    """
+
+    task: Tensor
+    segment: Tensor
+    step: Tensor
+    streams: Tensor
+
+
+@dataclass(frozen=True)
+class InnerBatch:
+    """What B base learners see in K inner steps of S noised samples each (`diffusion.make_inner_batch` builds it).
+
+    The loss of task b in step r is `mean_{s,n,d} (gain * net(x, step, condition) - target)^2`, `net` as `denoiser.denoise`.
+
+    Attributes:
+        x: [B, K, S, N, D] noised weights. step: int64 [B, K, S]. condition: [B, N, C].
+        gain: [B, K, S]. target: [B, K, S, N, D].
+    """
+
+    x: Tensor
+    step: Tensor
+    condition: Tensor
+    gain: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device) -> InnerBatch:
+        """The same on another device."""
+        return InnerBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def check(self, phi: Parameters) -> None:
+        """Raise McdiError, naming the tensor, what was found and what was expected, unless the shapes and dtypes fit phi."""
+        if self.x.ndim != 5 or 0 in self.x.shape:
+            raise McdiError(
+                f"inner batch x: shape {tuple(self.x.shape)}, expected [B, K, S, N, D] with no empty dimension"
+            )
+        b, k, s, n, d = self.x.shape
+        width, dtype, device = len(phi["in.condition"]), phi["in.token"].dtype, phi["in.token"].device
+        expected = {
+            "x": (b, k, s, n, len(phi["in.token"])),
+            "step": (b, k, s),
+            "condition": (b, n, width),
+            "gain": (b, k, s),
+            "target": (b, k, s, n, d),
+        }
+        for name, shape in expected.items():
+            tensor, want = getattr(self, name), torch.int64 if name == "step" else dtype
+            if tuple(tensor.shape) != shape:
+                raise McdiError(f"inner batch {name}: shape {tuple(tensor.shape)}, expected {shape}")
+            if tensor.dtype != want or tensor.device != device:
+                raise McdiError(f"inner batch {name}: {tensor.dtype} on {tensor.device}, expected {want} on {device}")
 
 
 def noising(objective: Objective, target: Tensor, segment: Tensor, step: Tensor, eps: Tensor) -> Tensor:
@@ -33,7 +262,6 @@ def consistency_loss(objective: Objective, f: Tensor, segment: Tensor, step: Ten
 
 
 def make_inner_batch(
-    schedule: Schedule,
     objective: Objective,
     target: Tensor,
     condition: Tensor,
@@ -52,8 +280,8 @@ def make_inner_batch(
     x = noising(objective, target[:, None, None], segments, step, eps)
     f_weight = objective.f_weight[segments, step]
     target_weight = _pick(objective.eps_weight, segments, step, eps)
-    skip = (f_weight * schedule.skip()[step]).to(eps.dtype)[..., None, None]
-    gain = (f_weight * schedule.scale()[step]).to(eps.dtype)
+    skip = (f_weight * objective.skip[step]).to(eps.dtype)[..., None, None]
+    gain = (f_weight * objective.scale[step]).to(eps.dtype)
     return InnerBatch(x, step, condition, gain, target_weight * eps - skip * x)
 
 
@@ -109,17 +337,15 @@ def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def chain_table(
-    schedule: Schedule, ends: Tensor | tuple[int, ...] | None = None, num_steps: int | None = None
-) -> tuple[Tensor, Tensor]:
+def chain_table(schedule: Schedule, objective: Objective, num_steps: int | None = None) -> tuple[Tensor, Tensor]:
     """The chain's steps int64 [J] and, for each, float64 [J, 3]: a, b skip, b scale of x' = a x + b (skip x + scale net).
 
-    Arguments as `sample_chain`'s.
+    num_steps: as of `sample_chain`, over the objective's ends.
     """
-    steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)
+    steps = sampling_steps(schedule, objective.ends, num_steps)
     a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
     now = torch.tensor(steps[:-1])
-    return now, torch.stack([a, b * schedule.skip()[now], b * schedule.scale()[now]], 1)
+    return now, torch.stack([a, b * objective.skip[now], b * objective.scale[now]], 1)
 
 
 def sample_chain(

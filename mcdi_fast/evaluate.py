@@ -30,7 +30,7 @@ class FeatureTasks:
     """B tasks in feature space.
 
     Attributes:
-        support: float32 [B, ways, shots, F]. query: [B, ways, Q, F]. every: [B, ways, drawers, F], all images of the classes, the
+        support: float32 [B, ways, shots, F]. query: [B, ways, Q, F]. every: [B, ways, images_per_class, F], all images of the classes, the
             support first.
     """
 
@@ -52,14 +52,14 @@ class FeatureTasks:
 
 
 def draw_tasks(features: Tensor, task: TaskConfig, count: int, seed: int) -> FeatureTasks:
-    """The first `count` tasks of the sequence that `seed` starts, out of features [classes, drawers, F]."""
-    classes, drawers = features.shape[:2]
+    """The first `count` tasks of the sequence that `seed` starts, out of features [classes, images_per_class, F]."""
+    classes, images_per_class = features.shape[:2]
     episodes = sample_episodes(
         classes,
-        drawers,
+        images_per_class,
         ways=task.ways,
         shots=task.shots,
-        queries=drawers - task.shots,
+        queries=images_per_class - task.shots,
         seed=seed,
         start=0,
         count=count,
@@ -70,7 +70,7 @@ def draw_tasks(features: Tensor, task: TaskConfig, count: int, seed: int) -> Fea
 
 def finetune(support: Tensor, steps: int, rate: float, decay: float = 0.0) -> Tensor:
     """Adam on the head from zero, on the support alone. [B, ways, shots, F] -> [B, ways, F + 1]."""
-    recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=decay, start_deviation=0.0)
+    recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=decay, start_std=0.0)
     return train_task_heads(support.unsqueeze(0), support.shape[2], recipe, torch.Generator(), 1)[:, -1]
 
 
@@ -132,7 +132,7 @@ def evaluate(
     def choose(decays: tuple[float, ...]) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
         """The best fine-tuning recipe on the validation tasks."""
         tried = []
-        for rate in config.finetune_rates:
+        for rate in config.finetune_lrs:
             for decay in decays:
                 head = finetune(validation.support, config.finetune_steps, rate, decay)
                 tried.append((float(head_accuracy(head, validation.query).mean()), rate, decay))
@@ -263,8 +263,8 @@ def check_evaluate(config: EvaluateConfig, num_steps: int, segments: int) -> Non
         raise McdiError(f"--evaluate.finetune-steps = {config.finetune_steps}: expected at least 1")
     if not config.finetune_decays or min(config.finetune_decays) < 0:
         raise McdiError(f"--evaluate.finetune-decays = {config.finetune_decays}: expected one or more, none negative")
-    if not config.finetune_rates or min(config.finetune_rates) <= 0:
-        raise McdiError(f"--evaluate.finetune-rates = {config.finetune_rates}: expected one or more positive rates")
+    if not config.finetune_lrs or min(config.finetune_lrs) <= 0:
+        raise McdiError(f"--evaluate.finetune-lrs = {config.finetune_lrs}: expected one or more positive rates")
     if config.sampling_steps is not None and not segments <= config.sampling_steps <= num_steps:
         raise McdiError(
             f"--evaluate.sampling-steps = {config.sampling_steps}: expected {segments} (one a segment) to T = {num_steps} (--diffusion.steps)"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes
+from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
 from mcdi_fast.errors import McdiError
-from mcdi_fast.schedule import Objective, Schedule, diffusion_tables
 from mcdi_fast.store import (
     FORMAT_VERSION,
     dumps,
@@ -60,7 +60,7 @@ class WeightGenerator:
         schedule, objective = diffusion_tables(d)
         object.__setattr__(self, "_schedule", schedule)
         object.__setattr__(self, "_objective", objective)
-        tables = self.schedule.skip().tolist(), self.schedule.scale().tolist()
+        tables = self.objective.skip.tolist(), self.objective.scale.tolist()
         object.__setattr__(self, "_skip_and_scale", tables)
         out = self.phi.get("out.token")
         width = out.shape[0] if out is not None and out.ndim == 2 else 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.optim import trajectory
 from mcdi_fast.weights import WeightLayout
 
 
@@ -33,24 +37,57 @@ def head_logits(head: Tensor, features: Tensor) -> Tensor:
 
 
 def head_gradient(
-    head: Tensor, features: Tensor, labels: Tensor, weight_decay: float = 0.0, row_weight: Tensor | None = None
+    head: Tensor, features: Tensor, labels: Tensor, weight_decay: float = 0.0, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Gradient of the mean cross-entropy + weight_decay / 2 ||head||^2 of linear heads, by hand.
 
     Args:
         head: [B, ways, F + 1]. features: [B, R, F]. labels: int64 [B, R].
-        row_weight: [R], the share of each row in the mean; equal shares by default.
+        sample_weight: [R], the share of each row in the mean; equal shares by default.
 
     Returns:
         [B, ways, F + 1]
     """
     p = head_logits(head, features).softmax(-1)
     p.scatter_add_(-1, labels.unsqueeze(-1), p.new_full((), -1.0).expand(*labels.shape, 1))
-    if row_weight is None:
+    if sample_weight is None:
         p.div_(features.shape[1])
     else:
-        p.mul_(row_weight.unsqueeze(-1))
+        p.mul_(sample_weight.unsqueeze(-1))
     return torch.cat([p.mT @ features, p.sum(1).unsqueeze(-1)], -1).add_(head, alpha=weight_decay)
+
+
+def head_trajectory(
+    start: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    config: PrepareConfig,
+    segments: int = 1,
+    pick: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    **steps: Any,
+) -> Tensor:
+    """`optim.trajectory` of B linear heads with the gradient by hand; every random draw is made beforehand.
+
+    Args:
+        start: [B, ways, F + 1]. features: [A, B, R, F], A versions of each row. labels: int64 [B, R] in [0, ways).
+        segments: k, a divisor of config.steps M.
+        pick: integer [M, B, R] in [0, A): the version of every row in every step; version 0 by default.
+        sample_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
+        steps: `ascend` and `update` of `optim.trajectory`.
+
+    Returns:
+        [B, k, ways, F + 1]
+    """
+    picked = None if pick is None else torch.empty_like(features[:1])  # once: fresh rows cost page faults in every step
+
+    def gradient(theta: Tensor, step: int) -> Tensor:
+        x = features[0]
+        if pick is not None:
+            x = torch.gather(features, 0, pick[step, None, :, :, None].long().expand(1, *x.shape), out=picked)[0]
+        return head_gradient(theta, x, labels, config.weight_decay, sample_weight)
+
+    return trajectory(start, gradient, config, segments, **steps)
 
 
 def head_accuracy(head: Tensor, query: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ One function, `inner_loop`, and four implementations of it that agree:
 - `reference`: a Python loop over tasks, plain autograd, any dtype. Written to be read; the oracle.
 - `vmap`: `torch.func.vmap(grad(...))`. Second oracle, and the baseline of every benchmark.
 - `torch`: forward and backward by hand over stacked tasks, no per-task weights in memory (see `_LowRankLinear`).
-- `triton`: the same through the kernels (kernels/inner_loop.py). `auto` is `triton` on a GPU and `torch` elsewhere (impl.py).
+- `triton`: the same through the kernels (kernels/inner_loop.py). `auto` is `triton` on a GPU and `torch` elsewhere (backend.py).
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,61 +18,18 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from mcdi_fast.backend import DEFAULT_PRECISION, IMPLEMENTATIONS, resolve
 from mcdi_fast.denoiser import Parameters, denoise, depth_of
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import DEFAULT_PRECISION, IMPLEMENTATIONS, resolve
 
 ORACLES = ("reference", "vmap")
-
-
-@dataclass(frozen=True)
-class InnerBatch:
-    """What B base learners see in K inner steps of S noised samples each (`diffusion.make_inner_batch` builds it).
-
-    The loss of task b in step r is `mean_{s,n,d} (gain * net(x, step, condition) - target)^2`, `net` as `denoiser.denoise`.
-
-    Attributes:
-        x: [B, K, S, N, D] noised weights. step: int64 [B, K, S]. condition: [B, N, C].
-        gain: [B, K, S]. target: [B, K, S, N, D].
-    """
-
-    x: Tensor
-    step: Tensor
-    condition: Tensor
-    gain: Tensor
-    target: Tensor
-
-    def to(self, device: torch.device) -> InnerBatch:
-        """The same on another device."""
-        return InnerBatch(**{name: value.to(device) for name, value in vars(self).items()})
-
-    def check(self, phi: Parameters) -> None:
-        """Raise McdiError, naming the tensor, what was found and what was expected, unless the shapes and dtypes fit phi."""
-        if self.x.ndim != 5 or 0 in self.x.shape:
-            raise McdiError(
-                f"inner batch x: shape {tuple(self.x.shape)}, expected [B, K, S, N, D] with no empty dimension"
-            )
-        b, k, s, n, d = self.x.shape
-        width, dtype, device = len(phi["in.condition"]), phi["in.token"].dtype, phi["in.token"].device
-        expected = {
-            "x": (b, k, s, n, len(phi["in.token"])),
-            "step": (b, k, s),
-            "condition": (b, n, width),
-            "gain": (b, k, s),
-            "target": (b, k, s, n, d),
-        }
-        for name, shape in expected.items():
-            tensor, want = getattr(self, name), torch.int64 if name == "step" else dtype
-            if tuple(tensor.shape) != shape:
-                raise McdiError(f"inner batch {name}: shape {tuple(tensor.shape)}, expected {shape}")
-            if tensor.dtype != want or tensor.device != device:
-                raise McdiError(f"inner batch {name}: {tensor.dtype} on {tensor.device}, expected {want} on {device}")
 
 
 def inner_loop(
     phi: Parameters,
     batch: InnerBatch,
-    inner_rate: float,
+    inner_lr: float,
     impl: str = "auto",
     stacked: bool | None = None,
     precision: str = DEFAULT_PRECISION,
@@ -81,8 +37,8 @@ def inner_loop(
     """Run every task's K SGD steps and return the Reptile difference.
 
     Args:
-        phi: shared start of all tasks. inner_rate: eta.
-        impl: "auto", "triton" or "torch" (impl.py), or one of `ORACLES`.
+        phi: shared start of all tasks. inner_lr: eta.
+        impl: "auto", "triton" or "torch" (backend.py), or one of `ORACLES`.
         stacked: for "triton" and "torch", whether to keep per-task weights (True) or the low-rank form (False); None lets
             `prefer_stacked` choose.
         precision: of the kernels' products: "ieee", "tf32" or "bf16". The others compute in the dtype they are given.
@@ -96,17 +52,17 @@ def inner_loop(
     """
     batch.check(phi)
     if impl == "vmap":
-        return _vmap(phi, batch, inner_rate)
+        return _vmap(phi, batch, inner_lr)
     if impl == "reference":
-        return _reference(phi, batch, inner_rate)
+        return _reference(phi, batch, inner_lr)
     if impl not in IMPLEMENTATIONS:
         raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join((*IMPLEMENTATIONS, *ORACLES))}")
     stacked = prefer_stacked(batch, phi) if stacked is None else stacked
     if resolve(impl, batch.x.device) == "triton":
         from mcdi_fast.kernels.inner_loop import inner_loop_triton
 
-        return inner_loop_triton(phi, batch, inner_rate, stacked=stacked, precision=precision)
-    return _fused(phi, batch, inner_rate, stacked)
+        return inner_loop_triton(phi, batch, inner_lr, stacked=stacked, precision=precision)
+    return _fused(phi, batch, inner_lr, stacked)
 
 
 def task_loss(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor, gain: Tensor, target: Tensor) -> Tensor:
@@ -115,7 +71,7 @@ def task_loss(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor, gain:
     return (gain[:, None, None] * net - target).square().mean()
 
 
-def _reference(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[Parameters, Tensor]:
+def _reference(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Parameters, Tensor]:
     num_tasks, num_inner = batch.x.shape[:2]
     delta = {name: torch.zeros_like(value) for name, value in phi.items()}
     losses = batch.x.new_zeros(num_tasks, num_inner)
@@ -128,7 +84,7 @@ def _reference(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[P
             gradients = torch.autograd.grad(loss, list(phi_b.values()))
             losses[b, r] = loss.detach()
             phi_b = {
-                name: (value - inner_rate * gradient).detach().requires_grad_()
+                name: (value - inner_lr * gradient).detach().requires_grad_()
                 for (name, value), gradient in zip(phi_b.items(), gradients, strict=True)
             }
         for name, value in phi.items():
@@ -136,12 +92,12 @@ def _reference(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[P
     return delta, losses
 
 
-def _vmap(phi: Parameters, batch: InnerBatch, inner_rate: float) -> tuple[Parameters, Tensor]:
+def _vmap(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Parameters, Tensor]:
     def one_task(x, step, condition, gain, target):
         phi_b, losses = phi, []
         for r in range(len(x)):
             gradients, loss = grad_and_value(task_loss)(phi_b, x[r], step[r], condition, gain[r], target[r])
-            phi_b = {name: value - inner_rate * gradients[name] for name, value in phi_b.items()}
+            phi_b = {name: value - inner_lr * gradients[name] for name, value in phi_b.items()}
             losses.append(loss)
         return {name: phi_b[name] - value for name, value in phi.items()}, torch.stack(losses)
 
@@ -177,8 +133,8 @@ class _LowRankLinear:
     The caller fills `inputs[r]` before `forward(r)` and `gradients[r]` before `backward(r)`.
     """
 
-    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
-        self.weight, self.inner_rate = weight, inner_rate
+    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_lr: float):
+        self.weight, self.inner_lr = weight, inner_lr
         self.all_inputs = _buffer(name, "inputs", weight, (num_inner, num_tasks, rows, weight.shape[0]))
         self.all_gradients = _buffer(name, "gradients", weight, (num_inner, num_tasks, rows, weight.shape[1]))
         # views taken once: a view costs as much as launching a small product
@@ -197,7 +153,7 @@ class _LowRankLinear:
         shared = _shared_product(self._flat_inputs[r], self.weight, add_to, out).view(self.gradients[r].shape)
         for earlier in range(r):
             scores = torch.bmm(self.inputs[r], self._inputs_t[earlier])
-            shared.baddbmm_(scores, self.gradients[earlier], alpha=-self.inner_rate)
+            shared.baddbmm_(scores, self.gradients[earlier], alpha=-self.inner_lr)
         return shared
 
     def backward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -205,7 +161,7 @@ class _LowRankLinear:
         shared = _shared_product(self._flat_gradients[r], self._weight_t, add_to, out).view(self.inputs[r].shape)
         for earlier in range(r):
             scores = torch.bmm(self.gradients[r], self._gradients_t[earlier])
-            shared.baddbmm_(scores, self.inputs[earlier], alpha=-self.inner_rate)
+            shared.baddbmm_(scores, self.inputs[earlier], alpha=-self.inner_lr)
         return shared
 
     def update(self, r: int) -> None:
@@ -214,7 +170,7 @@ class _LowRankLinear:
     def delta(self) -> Tensor:
         """Mean over tasks of W_b - W, [in, out]: one product over all rows of all tasks and steps."""
         a, g = (rows.view(-1, rows.shape[-1]) for rows in (self.all_inputs, self.all_gradients))
-        return (a.T @ g).mul_(-self.inner_rate / self.all_inputs.shape[1])
+        return (a.T @ g).mul_(-self.inner_lr / self.all_inputs.shape[1])
 
 
 def _shared_product(rows: Tensor, weight: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
@@ -227,8 +183,8 @@ def _shared_product(rows: Tensor, weight: Tensor, add_to: Tensor | None, out: Te
 class _StackedLinear(_LowRankLinear):
     """The same map with the weights of every task in memory: cheaper when K * rows is well above the width."""
 
-    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_rate: float):
-        super().__init__(name, weight, num_inner, num_tasks, rows, inner_rate)
+    def __init__(self, name: str, weight: Tensor, num_inner: int, num_tasks: int, rows: int, inner_lr: float):
+        super().__init__(name, weight, num_inner, num_tasks, rows, inner_lr)
         self.weights = weight.expand(num_tasks, -1, -1).clone()
 
     def forward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -239,7 +195,7 @@ class _StackedLinear(_LowRankLinear):
 
     def update(self, r: int) -> None:
         if r + 1 < len(self.inputs):  # nobody reads the weights of the last step: delta comes from the rows
-            self.weights.baddbmm_(self.inputs[r].mT, self.gradients[r], alpha=-self.inner_rate)
+            self.weights.baddbmm_(self.inputs[r].mT, self.gradients[r], alpha=-self.inner_lr)
 
 
 def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
@@ -258,13 +214,13 @@ def prefer_stacked(batch: InnerBatch, phi: Parameters) -> bool:
 
 
 @torch.no_grad()
-def _fused(phi: Parameters, batch: InnerBatch, inner_rate: float, stacked: bool) -> tuple[Parameters, Tensor]:
+def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool) -> tuple[Parameters, Tensor]:
     b, k, s, n, d = batch.x.shape
     kind = _StackedLinear if stacked else _LowRankLinear
     linear = {}
     for name, value in phi.items():
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        linear[name] = kind(name, value, k, b, rows, inner_rate)
+        linear[name] = kind(name, value, k, b, rows, inner_lr)
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
     blocks = [tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(depth)]

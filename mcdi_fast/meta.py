@@ -8,50 +8,34 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
-from mcdi_fast.diffusion import draw_steps, make_inner_batch
+from mcdi_fast.diffusion import Draws, InnerBatch, diffusion_tables, draw_steps, make_inner_batch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, resolve
-from mcdi_fast.inner import ORACLES, InnerBatch, inner_loop
-from mcdi_fast.noise import check_seed, philox_normal
+from mcdi_fast.inner import ORACLES, inner_loop
+from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_normal
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
-from mcdi_fast.schedule import diffusion_tables
 from mcdi_fast.store import load_tensors, save_tensors, show_path
 from mcdi_fast.weights import Normalizer
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
 
-_FLOOR = (
-    0.1  # of Normalizer.fit: without it the inner loop diverged on Omniglot, where entries of 130 deviations came up
-)
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )
-_RECIPE = 3  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
+_RECIPE = 4  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
-
-
-class Draws(NamedTuple):
-    """The random choices of a meta-step, int64 on the CPU.
-
-    task, segment: [B], task of the bank and local target of each base learner. step: [B, K, S]. streams: [B], of the noise.
-    """
-
-    task: Tensor
-    segment: Tensor
-    step: Tensor
-    streams: Tensor
 
 
 class MetaTrainer:
@@ -76,7 +60,7 @@ class MetaTrainer:
         precision: str = DEFAULT_PRECISION,
         ranks: Ranks = ALONE,
     ):
-        """Fit the normalisers on the bank and draw phi. impl: impl.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
+        """Fit the normalisers on the bank and draw phi. impl: backend.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
         self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
@@ -99,9 +83,9 @@ class MetaTrainer:
         every = torch.linspace(0, len(bank) - 1, min(len(bank), _FIT_TASKS), dtype=torch.float64).long()
         targets, condition = bank.gather(every)
         mask = bank.layout.mask
-        self.normalizer = Normalizer.fit(targets, mask, _FLOOR)
+        self.normalizer = Normalizer.fit(targets, mask, self.meta.normalizer_floor)
         self.condition_normalizer = Normalizer.fit(
-            condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), _FLOOR
+            condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), self.meta.normalizer_floor
         )
         sizes = (bank.layout.width, bank.condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
         self._shapes = parameter_shapes(*sizes)
@@ -120,13 +104,13 @@ class MetaTrainer:
             self.state,
             self.bank,
             self._share(self.draws(0)),
-            noising_tables(self.schedule, self.objective),
+            noising_tables(self.objective),
             self.normalizer,
             self.condition_normalizer,
             self._noise_mask,
             self._shapes,
             seed=self.seed,
-            inner_rate=self.meta.inner_rate,
+            inner_lr=self.meta.inner_lr,
             outer=self.meta.outer,
             precision=self.precision,
             skip=self.meta.on_bad_step == "skip",
@@ -142,7 +126,7 @@ class MetaTrainer:
     def draws(self, step: int) -> Draws:
         """The random choices of an outer step, a function of (seed, step)."""
         m = self.meta
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = draw_generator(self.seed, META_TRAINING, step)
         task = torch.randint(len(self.bank), (m.meta_batch,), generator=generator)
         choices = torch.tensor(self.objective.targets)
         segment = choices[torch.randint(len(choices), (m.meta_batch,), generator=generator)]
@@ -165,7 +149,7 @@ class MetaTrainer:
         if self._noise_mask is not None:  # padding stays exactly 0 in x, eps and target
             eps = eps * self._noise_mask
         condition = self.condition_normalizer.normalize(condition)
-        batch = make_inner_batch(self.schedule, self.objective, target, condition, draws.segment, draws.step, eps)
+        batch = make_inner_batch(self.objective, target, condition, draws.segment, draws.step, eps)
         return batch.to(self.device)
 
     def outer_step(self) -> Tensor:
@@ -184,7 +168,7 @@ class MetaTrainer:
         if self._kernels is not None:
             loss = self._kernels.step(self._share(self.draws(self.step)), self.step, scalars)
         else:
-            delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_rate, self.impl)
+            delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_lr, self.impl)
             flat = torch.cat([value.flatten() for value in delta.values()])
             if self.ranks.size > 1:
                 flat, losses = self._sum(flat, losses)
@@ -240,12 +224,12 @@ class MetaTrainer:
                 else "task unknown"
             )
             where = f"at outer step {step}, {who}"
-        kept = "there is no checkpoint yet" if self.ranks.leads else "rank 0 names the last good checkpoint"
+        kept = "there is no checkpoint yet" if self.ranks.is_main else "rank 0 names the last good checkpoint"
         if self._saved:
             kept = f"the last good checkpoint is {show_path(self._saved[0])}, step {self._saved[1]}"
         raise McdiError(
-            f"meta-training: loss not finite {where}; lower --meta.inner-rate (now {self.meta.inner_rate}) or --meta.outer-rate "
-            f"(now {self.meta.outer_rate}) in another run, or go on with --meta.on-bad-step skip; {kept}"
+            f"meta-training: loss not finite {where}; lower --meta.inner-lr (now {self.meta.inner_lr}) or --meta.outer-lr "
+            f"(now {self.meta.outer_lr}) in another run, or go on with --meta.on-bad-step skip; {kept}"
         )
 
     def checkpoint_due(self) -> bool:
@@ -314,8 +298,8 @@ class MetaTrainer:
     def start_together(self) -> None:
         """Take rank 0's state, so that all processes start from the same one."""
         for value in vars(self.state).values():
-            self.ranks.from_lead_(value)
-        self.step, self._skipped = (self.ranks.number_from_lead(number) for number in (self.step, self._skipped))
+            self.ranks.broadcast_(value)
+        self.step, self._skipped = (self.ranks.broadcast_number(number) for number in (self.step, self._skipped))
         self._skipped_before = self._skipped
 
 
@@ -324,9 +308,11 @@ def check_meta(meta: MetaConfig, ranks: Ranks = ALONE) -> None:
     for name in ("steps", "meta_batch", "inner_steps", "samples", "checkpoint_every"):
         if getattr(meta, name) < 1:
             raise McdiError(f"--meta.{name.replace('_', '-')} = {getattr(meta, name)}: expected at least 1")
-    for name in ("inner_rate", "outer_rate"):
+    for name in ("inner_lr", "outer_lr"):
         if not 0 < getattr(meta, name) < float("inf"):
             raise McdiError(f"--meta.{name.replace('_', '-')} = {getattr(meta, name)}: expected a positive number")
+    if not 0 <= meta.normalizer_floor < float("inf"):
+        raise McdiError(f"--meta.normalizer-floor = {meta.normalizer_floor}: expected 0 or more")
     if not 0 <= meta.ema < 1:
         raise McdiError(f"--meta.ema = {meta.ema}: expected 0 <= ema < 1")
     if meta.outer not in ("adam", "reptile"):
@@ -361,7 +347,7 @@ def fit(
         checkpoint: a file; where it exists training goes on from it, bit for bit as if it had not stopped.
         on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss, a
             number on the device: reading it waits for the device.
-        device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (impl.py). precision: of the kernels' products.
+        device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products.
         ranks: the processes that share the work, each of which calls `fit` alike, on the same bank; rank 0 alone touches the checkpoint.
             The result is that of one process up to rounding.
 
@@ -373,7 +359,7 @@ def fit(
     trainer = MetaTrainer(
         bank, meta, diffusion, denoiser, seed, device=device, impl=impl, precision=precision, ranks=ranks
     )
-    checkpoint = checkpoint if ranks.leads else None
+    checkpoint = checkpoint if ranks.is_main else None
     if checkpoint is not None and checkpoint.exists():
         trainer.restore(checkpoint)
     trainer.start_together()

@@ -69,6 +69,18 @@ def _seed(value: object) -> int:
     return number
 
 
+META_TRAINING, PREPARATION, REPTILE = range(3)  # what a draw is for
+
+
+def draw_generator(seed: int, purpose: int, number: int) -> torch.Generator:
+    """The generator of draw `number`, another one for every (seed, purpose, number), on the CPU.
+
+    torch's own generator looks at the low 32 bits of its seed alone, so the three are mixed down to those.
+    """
+    mixed = np.random.SeedSequence((seed, purpose, number)).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
 def check_seed(seed: int) -> None:
     """Raise McdiError unless a run can take this seed: its draws are numbered seed * 2^32 + step, in 63 bits."""
     if type(seed) is not int or not 0 <= seed < 2**31:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcdi_fast.config import MetaConfig
 from mcdi_fast.denoiser import Parameters
-from mcdi_fast.prepare import ADAM_BETAS, adam_step
+from mcdi_fast.optim import ADAM_BETAS, adam_step
 
 
 class OuterScalars(NamedTuple):
@@ -29,13 +29,13 @@ class OuterScalars(NamedTuple):
 def outer_scalars(meta: MetaConfig, step: int) -> OuterScalars:
     """For the outer step number `step`, from 0: the rate warms up over the first 1 % of the steps, then falls linearly to 0."""
     count = step + 1
-    rate = meta.outer_rate * min(1.0, count / (0.01 * meta.steps)) * (1 - step / meta.steps)
+    rate = meta.outer_lr * min(1.0, count / (0.01 * meta.steps)) * (1 - step / meta.steps)
     # the average of the first steps would otherwise remember the initialisation
     mix = 1 - (min(meta.ema, count / (10 + count)) if meta.ema else 0.0)
     if meta.outer == "reptile":
         return OuterScalars(rate, 1.0, 1.0, mix)
     return OuterScalars(
-        rate / (1 - ADAM_BETAS[0] ** count), (1 - ADAM_BETAS[1] ** count) ** 0.5, -1 / meta.inner_rate, mix
+        rate / (1 - ADAM_BETAS[0] ** count), (1 - ADAM_BETAS[1] ** count) ** 0.5, -1 / meta.inner_lr, mix
     )
 
 
@@ -44,13 +44,13 @@ class OuterState:
     """What meta-training carries from step to step, each one flat float32 [P] of phi's matrices in a row, for one pass over all of them.
 
     Attributes:
-        phi: the parameters being trained. average: their running average. first, second: Adam's moments.
+        phi: the parameters being trained. average: their running average. exp_avg, exp_avg_sq: Adam's moments.
     """
 
     phi: Tensor
     average: Tensor
-    first: Tensor
-    second: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
     @classmethod
     def start(cls, phi: Parameters, device: torch.device) -> OuterState:
@@ -74,5 +74,5 @@ def outer_update(state: OuterState, delta: Tensor, scalars: OuterScalars, outer:
     if outer == "reptile":
         state.phi.add_(delta, alpha=scalars.rate)
     else:
-        adam_step(state.phi, delta.mul_(scalars.gain), state.first, state.second, scalars.rate, scalars.root)
+        adam_step(state.phi, delta.mul_(scalars.gain), state.exp_avg, state.exp_avg_sq, scalars.rate, scalars.root)
     state.average.lerp_(state.phi, scalars.mix)

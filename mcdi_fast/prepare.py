@@ -9,88 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcdi_fast import heads
+from mcdi_fast.backend import DEFAULT_PRECISION, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.heads import head_gradient, head_layout, support_condition
-from mcdi_fast.impl import DEFAULT_PRECISION, resolve
-from mcdi_fast.noise import check_seed
+from mcdi_fast.heads import head_layout, support_condition
+from mcdi_fast.noise import PREPARATION, check_seed, draw_generator
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.tasks import sample_episodes
 
-SAM_TINY = 1e-12  # least norm: float32 squares of smaller entries underflow, and a norm of 0 must not make the step larger than rho
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, of every Adam here
 SHARD_TASKS = 500  # tasks trained together and appended as one shard: large products, and little lost by a kill
 
 
-def sam_perturbation(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
-    """theta_b + rho * g_b / (||g_b|| + tiny), one norm a task (method, section 3). theta, gradient: [B, ...]."""
-    norm = gradient.flatten(1).norm(dim=1).clamp_min(SAM_TINY)
-    return theta + (rho / norm).view(-1, *[1] * (theta.ndim - 1)) * gradient
+def head_trajectory(*data: Any, impl: str = "auto", precision: str = DEFAULT_PRECISION, **options: Any) -> Tensor:
+    """`heads.head_trajectory`, through the kernels where they run: one launch, or SAM's and Adam's kernels for heads too large for it."""
+    start = data[0]
+    if resolve(impl, start.device) == "torch":
+        return heads.head_trajectory(*data, **options)
+    from mcdi_fast.kernels import head_trajectory as fused
+    from mcdi_fast.kernels import sam_adam
 
-
-def adam_scalars(step: int, rate: float) -> tuple[float, float]:
-    """(rate / (1 - beta1^step), sqrt(1 - beta2^step)); `step` counts from 1. In double precision: in float32 1 - 0.999 has lost four digits."""
-    return rate / (1 - ADAM_BETAS[0] ** step), (1 - ADAM_BETAS[1] ** step) ** 0.5
-
-
-def adam_step(theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float, root: float) -> None:
-    """One Adam step in place, with bias correction. Same arithmetic as torch.optim.Adam. rate, root: of `adam_scalars`.
-
-    The gradient is used up as scratch: for phi, fresh memory every time made an outer step 7 times slower (8.7 against 1.3 ms).
-    """
-    first.lerp_(gradient, 1 - ADAM_BETAS[0])
-    second.mul_(ADAM_BETAS[1]).addcmul_(gradient, gradient, value=1 - ADAM_BETAS[1])
-    theta.addcdiv_(first, torch.sqrt(second, out=gradient).div_(root).add_(ADAM_EPS), value=-rate)
-
-
-def head_trajectory(
-    start: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    config: PrepareConfig,
-    record: int = 1,
-    pick: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    *,
-    impl: str = "auto",
-    precision: str = DEFAULT_PRECISION,
-) -> Tensor:
-    """Adam + SAM on the heads of B tasks from given starts; every random draw is made beforehand.
-
-    Args:
-        start: [B, ways, F + 1]. features: [A, B, R, F], A versions of each row. labels: int64 [B, R] in [0, ways).
-        record: k, a divisor of config.steps M; theta_d, theta_2d, …, theta_kd = theta_M are kept, d = M / k.
-        pick: integer [M, B, R] in [0, A): the version of every row in every step; version 0 by default.
-        row_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
-        impl: impl.py. Heads that are too large for the one-launch kernel go step by step, through SAM's and Adam's kernels.
-
-    Returns:
-        [B, k, ways, F + 1]
-    """
-    ascend, step_adam = sam_perturbation, adam_step
-    if resolve(impl, start.device) == "triton":
-        from mcdi_fast.kernels import head_trajectory as fused
-        from mcdi_fast.kernels import sam_adam
-
-        if fused.fits(*start.shape[1:]):
-            return fused.head_trajectory(start, features, labels, config, record, pick, row_weight, precision=precision)
-        ascend, step_adam = sam_adam.sam_ascent, sam_adam.adam_step_
-    theta, kept = start.clone(), []
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    x = features[0]
-    picked = None if pick is None else torch.empty_like(features[:1])  # once: fresh rows cost page faults in every step
-    for step in range(1, config.steps + 1):
-        if pick is not None:
-            x = torch.gather(features, 0, pick[step - 1, None, :, :, None].long().expand(1, *x.shape), out=picked)[0]
-        gradient = head_gradient(theta, x, labels, config.weight_decay, row_weight)
-        if config.rho > 0:
-            above = ascend(theta, gradient, config.rho)
-            gradient = head_gradient(above, x, labels, config.weight_decay, row_weight)
-        step_adam(theta, gradient, first, second, *adam_scalars(step, config.learning_rate))
-        if step % (config.steps // record) == 0:
-            kept.append(theta.clone())
-    return torch.stack(kept, 1)
+    if fused.fits(*start.shape[1:]):
+        return fused.head_trajectory(*data, **options, precision=precision)
+    return heads.head_trajectory(*data, **options, ascend=sam_adam.sam_ascent, update=sam_adam.adam_step_)
 
 
 def train_heads(
@@ -100,8 +42,8 @@ def train_heads(
     generator: torch.Generator,
     ways: int,
     *,
-    record: int = 1,
-    row_weight: Tensor | None = None,
+    segments: int = 1,
+    sample_weight: Tensor | None = None,
     impl: str = "auto",
     precision: str = DEFAULT_PRECISION,
 ) -> Tensor:
@@ -112,9 +54,9 @@ def train_heads(
         labels: int64 [B, R] in [0, ways).
         config: steps M, learning rate, rho (0: plain Adam, one gradient a step), start deviation.
         generator: draws the Gaussian start and the copies, on the CPU wherever the features are: the same draws on every device.
-        row_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
-        record: k; the heads after steps d, 2d, …, kd = M are kept, d = M / k.
-        impl, precision: impl.py.
+        sample_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
+        segments: k; the heads after steps d, 2d, …, kd = M are kept, d = M / k.
+        impl, precision: backend.py.
 
     Returns:
         [B, k, ways, F + 1], the local targets theta_d … theta_M, where the features are.
@@ -122,19 +64,19 @@ def train_heads(
     Raises:
         McdiError: k does not divide M; features that are not finite.
     """
-    check_prepare(config, record)
+    check_prepare(config, segments)
     if not features.isfinite().all():
         raise McdiError(
             "preparation features: found NaN or infinity, expected finite numbers; look at the backbone that made them"
         )
     copies, num_tasks, rows, width = features.shape
     device = features.device
-    start = torch.randn(num_tasks, ways, width + 1, generator=generator, dtype=features.dtype) * config.start_deviation
+    start = torch.randn(num_tasks, ways, width + 1, generator=generator, dtype=features.dtype) * config.start_std
     pick = None
     if copies > 1:  # int32 on the way to a GPU
         pick = torch.randint(copies, (config.steps, num_tasks, rows), generator=generator).int().to(device)
     return head_trajectory(
-        start.to(device), features, labels, config, record, pick, row_weight, impl=impl, precision=precision
+        start.to(device), features, labels, config, segments, pick, sample_weight, impl=impl, precision=precision
     )
 
 
@@ -150,21 +92,23 @@ def train_task_heads(
     """The preparation's heads of few-shot tasks.
 
     Args:
-        images: features [copies, B, ways, drawers, F]; the first `shots` of each class are the support.
+        images: features [copies, B, ways, images_per_class, F]; the first `shots` of each class are the support.
 
     Returns:
         [B, k, ways, F + 1]
     """
-    _, num_tasks, ways, drawers, _ = images.shape
-    label = torch.arange(ways, device=images.device).repeat_interleave(drawers).repeat(num_tasks, 1)
+    _, num_tasks, ways, images_per_class, _ = images.shape
+    label = torch.arange(ways, device=images.device).repeat_interleave(images_per_class).repeat(num_tasks, 1)
     weight = None
-    if config.support_share is not None and shots < drawers:
-        weight = images.new_full((ways, drawers), (1 - config.support_share) / (ways * (drawers - shots)))
-        weight[:, :shots] = config.support_share / (ways * shots)
+    if config.support_loss_weight is not None and shots < images_per_class:
+        weight = images.new_full(
+            (ways, images_per_class), (1 - config.support_loss_weight) / (ways * (images_per_class - shots))
+        )
+        weight[:, :shots] = config.support_loss_weight / (ways * shots)
         weight = weight.flatten()
     rows = images.flatten(2, 3)
     return train_heads(
-        rows, label, config, generator, ways, record=segments, row_weight=weight, impl=impl, precision=precision
+        rows, label, config, generator, ways, segments=segments, sample_weight=weight, impl=impl, precision=precision
     )
 
 
@@ -173,11 +117,11 @@ def check_prepare(config: PrepareConfig, segments: int) -> None:
     for name in ("tasks", "steps", "copies"):
         if getattr(config, name) < 1:
             raise McdiError(f"--prepare.{name} = {getattr(config, name)}: expected at least 1")
-    for name in ("rho", "weight_decay", "start_deviation"):
+    for name in ("rho", "weight_decay", "start_std"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise McdiError(f"--prepare.{name.replace('_', '-')} = {getattr(config, name)}: expected 0 or more")
-    if config.support_share is not None and not 0 <= config.support_share <= 1:
-        raise McdiError(f"--prepare.support-share = {config.support_share}: expected 0 to 1")
+    if config.support_loss_weight is not None and not 0 <= config.support_loss_weight <= 1:
+        raise McdiError(f"--prepare.support-loss-weight = {config.support_loss_weight}: expected 0 to 1")
     if not 0 < config.learning_rate < float("inf"):
         raise McdiError(f"--prepare.learning-rate = {config.learning_rate}: expected a positive number")
     if segments < 1 or config.steps % segments:
@@ -207,11 +151,11 @@ def prepare_bank(
     The targets of a task use every image of its classes, its condition only the support. Shard j is a function of (seed, j).
 
     Args:
-        features: float32 [copies, classes, drawers, F], of the training classes: the images and augmented ones, on the device that is
+        features: float32 [copies, classes, images_per_class, F], of the training classes: the images and augmented ones, on the device that is
             to do the work.
         meta: provenance, part of the bank's identity.
         on_start: called with the tasks there already. on_tasks: called with the number of tasks after each shard.
-        impl, precision: impl.py.
+        impl, precision: backend.py.
         ranks: the processes that share the work, a shard each in turn; each calls this alike, and rank 0 writes the same bank as one process.
 
     Raises:
@@ -221,13 +165,13 @@ def prepare_bank(
     check_seed(seed)
     width = features.shape[-1]
     layout = head_layout(task.ways, width)
-    bank = TrajectoryBank.create(folder, layout, segments, width + 1, meta) if ranks.leads else None
-    done, shard = (ranks.number_from_lead(number) for number in ((len(bank), bank.num_shards) if bank else (0, 0)))
+    bank = TrajectoryBank.create(folder, layout, segments, width + 1, meta) if ranks.is_main else None
+    done, shard = (ranks.broadcast_number(number) for number in ((len(bank), bank.num_shards) if bank else (0, 0)))
     if on_start:
         on_start(done)
     # one set of rows for all shards: freed and taken anew, they fragment the heap, and memory grows with the tasks
-    copies, _, drawers, _ = features.shape
-    space = features.new_empty(copies, min(SHARD_TASKS, config.tasks) * task.ways * drawers, width)
+    copies, _, images_per_class, _ = features.shape
+    space = features.new_empty(copies, min(SHARD_TASKS, config.tasks) * task.ways * images_per_class, width)
     while done < config.tasks:
         # rank r makes shard + r, then rank 0 writes all of them in order
         start = done + ranks.rank * SHARD_TASKS
@@ -249,11 +193,11 @@ def prepare_bank(
                 bank.append(*made)
             elif rank == ranks.rank:
                 for tensor in made:
-                    ranks.to_lead(tensor.cpu().contiguous())
+                    ranks.send_to_main(tensor.cpu().contiguous())
             done, shard = done + count, shard + 1
             if on_tasks:
                 on_tasks(count)
-    ranks.number_from_lead(done)  # only now is everything written
+    ranks.broadcast_number(done)  # only now is everything written
     return TrajectoryBank.open(folder) if bank is None else bank
 
 
@@ -274,22 +218,22 @@ def _make_shard(
 
     space: [copies, rows of the largest shard, F], for their features.
     """
-    copies, classes, drawers, width = features.shape
+    copies, classes, images_per_class, width = features.shape
     episodes = sample_episodes(
         classes,
-        drawers,
+        images_per_class,
         ways=task.ways,
         shots=task.shots,
-        queries=drawers - task.shots,
+        queries=images_per_class - task.shots,
         seed=seed,
         start=start,
         count=count,
     )
-    drawer = torch.cat([episodes.support, episodes.query], 2)
-    index = (episodes.classes.unsqueeze(-1) * drawers + drawer).flatten()
+    image = torch.cat([episodes.support, episodes.query], 2)
+    index = (episodes.classes.unsqueeze(-1) * images_per_class + image).flatten()
     rows = space if len(index) == space.shape[1] else space.new_empty(copies, len(index), width)
     torch.index_select(features.flatten(1, 2), 1, index.to(features.device), out=rows)
-    x = rows.view(copies, count, *drawer.shape[1:], width)
-    generator = torch.Generator().manual_seed((seed << 32) + (1 << 31) + shard)
+    x = rows.view(copies, count, *image.shape[1:], width)
+    generator = draw_generator(seed, PREPARATION, shard)
     targets = train_task_heads(x, task.shots, config, generator, segments, impl, precision)
     return targets, support_condition(x[0, :, :, : task.shots])

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcdi_fast.backend import check_device
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import check_device
 
 # A process that dies is noticed at once, by its closed connections; this is for one that hangs. The others wait this long while rank 0 trains
 # the backbone.
@@ -44,7 +44,7 @@ class Ranks:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes files."""
         return self.rank == 0
 
@@ -58,28 +58,28 @@ class Ranks:
             with self._exchange():
                 dist.all_reduce(tensor)
 
-    def from_lead_(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite with rank 0's."""
         if self.size > 1:
             with self._exchange():
                 dist.broadcast(tensor, 0)
 
-    def number_from_lead(self, number: int) -> int:
+    def broadcast_number(self, number: int) -> int:
         """Rank 0's number."""
-        told = torch.tensor([number])
-        self.from_lead_(told)
-        return int(told)
+        found = torch.tensor([number])
+        self.broadcast_(found)
+        return int(found)
 
-    def features_from_lead(self, features: Tensor | None) -> Tensor:
+    def broadcast_features(self, features: Tensor | None) -> Tensor:
         """Rank 0's float32 tensor of four dimensions, on the CPU; the others pass None."""
         shape = torch.tensor([0] * 4 if features is None else features.shape)
-        self.from_lead_(shape)
+        self.broadcast_(shape)
         if features is None:
             features = torch.empty(shape.tolist())
-        self.from_lead_(features)
+        self.broadcast_(features)
         return features
 
-    def to_lead(self, tensor: Tensor) -> None:
+    def send_to_main(self, tensor: Tensor) -> None:
         """Send to rank 0, which calls `receive`."""
         with self._exchange():
             dist.send(tensor, 0)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
 from mcdi_fast.diffusion import chain_table, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.impl import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
 from mcdi_fast.noise import philox_normal, seed_bits
 from mcdi_fast.weights import GeneratedWeights
 
@@ -63,7 +63,7 @@ class Sampler:
     >>> weights = Sampler(generator).sample(condition, seeds=range(len(condition)))  # doctest: +SKIP
     >>> weights.load_into(head, 0)  # doctest: +SKIP
 
-    On a GPU, `Sampler(generator, "cuda")`, a chain is one launch of a kernel (impl.py); with `seeds` as a tensor there, nothing in `sample` waits
+    On a GPU, `Sampler(generator, "cuda")`, a chain is one launch of a kernel (backend.py); with `seeds` as a tensor there, nothing in `sample` waits
     for the host, and a CUDA graph can hold the call.
     """
 
@@ -78,7 +78,7 @@ class Sampler:
         """Take the generator to `device`.
 
         Args:
-            impl: "auto", "triton" or "torch" (impl.py). precision: of the kernels' products: "ieee", "tf32" or "bf16".
+            impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products: "ieee", "tf32" or "bf16".
 
         Raises:
             McdiError: an unknown or absent device; an implementation that cannot run there.
@@ -184,7 +184,7 @@ class Sampler:
     def _table(self, num_steps: int | None) -> tuple[Tensor, Tensor]:
         """Steps and coefficients of a chain, on the device."""
         if num_steps not in self._tables:
-            steps, coefficients = chain_table(self.generator.schedule, self.generator.objective.ends, num_steps)
+            steps, coefficients = chain_table(self.generator.schedule, self.generator.objective, num_steps)
             self._tables[num_steps] = steps.to(self.device), coefficients.float().to(self.device)
         return self._tables[num_steps]
 
@@ -200,8 +200,8 @@ class Sampler:
             make = _packed_chain()
             assert make is not None
             packed = self._packed = make(folded)
-        told = generator.condition_normalizer.normalize(condition)
-        return packed.run(self._noise(seeds, 0), told, *self._table(num_steps), self._mask)
+        normalized = generator.condition_normalizer.normalize(condition)
+        return packed.run(self._noise(seeds, 0), normalized, *self._table(num_steps), self._mask)
 
     def _noise(self, seeds: Sequence[int] | Tensor, stream: int) -> Tensor:
         layout = self.generator.layout
@@ -259,7 +259,7 @@ class StaticSampler:
     >>> static()  # doctest: +SKIP
     >>> static.weights.functional_call(head, x)  # the same tensors after every call  # doctest: +SKIP
 
-    Through the kernels (impl.py) a call launches work and waits for nothing, so it may be captured in a larger CUDA graph. `torch.compile`
+    Through the kernels (backend.py) a call launches work and waits for nothing, so it may be captured in a larger CUDA graph. `torch.compile`
     goes around the call, and as no shape or address changes, what is around it is compiled once.
 
     Attributes:

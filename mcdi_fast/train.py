@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fcntl
 import json
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -26,26 +22,20 @@ from mcdi_fast import environment  # noqa: F401
 import torch
 
 from mcdi_fast import backbone as bb
+from mcdi_fast.backend import check_device, check_precision, resolve
+from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
 from mcdi_fast.config import TrainConfig, default_config
+from mcdi_fast.diffusion import diffusion_tables
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import check_evaluate, draw_tasks, evaluate, generate
 from mcdi_fast.heads import head_accuracy
-from mcdi_fast.impl import check_device, check_precision, resolve
-from mcdi_fast.meta import FREE, MetaTrainer, check_meta, fit
+from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_prepare, prepare_bank
 from mcdi_fast.ranks import Ranks, join
 from mcdi_fast.report import git_sha, machine, write_report
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import diffusion_tables
-from mcdi_fast.store import atomic_write, make_folder, read_json, remove_temporaries, show_path, write_json
+from mcdi_fast.store import atomic_write, make_folder
 from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
-
-Config = TypeVar("Config")
-
-
-class StoppedError(McdiError):
-    """Something went wrong after work had begun: what was made so far is kept."""
-
 
 # What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
 _FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
@@ -78,59 +68,6 @@ def check_config(config: TrainConfig) -> None:
     check_evaluate(config.evaluate, d.steps, d.segments)
 
 
-@contextlib.contextmanager
-def open_run(folder: Path, config: Any, free: Collection[str] = _FREE) -> Iterator[None]:
-    """Take the run folder: make it, lock it, and see that it belongs to this configuration (a dataclass), but for the fields `free`.
-
-    Raises:
-        McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
-    """
-
-    make_folder(folder)
-    try:
-        lock: IO[str] = open(folder / ".lock", "a")  # noqa: SIM115 (held until the end)
-    except OSError as error:
-        raise McdiError(
-            f"cannot write {show_path(folder)}: {error.strerror}; make the folder writable or choose another --run-dir"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel frees it when the process dies, however it dies
-        except OSError as error:
-            raise McdiError(
-                f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
-            ) from error
-        for place in (folder, folder / "generator"):  # the bank looks after its own
-            remove_temporaries(place)
-        path = folder / "config.json"
-        ours = json.loads(json.dumps(asdict(config), default=str))
-        if path.exists():
-            found = read_json(path)
-            for key in [key for key in ours if key not in free]:
-                theirs, now = (_bound(config.get(key)) for config in (found if isinstance(found, dict) else {}, ours))
-                if theirs != now:
-                    raise McdiError(
-                        f"{show_path(path)}: made with another {_difference(key, theirs, now)}; "
-                        "give the same options as before, or another --run-dir"
-                    )
-        write_json(path, ours)
-        yield
-
-
-def _bound(value: Any) -> Any:
-    return {name: entry for name, entry in value.items() if name not in FREE} if isinstance(value, dict) else value
-
-
-def _difference(key: str, found: Any, ours: Any) -> str:
-    if isinstance(found, dict) and isinstance(ours, dict):
-        for name in ours:
-            if found.get(name) != ours[name]:
-                return _difference(f"{key}.{name}", found.get(name), ours[name])
-    return f"{key} ({found!r:.60}, now {ours!r:.60})"
-
-
 class Metrics:
     """`metrics.jsonl`: a JSON object a line, in step with the checkpoint."""
 
@@ -161,26 +98,6 @@ class Metrics:
             ) from error
 
 
-class _Stages:
-    """A progress bar and a stopwatch for each stage."""
-
-    def __init__(self, show: bool = True) -> None:
-        self.seconds: dict[str, float] = {}
-        self.show = show
-
-    @contextlib.contextmanager
-    def __call__(self, name: str, total: int, unit: str) -> Iterator[Any]:
-        from tqdm import tqdm
-
-        start = time.perf_counter()
-        bar = tqdm(
-            total=total, unit=f" {unit}", desc=f"{name:14}", dynamic_ncols=True, smoothing=0.05, disable=not self.show
-        )
-        with bar:
-            yield bar
-        self.seconds[name] = time.perf_counter() - start
-
-
 def train(config: TrainConfig) -> Path:
     """Run the main job; returns the run folder.
 
@@ -193,40 +110,34 @@ def train(config: TrainConfig) -> Path:
         config = replace(config, device=device)
         check_config(config)
         check_meta(config.meta, ranks)
-        if not ranks.leads:
-            with _stopped():
+        if not ranks.is_main:
+            with stopped():
                 _follow(config, folder, ranks)
             return folder
-        stages, task = _Stages(), config.task
+        stages, task = Stages(), config.task
         with stages("data", 1, "set") as bar:
             data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
             bar.update()
         for part in (data.train, data.val, data.test):
-            check_episodes(part.num_classes, part.num_drawers, ways=task.ways, shots=task.shots, queries=task.queries)
-        with open_run(folder, config), _stopped():
+            check_episodes(
+                part.num_classes, part.images_per_class, ways=task.ways, shots=task.shots, queries=task.queries
+            )
+        with open_run(folder, config, _FREE), stopped():
             _train(config, data, folder, stages, ranks)
     return folder
-
-
-@contextlib.contextmanager
-def _stopped() -> Iterator[None]:
-    try:
-        yield
-    except McdiError as error:
-        raise StoppedError(str(error)) from error
 
 
 def _follow(config: TrainConfig, folder: Path, ranks: Ranks) -> None:
     """What every process but rank 0 does: its share of preparation and meta-training. It writes nothing."""
     compute: dict[str, Any] = {"impl": config.impl, "precision": config.precision, "ranks": ranks}
-    features = ranks.features_from_lead(None).to(config.device)
+    features = ranks.broadcast_features(None).to(config.device)
     bank = prepare_bank(
         folder / "bank", features, config.task, config.prepare, config.diffusion.segments, config.seed, **compute
     )
     fit(bank, config.meta, config.diffusion, config.denoiser, seed=config.seed, device=config.device, **compute)
 
 
-def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages, ranks: Ranks) -> None:
+def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: Stages, ranks: Ranks) -> None:
     task = config.task
     compute = {"impl": config.impl, "precision": config.precision}
     with stages("backbone", config.backbone.steps, "episodes") as bar:
@@ -236,7 +147,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
         )
 
     images = [data.train] * config.prepare.copies + [data.val, data.test]
-    with stages("features", sum(part.num_classes * part.num_drawers for part in images), "images") as bar:
+    with stages("features", sum(part.num_classes * part.images_per_class for part in images), "images") as bar:
         take = partial(bb.extract_features, network, progress=bar.update, views=config.backbone.views)
         copies = torch.stack([take(data.train, augment_seed=copy or None) for copy in range(config.prepare.copies)])
         validation = draw_tasks(
@@ -252,7 +163,7 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: _Stages
             _TEST_SEED + config.seed,
         )
 
-    ranks.features_from_lead(copies.cpu())
+    ranks.broadcast_features(copies.cpu())
 
     provenance = {
         "dataset": data.name,
@@ -331,33 +242,6 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
     for name, m in result["methods"].items():
         print(f"{name:18} {m['accuracy_mean']:6.2f} ± {m['accuracy_ci95']:.2f} %   {m['latency_ms']:8.2f} ms a task")
     print(f"report: {folder / 'report.md'}")
-
-
-def run_command(main: Callable[[], Any]) -> int:
-    """Run a command; errors of ours become one line. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 130 Ctrl-C."""
-    try:
-        main()
-    except McdiError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, StoppedError) else 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def parse(kind: type[Config], default: Callable[[str], Config], name: str, arguments: Sequence[str] | None) -> Config:
-    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset."""
-    import tyro
-
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--dataset", default=vars(kind)["dataset"])  # that of the class
-    dataset = peek.parse_known_args(arguments)[0].dataset
-    try:
-        return tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments)
-    except BrokenPipeError:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcdi_fast import ablate, ablate_report, backbone, meta, prepare, store
-from mcdi_fast.ablate_cells import other_form, scored_heads
+from mcdi_fast import ablate, ablate_report, backbone, prepare, store
+from mcdi_fast.ablate_cells import scored_heads
 from mcdi_fast.ablate_plan import CHANGES, METHODS, AblateConfig, Cell, plan, train_config
 from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
 from mcdi_fast.ablate_workshop import other_condition
@@ -18,7 +18,6 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import FeatureTasks
 from mcdi_fast.heads import prototype_head, support_condition
 from mcdi_fast.meta import MetaTrainer
-from mcdi_fast.schedule import make_schedule
 from mcdi_fast.tasks import glyphs
 
 SMALL = (
@@ -284,7 +283,7 @@ BAD = {
     "--segment-numbers 7": "segments k = 7 exceed the steps T = 6",
     "--settings 20way1shot": "--task.ways = 20: more than the 12 classes",
     "--queries 20": "more than the 20 images",
-    "--meta.inner-rate 0": "--meta.inner-rate = 0.0",
+    "--meta.inner-lr 0": "--meta.inner-lr = 0.0",
     "--reptile.net-rates -1": "--reptile.net-rates",
     "--prepare.rho -1": "--prepare.rho = -1.0",
     "--selection-tasks 1": "--selection-tasks = 1",
@@ -297,31 +296,6 @@ def test_bad_options_are_refused_before_any_work(options, tmp_path, capsys, bad)
     assert ablate.main([*SMALL, "--segment-numbers", "1", *options, *bad.split()]) == 2
     assert BAD[bad] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_other_forms_of_f_and_of_the_normaliser():
-    schedule = make_schedule(20, 3)
-    a = schedule.abar_segment[schedule.next_segment(), torch.arange(20)]
-    g = torch.Generator().manual_seed(0)
-    theta, eps = torch.randn(2, 4000, 20, generator=g, dtype=torch.float64)
-    x = a.sqrt() * theta + (1 - a).sqrt() * eps
-    f = ((1 - schedule.abar[:-1]) / (1 - a)).sqrt() * eps  # of a chain that heads for theta
-    for name in ("", "no-skip"):  # what the network is asked for is of order one at every step
-        with other_form(name):
-            asked = (f - schedule.skip() * x) / schedule.scale()
-        torch.testing.assert_close(asked.std(0), torch.ones(20, dtype=torch.float64), rtol=0.1, atol=0)
-    with other_form("unscaled-residual"):
-        assert (schedule.scale() == 1).all()
-    with other_form("floor-0.5"):
-        assert meta._FLOOR == 0.5
-    assert meta._FLOOR == 0.1
-    assert not (schedule.scale() == 1).all()
-    assert {change["form"] for change in CHANGES.values() if "form" in change} == {
-        "no-skip",
-        "unscaled-residual",
-        "floor-0.03",
-        "floor-1",
-    }
 
 
 def test_plan():

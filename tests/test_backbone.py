@@ -10,7 +10,7 @@ def test_features_of_several_views_are_their_mean():
     images = glyphs.load(3, 1, 1, drawers=4).train
     torch.manual_seed(0)
     network = conv4().eval()
-    shape = (images.num_classes, images.num_drawers, 64)
+    shape = (images.num_classes, images.images_per_class, 64)
     x = to_float(torch.from_numpy(images.images))
 
     def features(*views):

@@ -185,7 +185,7 @@ def test_overfitting_starts_at_the_base():
 
 def test_overfitting_is_the_preparation_from_another_start():
     images = torch.randn(2, 4, WAYS, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-    recipe = PrepareConfig(steps=6, start_deviation=0.0)
+    recipe = PrepareConfig(steps=6, start_std=0.0)
     zero = torch.zeros(4, WAYS, WIDTH + 1)
     generator = torch.Generator().manual_seed(1)
     torch.randn(zero.shape, generator=generator)  # the preparation draws its start, times 0 here
@@ -217,7 +217,7 @@ def test_difference_bank(tmp_path, monkeypatch):
     assert torch.equal(again.gather(torch.arange(10))[0], targets)
 
 
-@pytest.mark.parametrize("change", [{"head_steps": 0}, {"net_rates": ()}, {"test_steps": (0, 3)}, {"outer_rate": 1.5}])
+@pytest.mark.parametrize("change", [{"head_steps": 0}, {"net_rates": ()}, {"test_steps": (0, 3)}, {"outer_lr": 1.5}])
 def test_bad_settings(change):
     name = next(iter(change)).replace("_", "-")
     with pytest.raises(McdiError, match=f"--reptile.{name}"):

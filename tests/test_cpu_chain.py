@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from mcdi_fast import Sampler, sampler
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, init_parameters
-from mcdi_fast.diffusion import chain_table, sample_chain
+from mcdi_fast.diffusion import chain_table, make_objective, make_schedule, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import Normalizer, WeightGenerator
 from mcdi_fast.heads import head_layout
-from mcdi_fast.schedule import make_schedule
 from mcdi_fast.weights import WeightLayout
 
 pytest.importorskip("numba")
@@ -34,7 +33,8 @@ def parameters(d, c, steps, hidden, depth, seed=0):
 
 def by_steps(phi, schedule, x, condition, num_steps, mask):
     """The chain by the network as it is written, in x's precision."""
-    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    objective = make_objective(schedule, "local-consistency")
+    skip, scale = objective.skip.tolist(), objective.scale.tolist()
 
     def f(x, t):
         net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t), condition).squeeze(-3)
@@ -44,7 +44,7 @@ def by_steps(phi, schedule, x, condition, num_steps, mask):
 
 
 def run(phi, schedule, x, condition, num_steps=None, mask=None):
-    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    steps, coefficients = chain_table(schedule, make_objective(schedule, "local-consistency"), num_steps)
     packed = cpu_chain.PackedChain(FoldedDenoiser(phi))
     return packed.run(x, condition, steps, coefficients.float(), mask)
 
@@ -88,7 +88,8 @@ def test_the_default_size_as_exactly_as_torch(poisoned):
     x, condition = torch.randn(4, 5, 65, generator=g), torch.randn(4, 5, 65, generator=g)
     wide = {name: value.double() for name, value in phi.items()}
     expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
-    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    objective = make_objective(schedule, "local-consistency")
+    skip, scale = objective.skip.tolist(), objective.scale.tolist()
     torch_error = sample_chain(ChainDenoiser(phi, condition, skip, scale), x, schedule) - expected
     error = run(phi, schedule, x, condition) - expected
     assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
@@ -186,8 +187,8 @@ def test_padding_stays_as_by_torch(taken):
     shape = (layout.num_tokens, layout.width)
     phi = parameters(layout.width, 4, 6, 16, 2)
     normal = Normalizer(torch.zeros(shape), torch.ones(shape))
-    told = Normalizer(torch.zeros(layout.num_tokens, 4), torch.ones(layout.num_tokens, 4))
-    made = WeightGenerator(phi, layout, normal, told, DiffusionConfig(steps=6), {})
+    raw_normal = Normalizer(torch.zeros(layout.num_tokens, 4), torch.ones(layout.num_tokens, 4))
+    made = WeightGenerator(phi, layout, normal, raw_normal, DiffusionConfig(steps=6), {})
     condition = torch.randn(2, layout.num_tokens, 4)
     found, expected = (Sampler(made, impl=impl).sample(condition, [0, 1]).tokens for impl in ("auto", "torch"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

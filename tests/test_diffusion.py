@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import (
+    OBJECTIVES,
     consistency_loss,
     draw_steps,
     make_inner_batch,
+    make_objective,
+    make_schedule,
     noising,
     sample_chain,
     sampler_coefficients,
@@ -18,7 +21,6 @@ from mcdi_fast.diffusion import (
 )
 from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import task_loss
-from mcdi_fast.schedule import OBJECTIVES, make_objective, make_schedule
 
 SIZES = [(20, 3), (6, 3), (7, 3), (10, 4), (5, 5), (20, 1), (1, 1), (50, 7)]  # T / k an integer and not
 
@@ -177,11 +179,11 @@ def test_the_inner_batch_states_the_same_loss_in_the_network_s_output(name, step
     segment = choices[torch.randint(len(choices), (b,), generator=generator)]
     step = draw_steps(objective, segment, k, s, generator)
     target, condition, eps = draws(b, n, d, seed=1), draws(b, n, c, seed=2), draws(b, k, s, n, d, seed=3)
-    batch = make_inner_batch(schedule, objective, target, condition, segment, step, eps)
+    batch = make_inner_batch(objective, target, condition, segment, step, eps)
     phi = {name: draws(*v.shape, seed=4) for name, v in init_parameters(d, c, steps, 5, 1, 0).items()}
     batch.check(phi)
     net = denoise(phi, batch.x.flatten(1, 2), step.flatten(1), condition).view_as(eps)
-    skip, scale = (table[step][..., None, None] for table in (schedule.skip(), schedule.scale()))
+    skip, scale = (table[step][..., None, None] for table in (objective.skip, objective.scale))
     f = skip * batch.x + scale * net
     segments = segment[:, None, None].expand(b, k, s)
     assert torch.equal(batch.x, noising(objective, target[:, None, None], segments, step, eps))
@@ -205,7 +207,7 @@ def test_padding_without_noise_stays_zero_in_an_inner_batch():
     target[:, 1, 2:], eps[..., 1, 2:] = 0, 0
     segment = torch.tensor([0, 2])
     step = torch.tensor([0, 1, 2, 3, 6]).expand(2, 1, 5)
-    batch = make_inner_batch(schedule, objective, target, draws(2, 3, 1), segment, step, eps)
+    batch = make_inner_batch(objective, target, draws(2, 3, 1), segment, step, eps)
     assert not batch.x[..., 1, 2:].any()
     assert not batch.target[..., 1, 2:].any()
 
@@ -321,7 +323,7 @@ def test_full_noise_ends_on_the_data_of_a_known_distribution():
     schedule = make_schedule(20, 1)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(100_000, generator=generator, dtype=torch.float64)
-    skip = schedule.skip()
+    skip = make_objective(schedule, "local-consistency").skip
     seen = path_of(
         lambda x, t: skip[t] * x,
         start,

@@ -10,9 +10,9 @@ from torch import nn
 from mcdi_fast import store
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import denoise, init_parameters
+from mcdi_fast.diffusion import OBJECTIVES
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.schedule import OBJECTIVES
 from mcdi_fast.weights import Normalizer, WeightLayout
 
 LAYOUT = WeightLayout.from_module(nn.Linear(4, 3))  # N = 3, D = 5
@@ -107,7 +107,7 @@ def test_f_is_skip_x_plus_scale_net():
     for t in range(7):
         for b in range(2):
             net = denoise(generator.phi, x[b][None], torch.tensor([t]), normal[b])[0]
-            expected = generator.schedule.skip()[t] * x[b].double() + generator.schedule.scale()[t] * net.double()
+            expected = generator.objective.skip[t] * x[b].double() + generator.objective.scale[t] * net.double()
             torch.testing.assert_close(generator.f(condition)(x, t)[b].double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mcdi_fast.denoiser import init_parameters
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import InnerBatch, inner_loop, prefer_stacked, task_loss
+from mcdi_fast.inner import inner_loop, prefer_stacked, task_loss
 
 SHAPES = [  # tasks, inner steps, samples, tokens, token width, condition width, steps, width, depth
     (1, 1, 1, 1, 1, 1, 1, 1, 1),

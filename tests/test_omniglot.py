@@ -112,7 +112,7 @@ def test_real_counts(real):
         assert split.images.dtype == np.uint8
         assert split.images.flags.c_contiguous
         assert split.num_classes == 4 * characters
-        assert split.num_drawers == 20
+        assert split.images_per_class == 20
 
 
 @pytest.mark.data

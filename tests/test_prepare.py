@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient
-from mcdi_fast.prepare import adam_scalars, adam_step, sam_perturbation, train_heads
+from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
+from mcdi_fast.prepare import train_heads
 
 B, WAYS, ROWS, WIDTH = 4, 3, 12, 6
 
@@ -20,7 +21,7 @@ def error_of(call, *args, **options):
 
 def config(**changes):
     return PrepareConfig(
-        **{"steps": 30, "learning_rate": 0.05, "rho": 0.05, "weight_decay": 0.03, "start_deviation": 0.1} | changes
+        **{"steps": 30, "learning_rate": 0.05, "rho": 0.05, "weight_decay": 0.03, "start_std": 0.1} | changes
     )
 
 
@@ -30,8 +31,8 @@ def case(copies=1, dtype=torch.float64, tasks=B, seed=0):
     return features, torch.randint(WAYS, (tasks, ROWS), generator=g)
 
 
-def run(features, labels, settings, seed=1, record=3):
-    return train_heads(features, labels, settings, torch.Generator().manual_seed(seed), WAYS, record=record)
+def run(features, labels, settings, seed=1, segments=3):
+    return train_heads(features, labels, settings, torch.Generator().manual_seed(seed), WAYS, segments=segments)
 
 
 def loss_of(head, x, y, weight_decay):
@@ -76,11 +77,11 @@ def test_adam_step_is_torch_s(dtype):
     torch.testing.assert_close(second, state["exp_avg_sq"], rtol=1e-5, atol=1e-12)
 
 
-def plain_loop(features, labels, settings, seed, record):
+def plain_loop(features, labels, settings, seed, segments):
     """The same draws; then every task for itself, by autograd and torch.optim.Adam, SAM as its paper writes it."""
     g = torch.Generator().manual_seed(seed)
     copies, tasks, rows, width = features.shape
-    starts = torch.randn(tasks, WAYS, width + 1, generator=g, dtype=features.dtype) * settings.start_deviation
+    starts = torch.randn(tasks, WAYS, width + 1, generator=g, dtype=features.dtype) * settings.start_std
     picks = [
         torch.randint(copies, (tasks, rows, 1), generator=g)[..., 0] if copies > 1 else torch.zeros(tasks, rows).long()
         for _ in range(settings.steps)
@@ -98,7 +99,7 @@ def plain_loop(features, labels, settings, seed, record):
                 (gradient,) = torch.autograd.grad(loss_of(up, x, labels[b], settings.weight_decay), up)
             head.grad = gradient
             optimizer.step()
-            if step % (settings.steps // record) == 0:
+            if step % (settings.steps // segments) == 0:
                 kept.append(head.detach().clone())
         result.append(torch.stack(kept))
     return torch.stack(result)
@@ -106,22 +107,22 @@ def plain_loop(features, labels, settings, seed, record):
 
 @pytest.mark.parametrize("rho", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("record", [1, 3, 30])
-def test_train_heads_is_the_plain_loop(rho, copies, record):
+@pytest.mark.parametrize("segments", [1, 3, 30])
+def test_train_heads_is_the_plain_loop(rho, copies, segments):
     features, labels = case(copies)
     settings = config(rho=rho)
-    found = run(features, labels, settings, record=record)
-    assert found.shape == (B, record, WAYS, WIDTH + 1)
+    found = run(features, labels, settings, segments=segments)
+    assert found.shape == (B, segments, WAYS, WIDTH + 1)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, plain_loop(features, labels, settings, 1, record), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, plain_loop(features, labels, settings, 1, segments), rtol=1e-9, atol=1e-11)
 
 
 def test_the_local_targets_lie_on_one_trajectory():
     features, labels = case(2)
-    every = run(features, labels, config(), record=30)
-    assert torch.equal(run(features, labels, config(), record=3), every[:, 9::10])
-    assert torch.equal(run(features, labels, config(), record=1)[:, 0], every[:, -1])
-    start = run(features, labels, config(steps=1, learning_rate=1e-30), record=1)
+    every = run(features, labels, config(), segments=30)
+    assert torch.equal(run(features, labels, config(), segments=3), every[:, 9::10])
+    assert torch.equal(run(features, labels, config(), segments=1)[:, 0], every[:, -1])
+    start = run(features, labels, config(steps=1, learning_rate=1e-30), segments=1)
     expected = torch.randn(B, WAYS, WIDTH + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.1
     torch.testing.assert_close(start[:, 0], expected, rtol=0, atol=1e-15)
 
@@ -171,7 +172,7 @@ def test_the_ascent_never_exceeds_rho(exponent, rho):
 
 def test_training_lowers_the_loss():
     features, labels = case()
-    every = run(features, labels, config(steps=60, rho=0.0), record=60)
+    every = run(features, labels, config(steps=60, rho=0.0), segments=60)
     for b in range(B):
         losses = [float(loss_of(head, features[0, b], labels[b], 0.03)) for head in every[b]]
         assert losses[-1] < losses[0] - 0.1
@@ -190,11 +191,11 @@ def test_the_same_seed_gives_the_same_heads_and_the_inputs_stay():
     assert torch.equal(run(features, labels, config(), seed=1), one)
 
 
-@pytest.mark.parametrize(("steps", "record"), [(30, 4), (30, 60), (2, 3), (30, 0), (30, -1), (0, 1)])
-def test_steps_that_do_not_divide(steps, record):
-    message = error_of(run, *case(), config(steps=steps), record=record)
+@pytest.mark.parametrize(("steps", "segments"), [(30, 4), (30, 60), (2, 3), (30, 0), (30, -1), (0, 1)])
+def test_steps_that_do_not_divide(steps, segments):
+    message = error_of(run, *case(), config(steps=steps), segments=segments)
     assert f"{steps}" in message
-    if (steps, record) == (30, 4):
+    if (steps, segments) == (30, 4):
         assert "k = 4" in message
         assert "32" in message  # what to raise M to
 

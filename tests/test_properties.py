@@ -96,9 +96,9 @@ GOOD = {
         "meta_batch": st.integers(1, 3),
         "inner_steps": st.integers(1, 3),
         "samples": st.integers(1, 2),
-        "inner_rate": st.sampled_from([1e-3, 0.05]),
+        "inner_lr": st.sampled_from([1e-3, 0.05]),
         "outer": st.sampled_from(["adam", "reptile"]),
-        "outer_rate": st.sampled_from([1e-3, 0.1]),
+        "outer_lr": st.sampled_from([1e-3, 0.1]),
         "ema": st.sampled_from([0.0, 0.9]),
         "on_bad_step": st.sampled_from(["stop", "skip"]),
     },
@@ -146,10 +146,8 @@ def test_any_training_is_the_oracle_s_or_refused(bank, parts, seed, spoil, data)
         for name, value in expected.generator().phi.items():
             assert generator.phi[name].isfinite().all()
             # where a gradient is zero, Adam takes a step of its rate in the direction of whatever rounding left
-            slack = 2.1 * meta.outer_rate * meta.steps if meta.outer == "adam" else 0
-            torch.testing.assert_close(
-                generator.phi[name], value, rtol=1e-4, atol=1e-5 * max(1, meta.outer_rate) + slack
-            )
+            slack = 2.1 * meta.outer_lr * meta.steps if meta.outer == "adam" else 0
+            torch.testing.assert_close(generator.phi[name], value, rtol=1e-4, atol=1e-5 * max(1, meta.outer_lr) + slack)
         weights = Sampler(generator).sample(torch.ones(2, 2), [3, 4])
         assert weights.tokens.shape == (2, 2, 3)
         assert weights.tokens.isfinite().all()

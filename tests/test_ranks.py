@@ -22,10 +22,10 @@ from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.ranks import ALONE, Ranks, join
 
 ROOT = Path(__file__).parents[1]
-META = MetaConfig(steps=12, meta_batch=5, samples=2, outer_rate=0.01)
+META = MetaConfig(steps=12, meta_batch=5, samples=2, outer_lr=0.01)
 CASES = {  # 5 tasks do not divide by 2
     "torch": META,
-    "reptile": replace(META, outer="reptile", outer_rate=0.5),
+    "reptile": replace(META, outer="reptile", outer_lr=0.5),
     "triton": replace(META, steps=2, inner_steps=2),
     "skip": replace(META, on_bad_step="skip"),
 }
@@ -63,8 +63,8 @@ def features():
 
 def prepared(folder, ranks=ALONE):
     prepare.SHARD_TASKS = 5
-    there = features() if ranks.leads else None
-    given = ranks.features_from_lead(there)
+    there = features() if ranks.is_main else None
+    given = ranks.broadcast_features(there)
     return prepare.prepare_bank(folder, given, TaskConfig(3, 1, 2), PREPARE, 3, seed=1, ranks=ranks)
 
 
@@ -166,7 +166,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.ranks import join
 try:
     with join("cpu") as (ranks, _):
-        ranks.number_from_lead(1)
+        ranks.broadcast_number(1)
         if ranks.rank == int(sys.argv[1]):
             os._exit(3)
         for _ in range(3):

@@ -24,7 +24,7 @@ from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.prepare import prepare_bank
 
-META = MetaConfig(steps=40, meta_batch=8, samples=2, outer="reptile", outer_rate=0.3)
+META = MetaConfig(steps=40, meta_batch=8, samples=2, outer="reptile", outer_lr=0.3)
 RECIPE = DiffusionConfig(steps=9), DenoiserConfig(32, 2)
 
 

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.diffusion import consistency_loss, noising
+from mcdi_fast.diffusion import OBJECTIVES, consistency_loss, diffusion_tables, make_objective, make_schedule, noising
 from mcdi_fast.errors import McdiError
-from mcdi_fast.schedule import OBJECTIVES, diffusion_tables, make_objective, make_schedule
 
 SIZES = [(20, 3), (20, 1), (6, 3), (7, 3), (10, 4), (5, 5), (1, 1), (50, 7)]
 
@@ -119,26 +118,42 @@ def test_errors():
 def test_skip_and_scale(steps, segments):
     schedule = make_schedule(steps, segments)
     segment = schedule.next_segment()
-    assert schedule.skip().shape == schedule.scale().shape == (steps,)
+    objective = make_objective(schedule, "local-consistency")
+    assert objective.skip.shape == objective.scale.shape == (steps,)
     for t in range(steps):
         abar = product(schedule.alpha, t, steps)
         a = product(schedule.alpha, t, schedule.ends[int(segment[t])])
-        assert float(schedule.skip()[t]) == pytest.approx(math.sqrt(1 - abar), rel=1e-13)
-        assert float(schedule.scale()[t]) == pytest.approx(math.sqrt((1 - abar) * a / (1 - a)), rel=1e-12)
+        assert float(objective.skip[t]) == pytest.approx(math.sqrt(1 - abar), rel=1e-13)
+        assert float(objective.scale[t]) == pytest.approx(math.sqrt((1 - abar) * a / (1 - a)), rel=1e-12)
 
 
-def test_scale_is_the_deviation_of_what_the_network_must_say():
-    """f - skip x over unit-variance targets and noise, f the exact answer for the next target."""
+@pytest.mark.parametrize("residual", ["scaled", "none"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_scale_is_the_deviation_of_what_the_network_must_say(name, residual):
+    """f - skip x over unit-variance targets and noise, f the exact answer for the target that the objective's chains head for."""
     schedule = make_schedule(20, 3)
+    objective = make_objective(schedule, name, residual=residual)
     generator = torch.Generator().manual_seed(0)
     theta, eps = torch.randn(2, 200_000, generator=generator, dtype=torch.float64)
     for t in (0, 6, 7, 12, 13, 19):
-        a, abar = float(schedule.abar_segment[schedule.next_segment()[t], t]), float(schedule.abar[t])
+        target = int(schedule.next_segment()[t]) if name == "local-consistency" else 2
+        end = int(objective.ends[target])
+        a, abar = product(schedule.alpha, t, end), float(schedule.abar[t])
         x = math.sqrt(a) * theta + math.sqrt(1 - a) * eps
         f = math.sqrt(1 - abar) * (x - math.sqrt(a) * theta) / (1 - a)
-        rest = f - schedule.skip()[t] * x
+        rest = f - objective.skip[t] * x
         # the deviation of a deviation over n draws is 1 / sqrt(2 n) = 0.16 %
-        assert float(rest.std()) == pytest.approx(float(schedule.scale()[t]), rel=0.01)
+        assert float(rest.std()) == pytest.approx(float(objective.scale[t]), rel=0.01)
+
+
+def test_scale_of_the_vanilla_chain_is_sqrt_abar():
+    """Also where the bank has several targets, of which Mv-Di trains on the last alone: its first segment once had 8 to 11 times too much."""
+    schedule = make_schedule(20, 3)
+    for name in ("vanilla", "naive-local"):
+        torch.testing.assert_close(make_objective(schedule, name).scale, schedule.abar[:-1].sqrt(), rtol=1e-12, atol=0)
+    ours = make_objective(schedule, "local-consistency").scale
+    assert float((ours / schedule.abar[:-1].sqrt())[:6].min()) > 5
+    assert (make_objective(schedule, "local-consistency", residual="unscaled").scale == 1).all()
 
 
 @pytest.mark.parametrize(("steps", "segments"), SIZES)

@@ -123,7 +123,7 @@ def test_the_largest_that_can_be_drawn():
 
 def test_class_images():
     images = ClassImages(np.zeros((3, 4, 28, 28), np.uint8))
-    assert (images.num_classes, images.num_drawers) == (3, 4)
+    assert (images.num_classes, images.images_per_class) == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["mnist", "", "Omniglot", "omniglot.py", "../omniglot", "__init__"])

@@ -12,6 +12,7 @@ import torch
 
 from mcdi_fast import backbone, prepare, store, train
 from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.cli import open_run
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.tasks import glyphs
@@ -136,7 +137,7 @@ BAD = {
     "--diffusion.beta-start 1.5": "beta_start = 1.5",
     "--denoiser.width 0": "--denoiser.width = 0",
     "--backbone.ways 1": "--backbone.ways = 1",
-    "--meta.inner-rate -1": "--meta.inner-rate = -1.0",
+    "--meta.inner-lr -1": "--meta.inner-lr = -1.0",
     "--meta.ema 1": "--meta.ema = 1.0",
     "--evaluate.sampling-steps 2": "--evaluate.sampling-steps = 2",
     "--evaluate.eta-noise 2": "--evaluate.eta-noise = 2.0",
@@ -174,7 +175,7 @@ def test_run_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_two_runs_in_one_folder(options, tmp_path, capsys):
     config = train.default_config("glyphs")
-    with train.open_run(tmp_path / "run", config):
+    with open_run(tmp_path / "run", config, train._FREE):
         assert train.main(options) == 2
     assert "another run is writing there" in capsys.readouterr().err
 
@@ -239,10 +240,10 @@ def test_checkpoint_of_another_kind(options, tmp_path, capsys):
 
 
 def test_loss_not_finite(options, tmp_path, capsys):
-    assert train.main([*options, "--meta.inner-rate", "1e30"]) == 1
+    assert train.main([*options, "--meta.inner-lr", "1e30"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "outer step" in error
-    assert "--meta.inner-rate" in error
+    assert "--meta.inner-lr" in error
 
 
 def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch):
@@ -271,7 +272,7 @@ def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch):
 
 
 def test_nothing_but_skipped_steps_stops(options, capsys):
-    bad = ["--meta.inner-rate", "1e30", "--meta.on-bad-step", "skip", "--meta.steps", "300"]
+    bad = ["--meta.inner-lr", "1e30", "--meta.on-bad-step", "skip", "--meta.steps", "300"]
     assert train.main([*options, *bad]) == 1
     assert "each of the 100 outer steps up to 99, all skipped" in capsys.readouterr().err.strip().splitlines()[-1]
 

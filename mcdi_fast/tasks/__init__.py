@@ -17,7 +17,7 @@ FAMILIES = ("glyphs", "omniglot")
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Images by class and drawer: uint8 [classes, drawers, height, width], 0 = paper, 255 = ink."""
+    """Images by class: uint8 [classes, images_per_class, height, width], 0 = paper, 255 = ink."""
 
     images: np.ndarray
 
@@ -27,7 +27,7 @@ class ClassImages:
         return self.images.shape[0]
 
     @property
-    def num_drawers(self) -> int:
+    def images_per_class(self) -> int:
         """Images a class."""
         return self.images.shape[1]
 
@@ -45,11 +45,11 @@ class FewShotData:
 
 @dataclass(frozen=True)
 class Episodes:
-    """B tasks as indices into [classes, drawers]; the images themselves stay where they are.
+    """B tasks as indices into [classes, images_per_class]; the images themselves stay where they are.
 
     Attributes:
         classes: int64 [B, ways], the class of each way; no class twice in a task.
-        support: int64 [B, ways, shots], drawers. query: int64 [B, ways, queries], other drawers.
+        support: int64 [B, ways, shots], images_per_class. query: int64 [B, ways, queries], other images_per_class.
     """
 
     classes: Tensor
@@ -57,33 +57,33 @@ class Episodes:
     query: Tensor
 
     def take(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Support [B, ways, shots, ...] and query [B, ways, queries, ...] out of features [classes, drawers, ...]."""
+        """Support [B, ways, shots, ...] and query [B, ways, queries, ...] out of features [classes, images_per_class, ...]."""
         way = self.classes.unsqueeze(-1)
         return features[way, self.support], features[way, self.query]
 
 
 def sample_episodes(
-    num_classes: int, num_drawers: int, *, ways: int, shots: int, queries: int, seed: int, start: int, count: int
+    num_classes: int, images_per_class: int, *, ways: int, shots: int, queries: int, seed: int, start: int, count: int
 ) -> Episodes:
     """Draw tasks `start` to `start + count - 1` of an endless, reproducible sequence.
 
     Task b depends on (seed, b) and the sizes alone, so the tasks are the same whatever the batches they are drawn in.
 
     Raises:
-        McdiError: fewer than 2 ways, more ways than classes, shots < 1, queries < 0, more shots + queries than drawers.
+        McdiError: fewer than 2 ways, more ways than classes, shots < 1, queries < 0, more shots + queries than images_per_class.
     """
-    check_episodes(num_classes, num_drawers, ways=ways, shots=shots, queries=queries)
+    check_episodes(num_classes, images_per_class, ways=ways, shots=shots, queries=queries)
     classes = np.empty((count, ways), np.int64)
-    drawers = np.empty((count, ways, shots + queries), np.int64)
+    images = np.empty((count, ways, shots + queries), np.int64)
     for i in range(count):
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, start + i))))
         classes[i] = rng.choice(num_classes, ways, replace=False)
-        drawers[i] = rng.random((ways, num_drawers)).argsort(1)[:, : shots + queries]
-    order = torch.from_numpy(drawers)
+        images[i] = rng.random((ways, images_per_class)).argsort(1)[:, : shots + queries]
+    order = torch.from_numpy(images)
     return Episodes(torch.from_numpy(classes), order[..., :shots], order[..., shots:])
 
 
-def check_episodes(num_classes: int, num_drawers: int, *, ways: int, shots: int, queries: int) -> None:
+def check_episodes(num_classes: int, images_per_class: int, *, ways: int, shots: int, queries: int) -> None:
     """Raise McdiError, naming the option, unless such episodes can be drawn from the split."""
     if ways < 2:
         raise McdiError(f"--task.ways = {ways}: expected at least 2 classes a task")
@@ -93,10 +93,10 @@ def check_episodes(num_classes: int, num_drawers: int, *, ways: int, shots: int,
         raise McdiError(f"--task.shots = {shots}: expected at least 1 support image a class")
     if queries < 0:
         raise McdiError(f"--task.queries = {queries}: expected 0 or more query images a class")
-    if shots + queries > num_drawers:
+    if shots + queries > images_per_class:
         raise McdiError(
             f"--task.shots {shots} + --task.queries {queries} = {shots + queries}: "
-            f"more than the {num_drawers} images of a class; ask for fewer"
+            f"more than the {images_per_class} images of a class; ask for fewer"
         )
 
 

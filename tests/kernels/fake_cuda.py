@@ -14,16 +14,14 @@ from triton.runtime.jit import JITFunction
 
 from mcdi_fast.config import DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import parameter_shapes
-from mcdi_fast.diffusion import chain_table
+from mcdi_fast.diffusion import Draws, chain_table, make_objective, make_schedule
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
 from mcdi_fast.kernels.meta_step import MetaStep
 from mcdi_fast.kernels.sample_chain import pack_weights
-from mcdi_fast.meta import Draws
 from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.prepare import head_trajectory
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.schedule import make_objective, make_schedule
 
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
@@ -103,7 +101,7 @@ b, k, s, n, d, c, width, depth, steps = 32, 3, 4, 5, 65, 65, 256, 2, 20
 cuda = torch.device("cuda", 0)
 schedule = make_schedule(steps, 3)
 objective = make_objective(schedule, "local-consistency")
-chain = chain_table(schedule, objective.ends)
+chain = chain_table(schedule, objective)
 layout = head_layout(5, 64)
 shapes = parameter_shapes(d, c, steps, width, depth)
 transfers = Transfers()
@@ -133,7 +131,7 @@ with FakeTensorMode(), transfers, torch.no_grad():
             meta = MetaConfig(outer=outer)
             step = MetaStep(
                 state, bank, draws, torch.zeros(3, steps, 5), normalizer, normalizer, torch.ones(n, d), shapes,
-                seed=0, inner_rate=0.005, outer=outer, precision="tf32",
+                seed=0, inner_lr=0.005, outer=outer, precision="tf32",
             )  # fmt: skip
             if not resident:
                 step._resident = None

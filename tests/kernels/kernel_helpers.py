@@ -2,7 +2,7 @@
 
 import torch
 
-from mcdi_fast.impl import interpreted
+from mcdi_fast.backend import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9}

@@ -16,7 +16,7 @@ from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import WeightLayout
 
-META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_rate=0.05, outer_rate=0.02)
+META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_lr=0.05, outer_lr=0.02)
 DIFFUSION, DENOISER = DiffusionConfig(steps=6), DenoiserConfig(width=17, depth=1)
 MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wide
     "plain": nn.Linear(4, 3),
@@ -44,7 +44,7 @@ def steps(trainer, count):
 
 
 def states(*trainers):
-    for name in ("phi", "average", "first", "second"):
+    for name in ("phi", "average", "exp_avg", "exp_avg_sq"):
         yield name, *(getattr(t.state, name).cpu() for t in trainers)
 
 
@@ -58,7 +58,7 @@ def test_meta_steps(tmp_path, module, outer):
     assert steps(ours, count) == pytest.approx(steps(torchs, count), rel=1e-5)
     for name, one, two in states(ours, torchs):
         assert error(one, two) < 2e-4, name
-        assert name in ("first", "second") or not torch.equal(two, torch.zeros_like(two))
+        assert name in ("exp_avg", "exp_avg_sq") or not torch.equal(two, torch.zeros_like(two))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_stops_with_phi_as_before_it(tmp_path, bad_ste
 
 def test_torch_stops_at_once(tmp_path):
     bank = make_bank(tmp_path)
-    torchs = trainer(bank, "torch", MetaConfig(**vars(META) | {"inner_rate": 1e20, "outer_rate": 1e-9}))
+    torchs = trainer(bank, "torch", MetaConfig(**vars(META) | {"inner_lr": 1e20, "outer_lr": 1e-9}))
     before = torchs.state.phi.clone()
     with pytest.raises(McdiError, match="not finite at outer step 0"):
         steps(torchs, 1)
@@ -145,7 +145,7 @@ def test_torch_stops_at_once(tmp_path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
-    bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_rate": 0.2})
+    bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_lr": 0.2})
     ours, torchs = (
         fit(bank, meta, DIFFUSION, DENOISER, seed=1, device=device, impl=impl, precision="ieee")
         for impl, device in (("triton", DEVICE), ("torch", "cpu"))

@@ -39,8 +39,8 @@ def test_same_as_torch(shape, rho, dtype):
 
 def test_same_as_train_heads():
     _, features, labels, _ = case(3, 25, 16, 5)
-    expected = train_heads(features.cpu(), labels.cpu(), CONFIG, torch.Generator().manual_seed(7), 5, record=3)
-    start = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(7)).to(DEVICE) * CONFIG.start_deviation
+    expected = train_heads(features.cpu(), labels.cpu(), CONFIG, torch.Generator().manual_seed(7), 5, segments=3)
+    start = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(7)).to(DEVICE) * CONFIG.start_std
     found = head_trajectory(start, features, labels, CONFIG, 3)
     assert torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
@@ -83,8 +83,8 @@ def test_same_draws_whoever_trains():
             config,
             torch.Generator().manual_seed(7),
             5,
-            record=3,
-            row_weight=weight,
+            segments=3,
+            sample_weight=weight,
             impl=impl,
             precision="ieee",
         )
@@ -121,11 +121,11 @@ def test_bad_input():
         ({"features": features.double()}, "features: torch.float64"),
         ({"labels": labels.int()}, "labels: torch.int32"),
         ({"pick": pick[:5]}, "pick: shape"),
-        ({"row_weight": torch.ones(8)}, r"row_weight: shape \(8,\), expected \(9,\)"),
+        ({"sample_weight": torch.ones(8)}, r"sample_weight: shape \(8,\), expected \(9,\)"),
         ({"record": 4}, "M = 6: expected a positive multiple of the segments k = 4"),
         ({"start": normal(3, 600, 14)}, "start: heads of 600 x 14"),
     ]:
-        arguments = dict(start=start, features=features, labels=labels, config=CONFIG, record=3, pick=pick) | changes
+        arguments = dict(start=start, features=features, labels=labels, config=CONFIG, segments=3, pick=pick) | changes
         with pytest.raises(McdiError, match=message):
             head_trajectory(**arguments)
     with pytest.raises(McdiError, match="features: shape"):

@@ -3,8 +3,9 @@ import torch
 from kernel_helpers import DEVICE, assert_close, same_bits
 
 from mcdi_fast.denoiser import init_parameters
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import InnerBatch, inner_loop
+from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels.inner_loop import inner_loop_triton
 
 RATE = 0.1  # large, so that later steps see weights that really differ by task

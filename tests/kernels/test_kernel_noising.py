@@ -2,11 +2,10 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
-from mcdi_fast.diffusion import make_inner_batch
+from mcdi_fast.diffusion import OBJECTIVES, make_inner_batch, make_objective, make_schedule
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
 from mcdi_fast.noise import philox_normal
-from mcdi_fast.schedule import OBJECTIVES, make_objective, make_schedule
 
 SEED = 2**40 + 3
 
@@ -22,7 +21,7 @@ def case(b, k, s, n, d, objective="local-consistency", dtype=torch.float32):
 
 
 def run(schedule, objective, target, segment, step, streams, seed=SEED, **options):
-    tables = noising_tables(schedule, objective).float().to(DEVICE)
+    tables = noising_tables(objective).float().to(DEVICE)
     return noising(target, segment.to(DEVICE), step.to(DEVICE), seed, streams.to(DEVICE), tables, **options)
 
 
@@ -42,11 +41,9 @@ def test_same_as_make_inner_batch(shape, name, dtype):
     eps = philox_normal([SEED] * b, k * s * n * d, streams.tolist()).view(shape)
     results = []
     for kind in (torch.float64, torch.float32):
-        batch = make_inner_batch(
-            schedule, objective, target.cpu().to(kind), torch.zeros(b, n, 1), segment, step, eps.to(kind)
-        )
+        batch = make_inner_batch(objective, target.cpu().to(kind), torch.zeros(b, n, 1), segment, step, eps.to(kind))
         results.append((batch.x, batch.target, batch.gain))
-    tables = noising_tables(schedule, objective)
+    tables = noising_tables(objective)
     for value, exact, float32, ref in zip(
         found, *results, noising_ref(target.cpu().double(), segment, step, SEED, streams, tables), strict=True
     ):

@@ -7,11 +7,11 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.outer_update import outer_update_, outer_update_ref
 from mcdi_fast.outer import OuterState, outer_scalars
 
-NAMES = ("phi", "average", "first", "second")
+NAMES = ("phi", "average", "exp_avg", "exp_avg_sq")
 
 
 def run(update, count, outer, dtype, steps=3):
-    meta = MetaConfig(outer=outer, steps=200, outer_rate=0.05)
+    meta = MetaConfig(outer=outer, steps=200, outer_lr=0.05)
     phi = normal(count, dtype=dtype)
     state = OuterState(phi, phi.clone(), torch.zeros_like(phi), torch.zeros_like(phi))
     for step in range(steps):
@@ -37,7 +37,7 @@ def test_same_as_torch(count, outer):
 @pytest.mark.parametrize("outer", ["adam", "reptile"])
 def test_is_torch_optim_s(outer):
     """Reptile's difference as a gradient for Adam, or as a step; and the average of phi as torch.optim.swa_utils has it."""
-    meta = MetaConfig(outer=outer, steps=50, outer_rate=0.05, inner_rate=0.1, ema=0.99)
+    meta = MetaConfig(outer=outer, steps=50, outer_lr=0.05, inner_lr=0.1, ema=0.99)
     parameter = normal(70).requires_grad_()
     state = OuterState(*(t.clone() for t in (parameter.detach(), parameter.detach())), *torch.zeros(2, 70).to(DEVICE))
     optimizer = (torch.optim.Adam if outer == "adam" else torch.optim.SGD)([parameter], lr=1.0)

@@ -4,7 +4,7 @@ from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.sam_adam import adam_step_, adam_step_ref, sam_ascent, sam_ascent_ref
-from mcdi_fast.prepare import adam_scalars
+from mcdi_fast.optim import adam_scalars
 
 SHAPES = [(1, 1), (3, 5, 65), (17, 37), (2, 2500)]
 

@@ -5,11 +5,10 @@ import torch
 from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.denoiser import denoise, init_parameters
-from mcdi_fast.diffusion import chain_table
+from mcdi_fast.diffusion import chain_table, make_objective, make_schedule
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.sample_chain import chain_blocks, pack_weights, sample_chain, sample_chain_ref
-from mcdi_fast.schedule import make_schedule
 
 
 def case(b, n, d, c, hidden, depth, steps):
@@ -24,14 +23,15 @@ def case(b, n, d, c, hidden, depth, steps):
 
 
 def table(schedule, num_steps=None):
-    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    steps, coefficients = chain_table(schedule, make_objective(schedule, "local-consistency"), num_steps)
     return steps.to(DEVICE), coefficients.float().to(DEVICE)
 
 
 def by_torch(phi, schedule, x, condition, dtype, num_steps=None):
     """The chain as Sampler and generator.f run it."""
     phi, x, condition = {name: value.to(dtype) for name, value in phi.items()}, x.to(dtype), condition.to(dtype)
-    skip, scale = schedule.skip().tolist(), schedule.scale().tolist()
+    objective = make_objective(schedule, "local-consistency")
+    skip, scale = objective.skip.tolist(), objective.scale.tolist()
 
     def f(x, t):
         net = denoise(phi, x.unsqueeze(-3), torch.tensor([t], device=x.device), condition).squeeze(-3)
@@ -55,7 +55,7 @@ def test_same_as_torch_chain(shape, num_steps):
     exact = by_torch(phi, schedule, x, condition, torch.float64, num_steps)
     assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32, num_steps))
     double = {name: value.double() for name, value in phi.items()}
-    steps, coefficients = chain_table(schedule, num_steps=num_steps)
+    steps, coefficients = chain_table(schedule, make_objective(schedule, "local-consistency"), num_steps)
     ref = sample_chain_ref(double, x.double(), condition.double(), steps.to(DEVICE), coefficients)
     assert torch.allclose(ref, exact, rtol=1e-10, atol=1e-12)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcdi_fast import impl
+from mcdi_fast import backend as impl
+from mcdi_fast.backend import interpreted, resolve
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import interpreted, resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,9 +56,9 @@ def test_triton_that_cannot_run_says_why():
     code = """
 import torch
 from mcdi_fast.kernels.api import sam_ascent
-from mcdi_fast import impl
+from mcdi_fast import backend as impl
 from mcdi_fast.errors import McdiError
-from mcdi_fast.impl import resolve
+from mcdi_fast.backend import resolve
 assert resolve("auto", "cpu") == "torch"
 for call in (lambda: resolve("triton", "cpu"), lambda: sam_ascent(torch.ones(1, 2), torch.ones(1, 2), 0.1)):
     try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -31,6 +31,25 @@ DEFAULT_PRECISION: Precision = "tf32"
 coarser bf16 likewise; of the two tensor-core precisions tf32 is the one that keeps tensors float32 and costs three digits less."""
 
 OLDEST_CUDA = (8, 0)  # tf32 and bf16 products; the oldest target the kernels are compiled for ahead of time
+
+
+class Backend(NamedTuple):
+    """What computes, resolved once at the door and passed on inside."""
+
+    device: torch.device = torch.device("cpu")
+    kernels: bool = False
+    """Whether the Triton kernels run; torch otherwise."""
+    precision: Precision = DEFAULT_PRECISION
+    """Of the kernels' products."""
+
+    @classmethod
+    def at_door(
+        cls, device: torch.device | str = "cpu", impl: str = "auto", precision: str = DEFAULT_PRECISION
+    ) -> Backend:
+        """From what a person asks for. Raises McdiError for an unknown or absent one, saying why."""
+        found = check_device(device)
+        check_precision(precision)
+        return cls(found, resolve(impl, found) == "triton", precision)  # type: ignore[arg-type]
 
 
 def requested(impl: str) -> str:

@@ -1,0 +1,136 @@
+"""What the commands share: the command line, the run folder, progress, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from mcdi_fast.errors import McdiError
+from mcdi_fast.meta import FREE
+from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, write_json
+
+Config = TypeVar("Config")
+
+
+class StoppedError(McdiError):
+    """Something went wrong after work had begun: what was made so far is kept."""
+
+
+@contextlib.contextmanager
+def stopped() -> Iterator[None]:
+    """Context in which an error of ours means that work had begun."""
+    try:
+        yield
+    except McdiError as error:
+        raise StoppedError(str(error)) from error
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, config: Any, free: Collection[str]) -> Iterator[None]:
+    """Take the run folder: make it, lock it, and see that it belongs to this configuration (a dataclass), but for the fields `free`.
+
+    Raises:
+        McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
+    """
+
+    make_folder(folder)
+    try:
+        lock: IO[str] = open(folder / ".lock", "a")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise McdiError(
+            f"cannot write {show_path(folder)}: {error.strerror}; make the folder writable or choose another --run-dir"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel frees it when the process dies, however it dies
+        except OSError as error:
+            raise McdiError(
+                f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
+            ) from error
+        for place in (folder, folder / "generator"):  # the bank looks after its own
+            remove_temporaries(place)
+        path = folder / "config.json"
+        ours = json.loads(json.dumps(asdict(config), default=str))
+        if path.exists():
+            found = read_json(path)
+            for key in [key for key in ours if key not in free]:
+                theirs, now = (_bound(config.get(key)) for config in (found if isinstance(found, dict) else {}, ours))
+                if theirs != now:
+                    raise McdiError(
+                        f"{show_path(path)}: made with another {_difference(key, theirs, now)}; "
+                        "give the same options as before, or another --run-dir"
+                    )
+        write_json(path, ours)
+        yield
+
+
+def _bound(value: Any) -> Any:
+    return {name: entry for name, entry in value.items() if name not in FREE} if isinstance(value, dict) else value
+
+
+def _difference(key: str, found: Any, ours: Any) -> str:
+    if isinstance(found, dict) and isinstance(ours, dict):
+        for name in ours:
+            if found.get(name) != ours[name]:
+                return _difference(f"{key}.{name}", found.get(name), ours[name])
+    return f"{key} ({found!r:.60}, now {ours!r:.60})"
+
+
+class Stages:
+    """A progress bar and a stopwatch for each stage."""
+
+    def __init__(self, show: bool = True) -> None:
+        """show: whether the bars are drawn; the stopwatch runs either way. seconds: by name, of the stages that are done."""
+        self.seconds: dict[str, float] = {}
+        self.show = show
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, total: int, unit: str) -> Iterator[Any]:
+        """A stage of `total` units: yields its bar."""
+        from tqdm import tqdm
+
+        start = time.perf_counter()
+        bar = tqdm(
+            total=total, unit=f" {unit}", desc=f"{name:14}", dynamic_ncols=True, smoothing=0.05, disable=not self.show
+        )
+        with bar:
+            yield bar
+        self.seconds[name] = time.perf_counter() - start
+
+
+def run_command(main: Callable[[], Any]) -> int:
+    """Run a command; errors of ours become one line. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 130 Ctrl-C."""
+    try:
+        main()
+    except McdiError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, StoppedError) else 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(kind: type[Config], default: Callable[[str], Config], name: str, arguments: Sequence[str] | None) -> Config:
+    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset."""
+    import tyro
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--dataset", default=vars(kind)["dataset"])  # that of the class
+    dataset = peek.parse_known_args(arguments)[0].dataset
+    try:
+        return tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
