@@ -32,12 +32,11 @@ __all__ = [
 _HOMES = {
     "bank": ("TrajectoryBank",),
     "config": ("DenoiserConfig", "DiffusionConfig", "MetaConfig"),
-    "diffusion": ("sample_chain",),
+    "diffusion": ("make_schedule", "sample_chain"),
     "errors": ("McdiError",),
     "generator": ("WeightGenerator",),
     "meta": ("fit",),
     "sampler": ("Sampler", "StaticSampler"),
-    "schedule": ("make_schedule",),
     "weights": ("GeneratedWeights", "WeightLayout"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

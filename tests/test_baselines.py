@@ -21,6 +21,7 @@ from mcdi_fast.baselines import (
 )
 from mcdi_fast.config import PrepareConfig, TaskConfig
 from mcdi_fast.heads import head_accuracy, prototype_head
+from mcdi_fast.noise import REPTILE, draw_generator
 from mcdi_fast.prepare import train_task_heads
 from mcdi_fast.tasks import ClassImages, sample_episodes
 
@@ -132,7 +133,7 @@ def test_reptile_net_against_a_plain_loop(images, backbone):
     net.eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.001, betas=(0.0, 0.999))
     episodes = sample_episodes(6, 4, ways=WAYS, shots=3, queries=0, seed=5, start=0, count=2)
-    picks = minibatches(9, 4, 3, 2, torch.Generator().manual_seed(5 << 32))
+    picks = minibatches(9, 4, 3, 2, draw_generator(5, REPTILE, 0))
     label, ends = torch.arange(WAYS).repeat_interleave(3), []
     for task in range(2):
         with torch.no_grad():

@@ -122,7 +122,7 @@ def test_bad_input():
         ({"labels": labels.int()}, "labels: torch.int32"),
         ({"pick": pick[:5]}, "pick: shape"),
         ({"sample_weight": torch.ones(8)}, r"sample_weight: shape \(8,\), expected \(9,\)"),
-        ({"record": 4}, "M = 6: expected a positive multiple of the segments k = 4"),
+        ({"segments": 4}, "M = 6: expected a positive multiple of the segments k = 4"),
         ({"start": normal(3, 600, 14)}, "start: heads of 600 x 14"),
     ]:
         arguments = dict(start=start, features=features, labels=labels, config=CONFIG, segments=3, pick=pick) | changes
