@@ -71,7 +71,7 @@ def write_report(folder: Path, result: dict[str, Any], metrics: Sequence[dict[st
         "accuracy.png": ("Accuracy of each method, with 95 % intervals over tasks", _plot_accuracy(result)),
         "steps.png": ("Accuracy and weight error against the number of sampling steps", _plot_steps(result)),
         "norms.png": ("Norm of generated against target weights", _plot_norms(result)),
-        "chains.png": ("Sampling chains in a plane of weight space, over the task's loss", _plot_chains(result)),
+        "chains.png": ("Sampling chains in a plane of weight space, over the task's loss", plot_chains(result)),
     }
     for name, (_, data) in plots.items():
         atomic_write(folder / name, data)
@@ -127,7 +127,8 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _figure(columns: int = 1) -> tuple[Any, Any]:
+def new_figure(columns: int = 1) -> tuple[Any, Any]:
+    """A figure without a display, and its axes, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,14 +140,15 @@ def _figure(columns: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The figure's file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     step = np.array([m["step"] for m in metrics])
     loss = np.array([m["loss"] for m in metrics], float)  # None, of a step that was skipped, becomes NaN
     left.plot(step, loss, color="0.8", lw=0.8, label="one meta-batch")
@@ -160,11 +162,11 @@ def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
     if points:
         right.plot(*zip(*points, strict=True), "o-", ms=3)
     right.set(xlabel="outer step", ylabel="accuracy on validation tasks, %")
-    return _png(figure)
+    return png(figure)
 
 
 def _plot_accuracy(result: dict[str, Any]) -> bytes:
-    figure, ax = _figure()
+    figure, ax = new_figure()
     names = list(result["methods"])
     mean = [result["methods"][n]["accuracy_mean"] for n in names]
     half = [result["methods"][n]["accuracy_ci95"] for n in names]
@@ -179,11 +181,11 @@ def _plot_accuracy(result: dict[str, Any]) -> bytes:
     )
     ax.margins(x=0.2)
     ax.invert_yaxis()
-    return _png(figure)
+    return png(figure)
 
 
 def _plot_steps(result: dict[str, Any]) -> bytes:
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     curve = result["sampling_steps"]
     steps = [p["steps"] for p in curve]
     left.errorbar(
@@ -192,21 +194,22 @@ def _plot_steps(result: dict[str, Any]) -> bytes:
     left.set(xlabel="sampling steps", ylabel="accuracy, %")
     right.plot(steps, [p["weight_error"] for p in curve], "o-", ms=3)
     right.set(xlabel="sampling steps", ylabel="RMS error to the trained target, normalised", ylim=(0, None))
-    return _png(figure)
+    return png(figure)
 
 
 def _plot_norms(result: dict[str, Any]) -> bytes:
-    figure, ax = _figure()
+    figure, ax = new_figure()
     generated, target = result["norms"]["generated"], result["norms"]["target"]
     ax.plot(target, generated, ".", ms=3, alpha=0.6)
     both = [min(*generated, *target), max(*generated, *target)]
     ax.plot(both, both, color="0.6", lw=0.8)
     ax.set(xlabel="norm of the trained target", ylabel="norm of the generated head")
-    return _png(figure)
+    return png(figure)
 
 
-def _plot_chains(result: dict[str, Any]) -> bytes:
-    figure, ax = _figure()
+def plot_chains(result: dict[str, Any]) -> bytes:
+    """A PNG of `result["plane"]`, which is `chain_plane`'s."""
+    figure, ax = new_figure()
     plane = result["plane"]
     loss = ax.contourf(plane["x"], plane["y"], plane["log_loss"], levels=20, cmap="viridis", alpha=0.7)
     figure.colorbar(loss, label="log10 of the task's loss")
@@ -218,4 +221,4 @@ def _plot_chains(result: dict[str, Any]) -> bytes:
         ax.plot(*goal, "*", color="red", ms=9)
         ax.annotate(f"target {i}", goal, xytext=(5, 4), textcoords="offset points", color="red", fontsize=8)
     ax.set(xlabel="first direction", ylabel="second direction")
-    return _png(figure)
+    return png(figure)

@@ -40,7 +40,7 @@ from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
 # What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
 _FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
-_TEST_SEED, _VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
+TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
 
 
 def check_config(config: TrainConfig) -> None:
@@ -48,8 +48,8 @@ def check_config(config: TrainConfig) -> None:
 
     if config.dataset not in FAMILIES:
         raise McdiError(f"--dataset {config.dataset!r}: expected one of {', '.join(FAMILIES)}")
-    if not 0 <= config.seed < _TEST_SEED:
-        raise McdiError(f"--seed {config.seed}: expected 0 to {_TEST_SEED - 1}")
+    if not 0 <= config.seed < TEST_SEED:
+        raise McdiError(f"--seed {config.seed}: expected 0 to {TEST_SEED - 1}")
     d = config.diffusion
     diffusion_tables(d)
     check_prepare(config.prepare, d.segments)
@@ -154,13 +154,13 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: Stages,
             take(data.val),
             task,
             config.evaluate.validation_tasks,
-            _VALIDATION_SEED + config.seed,
+            VALIDATION_SEED + config.seed,
         )
         test = draw_tasks(
             take(data.test),
             task,
             config.evaluate.tasks,
-            _TEST_SEED + config.seed,
+            TEST_SEED + config.seed,
         )
 
     ranks.broadcast_features(copies.cpu())

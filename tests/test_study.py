@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from mcdi_fast import ablate, ablate_report, backbone, prepare, store
-from mcdi_fast.ablate_cells import scored_heads
-from mcdi_fast.ablate_plan import CHANGES, METHODS, AblateConfig, Cell, plan, train_config
-from mcdi_fast.ablate_report import load_records, over_seeds, paired, pooled_interval, render
-from mcdi_fast.ablate_workshop import other_condition
+from mcdi_fast import backbone, prepare, store
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.baselines import ReptileNet
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import FeatureTasks
 from mcdi_fast.heads import prototype_head, support_condition
 from mcdi_fast.meta import MetaTrainer
+from mcdi_fast.study import __main__ as command
+from mcdi_fast.study import report
+from mcdi_fast.study.baselines import ReptileNet
+from mcdi_fast.study.cells import scored_heads
+from mcdi_fast.study.plan import CHANGES, METHODS, Cell, StudyConfig, plan, train_config
+from mcdi_fast.study.report import load_records, over_seeds, paired, pooled_interval, render
+from mcdi_fast.study.workshop import other_condition
 from mcdi_fast.tasks import glyphs
 
 SMALL = (
@@ -72,7 +74,7 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
         "M-30",
         "no-skip",
     ]
-    assert ablate.main([*SMALL, *parts, *options]) == 0
+    assert command.main([*SMALL, *parts, *options]) == 0
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
     names = {path.stem for path in before}
@@ -114,12 +116,12 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     def never(*args):
         raise AssertionError("a finished cell was made again")
 
-    monkeypatch.setattr(ablate, "run_cell", never)
-    assert ablate.main([*SMALL, *parts, *options]) == 0
+    monkeypatch.setattr(command, "run_cell", never)
+    assert command.main([*SMALL, *parts, *options]) == 0
     assert {path: path.read_bytes() for path in (folder / "cells").iterdir()} == before
 
     out = tmp_path / "docs"  # the same tables from the records alone, elsewhere
-    assert ablate.main([*SMALL, *parts, *options, "--out", str(out), "--report-only"]) == 0
+    assert command.main([*SMALL, *parts, *options, "--out", str(out), "--report-only"]) == 0
     assert (out / "results.md").read_text() == text
     (record,) = (out / "records").iterdir()
     assert record.name.endswith("-ablation-glyphs-5way1shot.json")
@@ -127,19 +129,19 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     assert render(out, "glyphs").read_text() == text
 
     capsys.readouterr()
-    assert ablate.main([*SMALL, *parts, *options, "--meta.steps", "7"]) == 2
+    assert command.main([*SMALL, *parts, *options, "--meta.steps", "7"]) == 2
     assert "meta.steps (6, now 7)" in capsys.readouterr().err
 
 
 def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, tmp_path, capsys):
     out = tmp_path / "docs"
     common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--parts", "comparison", "--methods"]
-    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "a")]) == 0
-    assert ablate.main([*common, "finetune", "--run-dir", str(tmp_path / "b")]) == 0
+    assert command.main([*common, "prototype", "--run-dir", str(tmp_path / "a")]) == 0
+    assert command.main([*common, "finetune", "--run-dir", str(tmp_path / "b")]) == 0
     (record,) = (out / "records").iterdir()
     assert {cell["cell"]["method"] for cell in store.read_json(record)["cells"]} == {"prototype", "finetune"}
     before = record.read_bytes()
-    assert ablate.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
+    assert command.main([*common, "prototype", "--run-dir", str(tmp_path / "c"), "--meta.steps", "9"]) != 0
     assert "another budget" in capsys.readouterr().err
     assert record.read_bytes() == before
 
@@ -148,7 +150,7 @@ def test_rows_on_another_backbone_are_refused(options, tmp_path, capsys):
     """As a run folder or a record has them that go on on another kind of processor: the same recipe, other weights."""
     out, run = tmp_path / "docs", tmp_path / "run"
     common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--parts", "comparison", "--methods"]
-    assert ablate.main([*common, "prototype", "--run-dir", str(run), "--out", str(out)]) == 0
+    assert command.main([*common, "prototype", "--run-dir", str(run), "--out", str(out)]) == 0
     (cell,) = (run / "cells").iterdir()
     ours = store.read_json(cell)["backbone_weights"]
     (weights,) = (tmp_path / "cache" / "backbones").iterdir()
@@ -157,19 +159,19 @@ def test_rows_on_another_backbone_are_refused(options, tmp_path, capsys):
     store.save_tensors(weights, tensors, meta, "backbone")
     before = cell.read_bytes()
     capsys.readouterr()
-    assert ablate.main([*common, "finetune", "--run-dir", str(run), "--out", str(out)]) == 1
+    assert command.main([*common, "finetune", "--run-dir", str(run), "--out", str(out)]) == 1
     said = capsys.readouterr().err
     assert f"{cell.name}: made on backbone {ours}" in said
     assert "--cache-dir" in said
     assert [path.read_bytes() for path in (run / "cells").iterdir()] == [before]
-    assert ablate.main([*common, "finetune", "--run-dir", str(tmp_path / "other"), "--out", str(out)]) == 1
+    assert command.main([*common, "finetune", "--run-dir", str(tmp_path / "other"), "--out", str(out)]) == 1
     assert "another backbone" in capsys.readouterr().err
 
 
 def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
     common = [*ROWS, "--methods", "prototype", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "docs")]
-    assert ablate.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
-    assert ablate.main([*common, "--run-dir", str(tmp_path / "b"), "--backbone.views", "3"]) == 0
+    assert command.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
+    assert command.main([*common, "--run-dir", str(tmp_path / "b"), "--backbone.views", "3"]) == 0
     assert list(load_records(tmp_path / "docs", "glyphs")) == ["5way1shot", "5way1shot-views3"]
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "## glyphs, 5way1shot\n" in text
@@ -184,7 +186,7 @@ def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
         return {"config": config, "cells": [{"cell": {"method": method}}]}
 
     def joint(*records):
-        return ablate_report._joint_config(*records)
+        return report._joint_config(*records)
 
     plain = record("mc-di")
     assert joint(plain, record("ocd")) == plain["config"]
@@ -205,7 +207,7 @@ STOPS = {
     "meta": (MetaTrainer, "outer_step", 9),
     "reptile": (ReptileNet, "outer_step", 2),
     "reptile evaluation": (ReptileNet, "adapt", 3),
-    "record": (ablate, "write_json", 5),
+    "record": (command, "write_json", 5),
     "backbone": (backbone, "augment", 1),
 }
 
@@ -217,7 +219,7 @@ def whole(tmp_path_factory):
         data = glyphs.load(12, 8, 8)
         patch.setattr(glyphs, "load", lambda: data)
         patch.setattr(prepare, "SHARD_TASKS", 10)
-        assert ablate.main([*ROWS, "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache")]) == 0
+        assert command.main([*ROWS, "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache")]) == 0
     return cells(folder / "run")
 
 
@@ -237,10 +239,10 @@ def test_a_stop_anywhere_loses_nothing(options, tmp_path, monkeypatch, whole, wh
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, wrapped)
         with pytest.raises(Stop):
-            ablate.main([*ROWS, *options])
+            command.main([*ROWS, *options])
     for path in (tmp_path / "run" / "cells").glob("*"):
         json.loads(path.read_text())  # whole or not there
-    assert ablate.main([*ROWS, *options]) == 0
+    assert command.main([*ROWS, *options]) == 0
     assert cells(tmp_path / "run") == whole
 
 
@@ -257,16 +259,16 @@ def test_a_kill_while_a_record_is_written_leaves_none(options, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(store.os, "replace", killed)
         with pytest.raises(Stop):
-            ablate.main(one)
+            command.main(one)
     assert not list((tmp_path / "run" / "cells").glob("*.json"))
-    assert ablate.main(one) == 0
+    assert command.main(one) == 0
     assert len(list((tmp_path / "run" / "cells").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_time_limit_goes_on_to_the_same_records(options, tmp_path, whole):
     calls = 0
-    while (code := ablate.main([*ROWS, *options, "--time-limit", "0.0001"])) == 3:
+    while (code := command.main([*ROWS, *options, "--time-limit", "0.0001"])) == 3:
         calls += 1
         assert calls < 100
     assert code == 0
@@ -293,13 +295,13 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_options_are_refused_before_any_work(options, tmp_path, capsys, bad):
-    assert ablate.main([*SMALL, "--segment-numbers", "1", *options, *bad.split()]) == 2
+    assert command.main([*SMALL, "--segment-numbers", "1", *options, *bad.split()]) == 2
     assert BAD[bad] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_plan():
-    config = AblateConfig(seeds=(0, 1))
+    config = StudyConfig(seeds=(0, 1))
     found = plan(config)
     assert len(set(found)) == len(found) == len({cell.name for cell in found})
     assert Cell("20way1shot", 1, "reptile-net") in found
@@ -309,12 +311,12 @@ def test_plan():
         Cell("5way1shot", s, "mc-di", "sam-augment", 8) for s in (0, 1)
     ]
     assert sum(bool(c.change) for c in found) == len(CHANGES)
-    none = plan(AblateConfig(methods=("prototype",), parts=("comparison",), settings=("5way5shot",), seeds=(3,)))
+    none = plan(StudyConfig(methods=("prototype",), parts=("comparison",), settings=("5way5shot",), seeds=(3,)))
     assert none == [Cell("5way5shot", 3, "prototype")]
 
 
 def test_a_cells_settings():
-    config = AblateConfig()
+    config = StudyConfig()
 
     def of(**cell):
         return train_config(config, Cell(**{"setting": "5way1shot", "seed": 0, "variant": "sam-augment"} | cell))
@@ -389,7 +391,7 @@ def test_paired_interval_against_scipy():
     ours = paired([entry(0, a.tolist())], [entry(0, b.tolist())])
     low, high = scipy.ttest_rel(a / 0.75, b / 0.75).confidence_interval(0.95)
     assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx((low, high), abs=0.01)
-    for n, quantile in ablate_report._STUDENT.items():
+    for n, quantile in report._STUDENT.items():
         assert quantile == pytest.approx(scipy.t.ppf(0.975, n - 1), abs=1e-4)
 
 
@@ -403,7 +405,7 @@ def test_over_seeds():
 
 def test_student_quantiles():
     """Against the integral of the density: the probability within them is 95 %."""
-    for n, quantile in ablate_report._STUDENT.items():
+    for n, quantile in report._STUDENT.items():
         nu = n - 1
         x = torch.linspace(-quantile, quantile, 200001, dtype=torch.float64)
         density = torch.distributions.StudentT(torch.tensor(float(nu), dtype=torch.float64)).log_prob(x).exp()

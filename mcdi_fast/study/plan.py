@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcdi_fast.backend import check_device
-from mcdi_fast.baselines import ReptileConfig, check_reptile
 from mcdi_fast.config import (
     BackboneConfig,
     DenoiserConfig,
@@ -21,7 +20,8 @@ from mcdi_fast.config import (
     default_config,
 )
 from mcdi_fast.errors import McdiError
-from mcdi_fast.train import _TEST_SEED, check_config
+from mcdi_fast.study.baselines import ReptileConfig, check_reptile
+from mcdi_fast.train import TEST_SEED, check_config
 
 SettingName = Literal["5way1shot", "5way5shot", "20way1shot"]
 MethodName = Literal[
@@ -121,7 +121,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class StudyConfig:
     """Compare the methods on the same tasks: every row of the paper's tables, with intervals, times and gradient steps.
 
     The work is a list of cells (setting x seed x method x preparation); each that is finished is a record under the run folder and is never
@@ -132,7 +132,7 @@ class AblateConfig:
     dataset: Literal["glyphs", "omniglot"] = "omniglot"
     """glyphs: built in, drawn by rule, needs no data. omniglot: real; downloaded unless found."""
     run_dir: Path | None = None
-    """Where cells, banks, generators and the report go; runs/ablate-<dataset> by default."""
+    """Where cells, banks, generators and the report go; runs/study-<dataset> by default."""
     out: Path | None = None
     """Where results.md, figures/ and records/ go; the run folder by default, `docs` for the repository's own."""
     data_dir: Path | None = None
@@ -216,7 +216,7 @@ class Cell:
         return "_".join(part for part in [*parts, self.change] if part)
 
 
-def plan(config: AblateConfig) -> list[Cell]:
+def plan(config: StudyConfig) -> list[Cell]:
     """The cells that a configuration asks for, in the order in which they are made, none twice."""
     k = config.diffusion.segments
     cells: list[Cell] = []
@@ -251,7 +251,7 @@ def plan(config: AblateConfig) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def check_ablate(config: AblateConfig) -> None:
+def check_study(config: StudyConfig) -> None:
     """Raise McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
     for name in ("settings", "seeds", "parts", "methods", "variants", "segment_numbers", "changes"):
         values = getattr(config, name)
@@ -260,8 +260,8 @@ def check_ablate(config: AblateConfig) -> None:
         if len(set(values)) < len(values):
             raise McdiError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one stands twice")
     for seed in config.seeds:
-        if not 0 <= seed < _TEST_SEED:
-            raise McdiError(f"--seeds {seed}: expected 0 to {_TEST_SEED - 1}")
+        if not 0 <= seed < TEST_SEED:
+            raise McdiError(f"--seeds {seed}: expected 0 to {TEST_SEED - 1}")
     unknown = [change for change in config.changes if change not in CHANGES]
     if unknown:
         raise McdiError(f"--changes {unknown[0]!r}: expected some of {', '.join(CHANGES)}")
@@ -279,7 +279,7 @@ def check_ablate(config: AblateConfig) -> None:
         check_config(train_config(config, cell))
 
 
-def train_config(config: AblateConfig, cell: Cell) -> TrainConfig:
+def train_config(config: StudyConfig, cell: Cell) -> TrainConfig:
     """A cell's settings as those of a main job: preparation variant, segments and change applied."""
     prepare = config.prepare
     if cell.variant in ("plain", "augment"):
@@ -320,7 +320,7 @@ def train_config(config: AblateConfig, cell: Cell) -> TrainConfig:
     return replace(result, prepare=replace(result.prepare, steps=steps))
 
 
-def default_ablate_config(dataset: str) -> AblateConfig:
+def default_study_config(dataset: str) -> StudyConfig:
     """The defaults for a task family: the backbone of glyphs takes seconds."""
-    default = AblateConfig(dataset=dataset)  # type: ignore[arg-type]
+    default = StudyConfig(dataset=dataset)  # type: ignore[arg-type]
     return replace(default, backbone=default_config(dataset).backbone) if dataset == "glyphs" else default

@@ -5,9 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcdi_fast import McdiError, baselines
+from mcdi_fast import McdiError
 from mcdi_fast.backbone import conv4, to_float
-from mcdi_fast.baselines import (
+from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.heads import head_accuracy, prototype_head
+from mcdi_fast.noise import REPTILE, draw_generator
+from mcdi_fast.prepare import train_task_heads
+from mcdi_fast.study import baselines
+from mcdi_fast.study.baselines import (
     HeadStart,
     ReptileConfig,
     ReptileNet,
@@ -19,10 +24,6 @@ from mcdi_fast.baselines import (
     reptile_head,
     row_shares,
 )
-from mcdi_fast.config import PrepareConfig, TaskConfig
-from mcdi_fast.heads import head_accuracy, prototype_head
-from mcdi_fast.noise import REPTILE, draw_generator
-from mcdi_fast.prepare import train_task_heads
 from mcdi_fast.tasks import ClassImages, sample_episodes
 
 WAYS, WIDTH = 3, 6

@@ -7,7 +7,11 @@ import torch
 from torch.func import hessian
 
 from mcdi_fast import DiffusionConfig, WeightGenerator
-from mcdi_fast.analysis import (
+from mcdi_fast.denoiser import init_parameters
+from mcdi_fast.evaluate import FeatureTasks, generate
+from mcdi_fast.heads import head_layout, prototype_head
+from mcdi_fast.sampler import Sampler
+from mcdi_fast.study.analysis import (
     diagnose,
     head_hessian_product,
     largest_eigenvalue,
@@ -16,10 +20,6 @@ from mcdi_fast.analysis import (
     target_distances,
     weight_error,
 )
-from mcdi_fast.denoiser import init_parameters
-from mcdi_fast.evaluate import FeatureTasks, generate
-from mcdi_fast.heads import head_layout, prototype_head
-from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import Normalizer
 
 TASKS, WAYS, ROWS, WIDTH = 3, 4, 9, 5

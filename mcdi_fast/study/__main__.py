@@ -1,8 +1,8 @@
-"""The paper's comparison, `python -m mcdi_fast.ablate --dataset omniglot`: every method on the same tasks, cell by cell, resumable.
+"""The paper's comparison, `python -m mcdi_fast.study --dataset omniglot`: every method on the same tasks, cell by cell, resumable.
 
 A cell is one method in one setting with one seed and one preparation; it becomes one JSON record in `<run-dir>/cells`, and cells that are
 there are never computed again. Stop it at any moment and give the same command again. From the records come the tables
-(ablate_report.py); `--out docs` puts them where the repository keeps them.
+(report.py); `--out docs` puts them where the repository keeps them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from mcdi_fast import environment  # noqa: F401
 
 import torch
 
-from mcdi_fast.ablate_cells import run_cell
-from mcdi_fast.ablate_plan import FREE, SETTINGS, AblateConfig, Cell, check_ablate, default_ablate_config, plan
-from mcdi_fast.ablate_report import publish, render
-from mcdi_fast.ablate_workshop import PausedError, Workshop
 from mcdi_fast.cli import StoppedError, open_run, parse, run_command
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import (
@@ -33,13 +29,17 @@ from mcdi_fast.store import (
     show_path,
     write_json,
 )
+from mcdi_fast.study.cells import run_cell
+from mcdi_fast.study.plan import FREE, SETTINGS, Cell, StudyConfig, check_study, default_study_config, plan
+from mcdi_fast.study.report import publish, render
+from mcdi_fast.study.workshop import PausedError, Workshop
 from mcdi_fast.tasks import FewShotData, check_episodes, load_dataset
 
 
-def ablate(config: AblateConfig) -> bool:
+def study(config: StudyConfig) -> bool:
     """Make the cells asked for and the report; returns whether all are there (False: the time limit came first)."""
-    check_ablate(config)
-    folder = config.run_dir or Path("runs") / f"ablate-{config.dataset}"
+    check_study(config)
+    folder = config.run_dir or Path("runs") / f"study-{config.dataset}"
     out = config.out or folder
     if config.report_only:
         _report(folder, out, config.dataset)
@@ -65,7 +65,7 @@ def ablate(config: AblateConfig) -> bool:
     return complete
 
 
-def _make_cells(config: AblateConfig, data: FewShotData, folder: Path, deadline: float) -> bool:
+def _make_cells(config: StudyConfig, data: FewShotData, folder: Path, deadline: float) -> bool:
     from tqdm import tqdm
 
     def path(cell: Cell) -> Path:
@@ -127,12 +127,12 @@ def _report(folder: Path, out: Path, dataset: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 3 time limit, 130 Ctrl-C."""
-    config = parse(AblateConfig, default_ablate_config, "mcdi_fast.ablate", arguments)
+    config = parse(StudyConfig, default_study_config, "mcdi_fast.study", arguments)
     complete = True
 
     def run() -> None:
         nonlocal complete
-        complete = ablate(config)
+        complete = study(config)
 
     return run_command(run) or (0 if complete else 3)
 

@@ -13,15 +13,6 @@ import torch
 from torch import Tensor
 
 from mcdi_fast import backbone as bb
-from mcdi_fast.ablate_plan import CHANGES, OBJECTIVES, SETTINGS, Cell, plan, train_config
-from mcdi_fast.ablate_workshop import Workshop
-from mcdi_fast.analysis import diagnose, largest_eigenvalue, novelty, target_distances, weight_error
-from mcdi_fast.baselines import (
-    ReptileNet,
-    adapt_head,
-    reptile_head,
-    row_shares,
-)
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import FeatureTasks, chain_plane, draw_tasks, finetune, generate, interval, latency_ms
 from mcdi_fast.generator import WeightGenerator
@@ -32,7 +23,16 @@ from mcdi_fast.store import (
     read_json,
     write_json,
 )
-from mcdi_fast.train import _TEST_SEED, _VALIDATION_SEED
+from mcdi_fast.study.analysis import diagnose, largest_eigenvalue, novelty, target_distances, weight_error
+from mcdi_fast.study.baselines import (
+    ReptileNet,
+    adapt_head,
+    reptile_head,
+    row_shares,
+)
+from mcdi_fast.study.plan import CHANGES, OBJECTIVES, SETTINGS, Cell, plan, train_config
+from mcdi_fast.study.workshop import Workshop
+from mcdi_fast.train import TEST_SEED, VALIDATION_SEED
 
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
@@ -205,7 +205,7 @@ def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
         position = torch.arange(images.num_classes * images.images_per_class).view(
             images.num_classes, images.images_per_class, 1
         )
-        seed = {"val": _VALIDATION_SEED, "test": _TEST_SEED}[purpose] + cell.seed
+        seed = {"val": VALIDATION_SEED, "test": TEST_SEED}[purpose] + cell.seed
         tasks = draw_tasks(position, task, total, seed)
         flat = torch.from_numpy(images.images).flatten(0, 1)
         label = torch.arange(task.ways).repeat_interleave(task.shots)

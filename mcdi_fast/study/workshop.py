@@ -15,11 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdi_fast import backbone as bb
-from mcdi_fast.ablate_plan import CHANGES, OBJECTIVES, SETTINGS, AblateConfig, Cell, plan, train_config
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.baselines import (
-    prepare_difference_bank,
-)
 from mcdi_fast.config import (
     TaskConfig,
 )
@@ -37,8 +33,12 @@ from mcdi_fast.store import (
     save_tensors,
     write_json,
 )
+from mcdi_fast.study.baselines import (
+    prepare_difference_bank,
+)
+from mcdi_fast.study.plan import CHANGES, OBJECTIVES, SETTINGS, Cell, StudyConfig, plan, train_config
 from mcdi_fast.tasks import FewShotData, sample_episodes
-from mcdi_fast.train import _TEST_SEED, _VALIDATION_SEED
+from mcdi_fast.train import TEST_SEED, VALIDATION_SEED
 
 
 class PausedError(Exception):
@@ -48,7 +48,7 @@ class PausedError(Exception):
 class Workshop:
     """Data, tasks, banks and generators that cells share, made when first asked for."""
 
-    def __init__(self, config: AblateConfig, data: FewShotData, folder: Path, deadline: float, bar: Callable[..., Any]):
+    def __init__(self, config: StudyConfig, data: FewShotData, folder: Path, deadline: float, bar: Callable[..., Any]):
         """Deadline: of time.monotonic(). bar: makes a progress bar (tqdm)."""
         self.config, self.data, self.folder, self.deadline, self.bar = config, data, folder, deadline, bar
         self.device = torch.device(config.device)
@@ -111,9 +111,9 @@ class Workshop:
         """Purpose: "test"; "val", which chooses rates; "selection", validation characters again, other tasks."""
         c, task = self.config, replace(SETTINGS[setting], queries=self.config.queries)
         split, count, first = {
-            "test": ("test", c.evaluate.tasks, _TEST_SEED),
-            "val": ("val", c.evaluate.validation_tasks, _VALIDATION_SEED),
-            "selection": ("val", c.selection_tasks, _VALIDATION_SEED + _TEST_SEED),
+            "test": ("test", c.evaluate.tasks, TEST_SEED),
+            "val": ("val", c.evaluate.validation_tasks, VALIDATION_SEED),
+            "selection": ("val", c.selection_tasks, VALIDATION_SEED + TEST_SEED),
         }[purpose]
         return draw_tasks(self.features()[split][0], task, count, first + seed)
 
@@ -123,7 +123,7 @@ class Workshop:
         every = tasks.every.unsqueeze(0)
         if purpose == "test" and config.prepare.copies > 1:
             others = [
-                draw_tasks(copy, config.task, len(tasks), _TEST_SEED + cell.seed).every
+                draw_tasks(copy, config.task, len(tasks), TEST_SEED + cell.seed).every
                 for copy in self.features()["test"][1 : config.prepare.copies]
             ]
             every = torch.stack([tasks.every, *others])

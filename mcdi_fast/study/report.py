@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mcdi_fast.ablate_plan import PREPARED, SETTINGS, default_ablate_config
 from mcdi_fast.errors import McdiError
-from mcdi_fast.report import _figure, _plot_chains, _png
+from mcdi_fast.report import new_figure, plot_chains, png
 from mcdi_fast.store import atomic_write, dumps, make_folder, read_json, show_path
+from mcdi_fast.study.plan import PREPARED, SETTINGS, default_study_config
 
 _FORMAT = 1
 _PAPER_MC_DI = 97.34  # its own backbone and tasks, 5-way 1-shot on Omniglot
@@ -226,7 +226,7 @@ def render(out: Path, dataset: str) -> Path:
 
 def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        f"Made by `python -m mcdi_fast.ablate --dataset {dataset} --out docs` from the records named below; do not edit it by hand, "
+        f"Made by `python -m mcdi_fast.study --dataset {dataset} --out docs` from the records named below; do not edit it by hand, "
         "`--report-only` writes it again. Protocol: the same backbone and the same test tasks for every row of a seed; rates, decays, "
         "numbers of gradient steps and the noise of OCD's chain are chosen on validation tasks only. What the baselines took from their "
         "publications and what they left: [baselines.md](baselines.md).",
@@ -250,7 +250,7 @@ def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]
 
 def _options(config: dict[str, Any]) -> str:
     """The options of the command that differ from its defaults."""
-    default = json.loads(json.dumps(asdict(default_ablate_config(config["dataset"])), default=str))
+    default = json.loads(json.dumps(asdict(default_study_config(config["dataset"])), default=str))
     found = []
     for key, value in config.items():
         parts = (
@@ -459,13 +459,13 @@ def _segments(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: s
             points.append((k, entries, over_seeds([e["accuracy_mean"] for e in entries])[0], error))
     if len(points) < 2:
         return []
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     half = [pooled_interval(p[1]) for p in points]
     left.errorbar([p[0] for p in points], [p[2] for p in points], half, fmt="o-", ms=3, capsize=3)
     left.set(xlabel="segments k", ylabel="accuracy, %")
     right.plot([p[0] for p in points], [p[3] for p in points], "o-", ms=3)
     right.set(xlabel="segments k", ylabel="weight error (normalised RMS)", ylim=(0, None))
-    figures[f"{setting}-segments.png"] = _png(figure)
+    figures[f"{setting}-segments.png"] = png(figure)
     lines = [
         "### Segment number k (the paper's figure 4)",
         "",
@@ -482,7 +482,7 @@ def _theorem_one(cells: list[dict[str, Any]], figures: dict[str, bytes], setting
         return []
     ends = entries[0]["ends"]
     curves = {m: np.mean([e["distances"][m] for e in entries], 0) for m in ("mc-di", "mc-di-paper", "tw-di", "mv-di")}
-    figure, axes = _figure(len(curves))
+    figure, axes = new_figure(len(curves))
     for ax, (method, curve) in zip(axes, curves.items(), strict=True):
         for i in range(curve.shape[1]):
             ax.plot(curve[:, i], label=f"target {i + 1}")
@@ -491,8 +491,8 @@ def _theorem_one(cells: list[dict[str, Any]], figures: dict[str, bytes], setting
             xlabel="step t", ylabel="distance of x_t (normalised RMS)", title=TITLES[method].strip("*"), yscale="log"
         )
         ax.legend(frameon=False)
-    figures[f"{setting}-theorem1.png"] = _png(figure)
-    plane_figure = _plot_chains(entries[0])
+    figures[f"{setting}-theorem1.png"] = png(figure)
+    plane_figure = plot_chains(entries[0])
     figures[f"{setting}-chains.png"] = plane_figure
     lines = [
         "### Does the chain hit the local targets? (Theorem 1, figure 1)",
@@ -576,7 +576,7 @@ def _selection(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _plot_rows(cells: list[dict[str, Any]]) -> bytes:
-    figure, ax = _figure()
+    figure, ax = new_figure()
     methods = [m for m in TITLES if row(cells, m)]
     for y, method in enumerate(methods):
         entries = row(cells, method)
@@ -587,4 +587,4 @@ def _plot_rows(cells: list[dict[str, Any]]) -> bytes:
         ax.plot([e["accuracy_mean"] for e in entries], [y] * len(entries), "|", color="0.5")
     ax.set(yticks=range(len(methods)), yticklabels=[TITLES[m].strip("*") for m in methods], xlabel="accuracy, %")
     ax.invert_yaxis()
-    return _png(figure)
+    return png(figure)
