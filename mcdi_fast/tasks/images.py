@@ -5,17 +5,62 @@ A source is read whole and checked before any work begins. Nothing is ever extra
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.store import show_path
+
+PACKED = {
+    "tiny-imagenet": "tiny_imagenet_fewshot.zip",
+    "cifar10": "cifar10.zip",
+    "caltech101": "caltech101.zip",
+    "flowers17": "flowers17.zip",
+    "pacs": "pacs.zip",
+    "digits": "digits_dg.zip",
+}
+"""Data sets with a name: a packed zip in the folder `images` of the data folder."""
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Folders and lists of these names are splits; any other folder above the classes is a domain."""
+WHOLE = "all"  # the one split of a data set that has none
+
+Stage = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
+"""Called as stage(name, total, unit): a context with a progress bar that has `update(n)`, as `cli.Stages`."""
 
 _NAMED = 3  # how many of many bad things a message names
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"]
+_MAX_PIXELS = 100_000_000  # of one image: larger than any camera's, and 300 MB once decoded
+_MAX_STRIP = 64 * 2**20  # bytes of a strip or meta.json of a packed zip; real strips have less than one MB
+_MAX_LIST = 64 * 2**20  # bytes of a split list
+_MAX_RATIO = 200  # unpacked to packed bytes of a part of an .npz: a zip bomb has 1000, features rarely 3
+
+
+@contextlib.contextmanager
+def quiet(name: str, total: int, unit: str) -> Iterator[Any]:
+    """A `Stage` that shows nothing."""
+
+    class Bar:
+        def update(self, count: int = 1) -> None:
+            pass
+
+    yield Bar()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +126,9 @@ class LabelledRows:
                 f"{what}: class {_some([class_names[i] for i in empty.nonzero().flatten().tolist()])} has no rows; leave it out"
             )
         order = order.argsort(stable=True)
+        in_order = bool((order.diff() > 0).all())  # then no copy of what may be gigabytes
         return cls(
-            rows[order],
+            rows if in_order else rows[order],
             labels[order],
             tuple(class_names),
             None if domains is None else domains[order],
@@ -241,3 +287,436 @@ def _renumbered(chosen: Sequence[str | int] | None, names: tuple[str, ...], kind
 def _names_at(new: Tensor, names: tuple[str, ...]) -> tuple[str, ...]:
     order = sorted((number, name) for number, name in zip(new.tolist(), names, strict=True) if number >= 0)
     return tuple(name for _, name in order)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    data_dir: Path | None = None,
+    side: int = 128,
+    splits: Path | None = None,
+    stage: Stage = quiet,
+) -> dict[str, LabelledRows]:
+    """Read a data set: its splits by name, or {"all": rows} where it has none. A split holds only its own classes, numbered anew.
+
+    Args:
+        source: what to read.
+            - A name of `PACKED`: that zip under `data_dir`, else under the folder that MCDI_DATA_DIR names. Images keep the side they have there.
+            - A packed zip (the README of that folder has the format).
+            - A folder with a sub-folder a class. Above the classes may be a level of splits (train, val, test) or of domains (any other names).
+            - A file of ready-made features, `.npz` or `.safetensors`: `features` float [n, F], `labels` [n], optionally `domains` [n] and
+              `splits` [n]. Each is integers with names beside it (`class_names`, `domain_names`, `split_names`; lists in JSON in the metadata of
+              a safetensors file) or, in an .npz, the names themselves.
+        side: of images out of a folder: the centre square, scaled.
+        splits: a folder of lists `train`, `val`, `test`, as `.txt` (a class a line) or `.csv` (a header with `label`; with `filename` too,
+            the images lie in one folder). Without it, lists in the source folder or its sub-folder `splits` are used. Classes in no list
+            are left out.
+        stage: shows the progress of reading a folder.
+
+    Raises:
+        McdiError: a source that is not there or is damaged; unreadable images, named and counted; a class without images; a class in two
+            lists; a name that leads out of the folder; features that are not finite; labels out of range.
+    """
+    path = _named_zip(str(source), data_dir) if str(source) in PACKED else Path(source)
+    readers = {".zip": _read_packed, ".npz": _read_npz, ".safetensors": _read_safetensors}
+    if path.is_dir():
+        return _read_folder(path, side, splits, stage)
+    if path.suffix.lower() not in readers or not path.is_file():
+        found = f"a file of kind {path.suffix!r}" if path.exists() else "no such file or folder"
+        raise McdiError(
+            f"{show_path(path)}: {found}; expected a folder of images, a packed .zip, features as .npz or .safetensors, "
+            f"or one of {', '.join(PACKED)}"
+        )
+    with _naming(path):
+        return readers[path.suffix.lower()](path)
+
+
+def _named_zip(name: str, data_dir: Path | None) -> Path:
+    option = "MCDI_DATA_DIR" if data_dir is None else "--data-dir"
+    place = os.environ.get("MCDI_DATA_DIR") if data_dir is None else data_dir
+    if not place:
+        raise McdiError(
+            f"{name}: no data folder; set MCDI_DATA_DIR or --data-dir to the folder with images/{PACKED[name]}"
+        )
+    path = Path(place) / "images" / PACKED[name]
+    if not path.is_file():
+        raise McdiError(f"{show_path(path)}: not there, expected because {option} is {show_path(place)}; put it there")
+    return path
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise McdiError(
+            "reading images needs pillow, which is not installed; run pip install 'mcdi_fast[train]'"
+        ) from error
+    return Image
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever a library finds wrong with a file becomes one line with its name."""
+    try:
+        yield
+    except McdiError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy, safetensors and Pillow have a dozen types for a damaged file
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise McdiError(f"{show_path(path)}: damaged ({reason}); make or copy it again") from error
+
+
+def _split_up(
+    rows: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str] | None,
+    domains: tuple[Tensor, Sequence[str] | None] | None,
+    splits: tuple[Tensor, Sequence[str] | None] | None,
+    what: str,
+) -> dict[str, LabelledRows]:
+    """All rows, checked, as one `LabelledRows` a split."""
+    places, domain_names = domains or (None, None)
+    if splits is None:
+        return {WHOLE: LabelledRows.of(rows, labels, class_names, places, domain_names, what)}
+    split, split_names = _checked_codes(*splits, len(rows), "split", what)
+    LabelledRows.of(rows, labels, class_names, places, domain_names, what)
+    parts = {}
+    for number, name in enumerate(split_names):
+        keep = split == number
+        if not keep.any():
+            raise McdiError(f"{what}: split {name!r:.60} has no rows; leave it out")
+        present, own = labels[keep].unique(return_inverse=True)
+        own_names = [str(i) if class_names is None else class_names[i] for i in present.tolist()]
+        parts[SPLIT_NAMES.get(name, name)] = LabelledRows.of(
+            rows[keep], own, own_names, None if places is None else places[keep], domain_names, what
+        )
+    return parts
+
+
+def _numbered(names: Sequence[str], order: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
+    """Names as numbers, and the names in that order: of `order`, or of first appearance."""
+    known = {name: number for number, name in enumerate(order if order is not None else dict.fromkeys(names))}
+    return torch.tensor([known[name] for name in names]), list(known)
+
+
+# --- packed zips ---
+
+
+def _read_packed(path: Path) -> dict[str, LabelledRows]:
+    pillow, what = _pillow(), show_path(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        meta = _packed_meta(archive, members, what)
+        size, columns, strips = meta["size"], meta["tile_columns"], meta["strips"]
+        tiles, numbers, domains, splits = list[np.ndarray](), list[int](), list[str](), list[str]()
+        for strip in strips:
+            data = archive.read(_member(members, strip["strip"], what))
+            image = pillow.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+            count = strip["count"]
+            lines = -(-count // columns)
+            if image.size != (columns * size, lines * size):
+                raise McdiError(
+                    f"{what}: strip {strip['strip']!r:.80} is {image.size[0]}x{image.size[1]} pixels, expected "
+                    f"{columns * size}x{lines * size} for {count} tiles; pack it again"
+                )
+            pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
+            tiles.append(pixels.reshape(lines * columns, size, size, 3)[:count])
+            numbers += [strip["label"]] * count
+            domains += [strip.get("domain", "")] * count
+            splits += [strip.get("split", "")] * count
+    return _split_up(
+        torch.from_numpy(np.concatenate(tiles)),
+        torch.tensor(numbers),
+        meta["class_names"],
+        _numbered(domains) if "domain" in strips[0] else None,
+        _numbered(splits) if "split" in strips[0] else None,
+        what,
+    )
+
+
+def _member(members: Mapping[str, zipfile.ZipInfo], name: str, what: str) -> zipfile.ZipInfo:
+    info = members.get(name)
+    if info is None:
+        raise McdiError(f"{what}: {name!r:.80} is not in it; it is no packed zip of images, or truncated")
+    stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+    if not stored or info.file_size > _MAX_STRIP:
+        raise McdiError(
+            f"{what}: {name!r:.80} takes {info.compress_size} bytes for {info.file_size}, expected at most {_MAX_STRIP}, stored; pack it again"
+        )
+    return info
+
+
+def _packed_meta(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], what: str) -> dict[str, Any]:
+    meta = json.loads(archive.read(_member(members, "meta.json", what)))
+
+    def holds(entry: Any, **kinds: type) -> bool:
+        return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+
+    good = holds(meta, size=int, tile_columns=int, class_names=list, strips=list)
+    good = good and 1 <= meta["size"] <= 1024 and 1 <= meta["tile_columns"] <= 1024 and len(meta["strips"]) > 0
+    good = good and all(type(name) is str for name in meta["class_names"])
+    if good:
+        extra = {key: str for key in ("domain", "split") if key in meta["strips"][0]}  # in all strips, or in none
+        good = all(
+            holds(strip, strip=str, label=int, count=int, **extra)
+            and 1 <= strip["count"] * meta["size"] ** 2 <= _MAX_PIXELS
+            for strip in meta["strips"]
+        )
+    if not good:
+        raise McdiError(
+            f"{what}: meta.json does not describe strips of images (size, tile_columns, class_names, strips with strip, label, count); "
+            "pack it again"
+        )
+    return meta
+
+
+# --- files of features ---
+
+
+def _read_npz(path: Path) -> dict[str, LabelledRows]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > _MAX_RATIO * max(info.compress_size, 1000):
+                raise McdiError(
+                    f"{show_path(path)}: {info.filename!r:.60} unpacks from {info.compress_size} to {info.file_size} bytes; refused as a zip bomb"
+                )
+    with np.load(path, allow_pickle=False) as file:
+        columns = {name: file[name] for name in file.files}
+    names = {}
+    for name, column in list(columns.items()):
+        if column.dtype.kind == "U":
+            names[name] = column.reshape(-1).tolist()
+            del columns[name]
+        elif column.dtype.kind not in "iuf":
+            raise McdiError(f"{show_path(path)}: {name!r:.60} holds {column.dtype}, expected numbers or text")
+    numbers = {name: torch.from_numpy(np.ascontiguousarray(_native(column))) for name, column in columns.items()}
+    return _features(path, numbers, names)
+
+
+def _native(column: np.ndarray) -> np.ndarray:
+    """In a dtype that torch has: native byte order, int64 for integers."""
+    return column.astype(np.int64 if column.dtype.kind in "iu" else column.dtype.newbyteorder("="))
+
+
+def _read_safetensors(path: Path) -> dict[str, LabelledRows]:
+    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        names = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name.endswith("_names")}
+    for name, listed in names.items():
+        if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+            raise McdiError(f"{show_path(path)}: {name!r:.60} in its metadata is no JSON list of names")
+    return _features(path, numbers, names)
+
+
+def _features(path: Path, numbers: dict[str, Tensor], names: dict[str, list[str]]) -> dict[str, LabelledRows]:
+    what = show_path(path)
+    features = numbers.get("features")
+    if features is None or features.ndim != 2 or not features.is_floating_point():
+        found = "absent" if features is None else f"{features.dtype} {list(features.shape)}"
+        raise McdiError(f"{what}: features are {found}, expected floating numbers [n, F]")
+
+    def column(name: str, names_of: str) -> tuple[Tensor, Sequence[str] | None] | None:
+        if name in names:
+            order = names.get(names_of) or sorted(set(names[name]))
+            unknown = set(names[name]) - set(order)
+            if unknown:
+                raise McdiError(f"{what}: {name} hold {_some(sorted(unknown))}, not among {names_of}")
+            return _numbered(names[name], order)
+        return None if name not in numbers else (numbers[name], names.get(names_of))
+
+    labels = column("labels", "class_names")
+    if labels is None:
+        raise McdiError(f"{what}: labels are absent, expected integers [n] or names [n]")
+    return _split_up(features, *labels, column("domains", "domain_names"), column("splits", "split_names"), what)
+
+
+# --- folders ---
+
+
+class _File(NamedTuple):
+    path: Path
+    name: str  # of its class
+    domain: str = ""
+    split: str = ""
+
+
+def _read_folder(folder: Path, side: int, splits: Path | None, stage: Stage) -> dict[str, LabelledRows]:
+    if not 1 <= side <= 1024:
+        raise McdiError(f"side = {side}: expected 1 to 1024 pixels")
+    lists = _find_lists(folder, splits)
+    files = _listed_files(folder, lists) or _files_of(folder)
+    if lists:
+        files = _by_lists(folder, files, lists)
+    images = _read_images(folder, files, side, stage)
+    labels, class_names = _numbered([file.name for file in files], sorted({file.name for file in files}))
+    return _split_up(
+        images,
+        labels,
+        class_names,
+        _numbered([file.domain for file in files]) if files[0].domain else None,
+        _numbered([file.split for file in files]) if files[0].split else None,
+        show_path(folder),
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Images right in a folder, or in its one sub-folder `images` (how Tiny ImageNet comes)."""
+    found = sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in _SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+    )
+    inner = folder / "images"
+    return _images_in(inner) if not found and inner.is_dir() else found
+
+
+def _files_of(folder: Path) -> list[_File]:
+    """Every image of class folders, or of class folders one level down, where the level above is of splits or domains."""
+    classes = [(sub, _images_in(sub)) for sub in _folders(folder) if sub.name != "splits"]
+    if any(images for _, images in classes):
+        _no_empty(folder, classes)
+        return [_File(image, sub.name) for sub, images in classes for image in images]
+    files = []
+    is_split = all(above.name.lower() in SPLIT_NAMES for above, _ in classes)
+    for above, _ in classes:
+        inner = [(sub, _images_in(sub)) for sub in _folders(above)]
+        _no_empty(above, inner)
+        level = ("", SPLIT_NAMES[above.name.lower()]) if is_split else (above.name, "")
+        files += [_File(image, sub.name, *level) for sub, images in inner for image in images]
+    if not files:
+        raise McdiError(
+            f"{show_path(folder)}: no images in class sub-folders; expected CLASS/image.jpg, DOMAIN/CLASS/image.jpg or train/CLASS/image.jpg"
+        )
+    return files
+
+
+def _no_empty(folder: Path, classes: Sequence[tuple[Path, Sequence[Path]]]) -> None:
+    empty = [sub.name for sub, images in classes if not images]
+    if empty or not classes:
+        raise McdiError(
+            f"{show_path(folder)}: {len(empty) or 'all'} class folders hold no image ({_some(empty)}); put images there or remove them"
+        )
+
+
+def _find_lists(folder: Path, splits: Path | None) -> dict[str, Path]:
+    """The split lists, train first; none are asked for where `splits` is None."""
+    places = [folder, folder / "splits"] if splits is None else [splits]
+    for place in places:
+        found: dict[str, Path] = {}
+        for name, split in SPLIT_NAMES.items():
+            for path in (place / f"{name}.txt", place / f"{name}.csv"):
+                if path.is_file():
+                    if split in found:
+                        raise McdiError(
+                            f"{show_path(path)}: {found[split].name} is there too; keep one list of {split}"
+                        )
+                    found[split] = path
+        if found:
+            return found
+    if splits is not None:
+        raise McdiError(f"{show_path(splits)}: holds no split list; expected train, val and test as .txt or .csv")
+    return {}
+
+
+def _read_list(path: Path) -> list[dict[str, str]]:
+    """Rows of a split list: `label`, and `filename` where a csv has it."""
+    with _naming(path):
+        if path.stat().st_size > _MAX_LIST:
+            raise McdiError(
+                f"{show_path(path)}: {path.stat().st_size} bytes, expected at most {_MAX_LIST}; is it a list?"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            rows = [{"label": line.strip()} for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text)))
+    if not rows or any(not row.get("label") for row in rows):
+        raise McdiError(f"{show_path(path)}: expected a class a line, or a csv with a column `label` (and `filename`)")
+    for row in rows:
+        for name in (row["label"], row.get("filename") or "x"):
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise McdiError(f"{show_path(path)}: {name!r:.80} leads out of the folder; expected a name below it")
+    return rows
+
+
+def _listed_files(folder: Path, lists: Mapping[str, Path]) -> list[_File]:
+    """The images that lists name one by one, where they lie in one folder (how Mini-ImageNet comes); else none."""
+    rows = [(split, row) for split, path in lists.items() for row in _read_list(path) if row.get("filename")]
+    base = next((b for b in (folder, folder / "images") if rows and (b / rows[0][1]["filename"]).is_file()), None)
+    if base is None:
+        return []
+    files = [_File(base / row["filename"], row["label"], split=split) for split, row in rows]
+    missing = [file.path.name for file in files if not file.path.is_file()]
+    if missing:
+        raise McdiError(
+            f"{show_path(base)}: {len(missing)} of {len(files)} listed images are not there: {_some(missing)}"
+        )
+    return files
+
+
+def _by_lists(folder: Path, files: Sequence[_File], lists: Mapping[str, Path]) -> list[_File]:
+    """The files of the classes that lists name, each with its split."""
+    split_of: dict[str, str] = {}
+    known = {file.name for file in files}
+    for split, path in lists.items():
+        names = list(dict.fromkeys(row["label"] for row in _read_list(path)))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise McdiError(
+                f"{show_path(path)}: {len(unknown)} of {len(names)} classes are not in {show_path(folder)}: {_some(unknown)}"
+            )
+        twice = [name for name in names if name in split_of]
+        if twice:
+            raise McdiError(
+                f"{show_path(path)}: {len(twice)} classes are in the list of {split_of[twice[0]]} too: {_some(twice)}; keep each in one"
+            )
+        split_of |= dict.fromkeys(names, split)
+    return [file._replace(split=split_of[file.name]) for file in files if file.name in split_of]
+
+
+def _read_images(folder: Path, files: Sequence[_File], side: int, stage: Stage) -> Tensor:
+    _pillow()
+    images = np.empty((len(files), side, side, 3), np.uint8)
+    bad = []
+
+    def read(number: int) -> str | None:
+        try:
+            images[number] = _decode(files[number].path, side)
+        except Exception as error:  # Pillow has many types for a damaged image
+            reason = " ".join(str(error).split())[:80] or type(error).__name__
+            return f"{files[number].path.relative_to(folder)} ({reason})"
+        return None
+
+    # Pillow decodes and scales outside the interpreter's lock
+    with stage("images", len(files), "images") as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for failure in pool.map(read, range(len(files))):
+            if failure:
+                bad.append(failure)
+            bar.update()
+    if bad:
+        raise McdiError(
+            f"{show_path(folder)}: {len(bad)} of {len(files)} images cannot be read: {_some(bad)}; mend or remove them"
+        )
+    return torch.from_numpy(images)
+
+
+def _decode(path: Path, side: int) -> np.ndarray:
+    """The centre square of an image of any size and mode: uint8 [side, side, 3]."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path, formats=_FORMATS) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at half, a quarter or an eighth of its size
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode[0] in "IF":  # 16 bits a pixel: convert would cut them off at 255
+            grey = np.asarray(upright, np.float32)
+            upright = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        edge = min(upright.size)
+        left, top = (upright.width - edge) / 2, (upright.height - edge) / 2
+        box = (left, top, left + edge, top + edge)
+        return np.asarray(upright.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, box))
