@@ -13,8 +13,8 @@ from mcdi_fast.weights import WeightLayout
 
 
 def head_layout(ways: int, features: int) -> WeightLayout:
-    """Layout of `nn.Linear(features, ways)`: a token a class, N = ways, D = features + 1."""
-    return WeightLayout.from_module(nn.Linear(features, ways))
+    """Layout of `nn.Linear(features, ways)`: a token a class, N = ways, D = features + 1; classes are exchangeable."""
+    return WeightLayout.from_module(nn.Linear(features, ways), exchangeable=True)
 
 
 def prototype_head(support: Tensor) -> Tensor:

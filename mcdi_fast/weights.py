@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mcdi_fast.errors import McdiError
 # Entries of one task's tokens, N * D: 1 GiB in float32. A layout from a stranger's file must not make us allocate more.
 MAX_ELEMENTS = 2**28
 _CHUNK_ENTRIES = 2**21  # of targets at a time: 16 MiB in float64
+_ONE_HOT_TOKENS = 512  # up to so many tokens a position is one-hot
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,22 @@ class WeightLayout:
 
     Attributes:
         entries: in the order of the module; entry after entry gives the tokens.
+        exchangeable: whether tokens differ by their condition alone, as the classes of a head do. Where they do not, as
+            the units of a network, `position` tells which token is which.
 
     Raises:
         McdiError: on construction, for entries that contradict themselves or are too large.
     """
 
     entries: tuple[LayoutEntry, ...]
+    exchangeable: bool = False
 
     def __post_init__(self) -> None:
         """Check everything: a layout may come from a stranger's file."""
         if not self.entries:
             raise McdiError("layout: no entry, expected at least one; select at least one parameter")
+        if type(self.exchangeable) is not bool:
+            raise McdiError(f"layout: exchangeable is {self.exchangeable!r:.40}, expected True or False")
         names: set[str] = set()
         for entry in self.entries:
             _check_entry(entry)
@@ -93,7 +100,10 @@ class WeightLayout:
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, select: Callable[[str], bool] | Sequence[str] | None = None
+        cls,
+        module: nn.Module,
+        select: Callable[[str], bool] | Sequence[str] | None = None,
+        exchangeable: bool = False,
     ) -> WeightLayout:
         """The layout of a module's parameters.
 
@@ -101,6 +111,7 @@ class WeightLayout:
             module: any module; only names, shapes and dtypes are read.
             select: None takes every parameter. A sequence takes a parameter if its name or a dotted prefix of it (a
                 submodule's name) is in the sequence. A callable is asked for each name.
+            exchangeable: whether tokens differ by their condition alone (class attribute).
 
         Raises:
             McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
@@ -124,7 +135,7 @@ class WeightLayout:
                 f"select: no parameter selected, expected at least one of {_listed(all_names)}; "
                 "select a parameter or module"
             )
-        return cls(tuple(entries))
+        return cls(tuple(entries), exchangeable)
 
     @property
     def num_tokens(self) -> int:
@@ -157,6 +168,42 @@ class WeightLayout:
         """int64 [N] on the CPU: index into `entries` of each token."""
         rows = torch.tensor([entry.rows for entry in self.entries], device="cpu")
         return torch.repeat_interleave(torch.arange(len(self.entries), device="cpu"), rows)
+
+    def position(self) -> Tensor:
+        """float32 [N, P] on the CPU, to be read only: which token is which, distinct rows of zeros and ones (or -1 and 1).
+
+        P = 0 where tokens are exchangeable. One-hot of the token (P = N) up to 512 tokens. Beyond that one-hot of the entry,
+        beside the row's number within it in bits of -1 and 1.
+        """
+        return self._position
+
+    @cached_property
+    def _position(self) -> Tensor:
+        tokens = self.num_tokens
+        with torch.inference_mode(False):  # it outlives the call, and autograd refuses tensors of inference
+            if self.exchangeable:
+                return torch.zeros(tokens, 0, dtype=torch.float32, device="cpu")
+            if tokens <= _ONE_HOT_TOKENS:
+                return torch.eye(tokens, dtype=torch.float32, device="cpu")
+            rows = torch.cat([torch.arange(entry.rows, device="cpu") for entry in self.entries])
+            num_bits = (max(entry.rows for entry in self.entries) - 1).bit_length()
+            bits = rows[:, None] >> torch.arange(num_bits, device="cpu") & 1
+            return torch.cat([F.one_hot(self.owner, len(self.entries)), 2 * bits - 1], 1).to(torch.float32)
+
+    def resized(self, num_tokens: int) -> WeightLayout:
+        """The same with another number of tokens: the layout of a head of `num_tokens` classes.
+
+        Raises:
+            McdiError: tokens that are not exchangeable; more than one entry; a number out of range.
+        """
+        entry = self.entries[0]
+        if not self.exchangeable or len(self.entries) > 1 or any(shape[:1] != (entry.rows,) for shape in entry.shapes):
+            raise McdiError(
+                f"layout: {self.num_tokens} tokens of {len(self.entries)} entries, exchangeable = {self.exchangeable}; only "
+                f"exchangeable tokens of one entry can be {num_tokens} instead; train with a layout of that many"
+            )
+        shapes = tuple((num_tokens, *shape[1:]) for shape in entry.shapes)
+        return WeightLayout((LayoutEntry(num_tokens, entry.names, shapes),), exchangeable=True)
 
     def pack(self, source: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Tokens [N, D] of a module or a state dict (further names in it are ignored). Differentiable; always a copy.
@@ -248,6 +295,7 @@ class WeightLayout:
         return {
             "num_tokens": self.num_tokens,
             "width": self.width,
+            "exchangeable": self.exchangeable,
             "entries": [
                 {"rows": entry.rows, "names": list(entry.names), "shapes": [list(shape) for shape in entry.shapes]}
                 for entry in self.entries
@@ -256,7 +304,10 @@ class WeightLayout:
 
     @classmethod
     def from_dict(cls, data: Any) -> WeightLayout:
-        """The layout of `to_dict`'s result. Raises McdiError for anything that contradicts itself or is too large."""
+        """The layout of `to_dict`'s result. Raises McdiError for anything that contradicts itself or is too large.
+
+        Without "exchangeable", as in older files, tokens are exchangeable: no position was told then.
+        """
         entries = data.get("entries") if isinstance(data, dict) else None
         if not isinstance(entries, list):
             raise McdiError(
@@ -275,7 +326,7 @@ class WeightLayout:
                 )
             shapes = tuple(tuple(shape) for shape in item["shapes"])
             parsed.append(LayoutEntry(item.get("rows"), tuple(item["names"]), shapes))  # type: ignore[arg-type]
-        layout = cls(tuple(parsed))
+        layout = cls(tuple(parsed), data.get("exchangeable", True))
         for key, found in (("num_tokens", layout.num_tokens), ("width", layout.width)):
             if data.get(key) != found:
                 raise McdiError(
@@ -522,7 +573,7 @@ class Normalizer:
                 variance, a column that hardly ever moves (a feature that is nearly dead) has entries of a hundred deviations.
 
         Returns:
-            mean and std as [N, D], on the CPU: the same row for every token, except for 0 and 1 on padding.
+            mean and std on the CPU: [1, D], or with padding [N, D], which is the same row but for 0 and 1 on padding.
 
         Raises:
             McdiError: other shapes; no task; an entry that is not finite (names the task).
@@ -564,10 +615,27 @@ class Normalizer:
         std = torch.where(constant, 1.0, std)
         if floor > 0 and not bool(constant.all()):
             std = std.clamp_min(floor * float(std[~constant].square().mean().sqrt()))
+        if mask.all():
+            mask = mask[:1]
         return cls(
             torch.where(mask, mean, 0.0).float().cpu().contiguous(),
             torch.where(mask, std, 1.0).float().cpu().contiguous(),
         )
+
+    def for_tokens(self, num_tokens: int) -> Normalizer:
+        """The same for another number of tokens: itself if it fits, one row if all rows are alike (as in older files).
+
+        Raises:
+            McdiError: rows of [N, D] that differ, for another N.
+        """
+        if len(self.mean) in (1, num_tokens):
+            return self
+        if bool((self.mean != self.mean[:1]).any() or (self.std != self.std[:1]).any()):
+            raise McdiError(
+                f"normalizer: {len(self.mean)} rows that differ, expected one a token of {num_tokens} tokens, or one for all; "
+                "sample as many tokens as were trained"
+            )
+        return Normalizer(self.mean[:1], self.std[:1])
 
     def to(self, device: torch.device | str) -> Normalizer:
         """The same on another device."""

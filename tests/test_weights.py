@@ -409,6 +409,71 @@ def test_any_json_gives_a_layout_or_our_error(entries, num_tokens, width):
         layout.unpack(torch.zeros(layout.num_tokens, layout.width))
 
 
+# --- positions, exchangeable tokens ---
+
+
+def test_position_tells_tokens_apart():
+    small = WeightLayout.from_module(cnn())
+    assert torch.equal(small.position(), torch.eye(16))
+    assert small.position() is small.position()  # made once
+    # a token in the middle of the largest entry, the only row of another, and 513 tokens: one more than is told one-hot
+    large = WeightLayout.from_module(nn.Sequential(nn.Linear(2, 300), nn.LayerNorm(300), nn.Linear(300, 211)))
+    assert large.num_tokens == 300 + 2 + 211
+    position = large.position()
+    assert position.shape == (513, 4 + 9)  # 4 entries; 299 takes 9 bits
+    assert position.dtype == torch.float32
+    assert len(position.unique(dim=0)) == 513
+    assert torch.equal(position[:, :4].argmax(1), large.owner)
+    assert (position[:, :4].sum(1) == 1).all()
+    assert (position[:, 4:].abs() == 1).all()
+    row = ((position[:, 4:] + 1) / 2 * 2.0 ** torch.arange(9)).sum(1)
+    assert torch.equal(row, torch.cat([torch.arange(300.0), torch.zeros(2), torch.arange(211.0)]))
+    assert WeightLayout.from_module(nn.Linear(1, 512)).position().shape == (512, 512)
+    assert WeightLayout.from_module(nn.Linear(3, 600), exchangeable=True).position().shape == (600, 0)
+
+
+def test_a_position_first_asked_for_during_inference_serves_training():
+    layout = WeightLayout.from_module(nn.Linear(3, 2))
+    with torch.inference_mode():
+        layout.position()
+    weight = torch.ones(2, 2, requires_grad=True)
+    (layout.position() @ weight).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(2, 2))
+
+
+def test_exchangeable_is_kept_and_older_files_are():
+    net = nn.Linear(4, 3)
+    plain, head = WeightLayout.from_module(net), WeightLayout.from_module(net, exchangeable=True)
+    assert not plain.exchangeable
+    assert plain != head
+    for layout in (plain, head):
+        assert WeightLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    older = plain.to_dict()
+    del older["exchangeable"]
+    assert WeightLayout.from_dict(older) == head
+    for wrong in (None, 1, "yes"):
+        assert "exchangeable" in error_of(WeightLayout.from_dict, head.to_dict() | {"exchangeable": wrong})
+    assert "exchangeable" in error_of(WeightLayout.from_module, net, exchangeable=None)
+
+
+def test_resized_is_the_layout_of_another_number_of_classes():
+    def of(ways, **options):
+        return WeightLayout.from_module(nn.Linear(4, ways), exchangeable=True, **options)
+
+    for ways in (1, 3, 20):
+        assert of(5).resized(ways) == of(ways)
+        assert of(ways).resized(5) == of(5)
+    assert of(5, select=["bias"]).exchangeable
+    for layout in (
+        WeightLayout.from_module(nn.Linear(4, 5)),
+        WeightLayout.from_module(cnn(), exchangeable=True),
+        of(5, select=["bias"]),  # one token of five columns
+    ):
+        assert "can be 7 instead" in error_of(layout.resized, 7)
+    for wrong in (0, -1, 2.0, 2**40, True):
+        assert str(wrong) in error_of(of(5).resized, wrong)
+
+
 # --- normalizer ---
 
 
@@ -450,6 +515,7 @@ def test_constant_columns_get_deviation_one():
     targets[..., 2] = 1000.1
     targets[..., 3] = 1e6 + torch.randint(0, 2, (6, 2, 3)) * 0.0625  # one unit in the last place of float32
     found = Normalizer.fit(targets, mask)
+    assert found.mean.shape == (1, 4)  # no padding: any number of tokens
     assert (found.std[:, 1:] == 1).all()
     assert (found.std[:, 0] != 1).all()
     assert found.normalize(targets).abs().max() < 10
@@ -476,8 +542,11 @@ def test_normalizer_errors(monkeypatch):
         assert "targets" in error_of(Normalizer.fit, wrong, mask)
     assert "mask" in error_of(Normalizer.fit, targets, mask.float())
     found = Normalizer.fit(targets, mask)
-    assert "expected [..., 3, 4]" in error_of(found.normalize, targets[:, :, :2])
-    assert "expected [..., 3, 4]" in error_of(found.denormalize, targets[..., :2])
+    assert found.normalize(targets[:, :, :2]).shape == (9, 2, 2, 4)
+    assert "expected [..., N, 4]" in error_of(found.denormalize, targets[..., :2])
+    padded = Normalizer.fit(targets, mask_without)
+    assert "expected [..., 3, 4]" in error_of(padded.normalize, targets[:, :, :2])
+    assert "expected [..., 3, 4]" in error_of(padded.denormalize, targets[..., :2])
     ones = torch.ones(1, 4)
     assert Normalizer(ones, ones).normalize(targets).shape == targets.shape
     for mean, std in (
@@ -497,3 +566,15 @@ def test_a_normalizer_takes_numbers_with_a_point():
     for dtype in (torch.bool, torch.int64, torch.complex64):
         with pytest.raises(McdiError, match=f"tokens of {dtype}, expected floating point"):
             normalizer.normalize(torch.zeros(2, 3, dtype=dtype))
+
+
+def test_a_normalizer_for_another_number_of_tokens():
+    ones = torch.ones(1, 4)
+    one, alike = Normalizer(0 * ones, ones), Normalizer(torch.zeros(3, 4), torch.ones(3, 4))
+    assert one.for_tokens(7) is one
+    assert alike.for_tokens(3) is alike
+    assert alike.for_tokens(7).normalize(torch.zeros(2, 7, 4)).shape == (2, 7, 4)
+    for name in ("mean", "std"):
+        rows = {"mean": torch.zeros(3, 4), "std": torch.ones(3, 4)}
+        rows[name][1, 2] += 1
+        assert "3 rows that differ" in error_of(Normalizer(**rows).for_tokens, 7)
