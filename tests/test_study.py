@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +135,14 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
     assert "meta.steps (6, now 7)" in capsys.readouterr().err
 
 
+def test_results_are_what_the_kept_records_say(tmp_path):
+    """Byte for byte; records older than a renamed setting are understood."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    shutil.copytree(docs / "records", tmp_path / "records")
+    assert render(tmp_path, "omniglot").read_text() == (docs / "results.md").read_text()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {p.name for p in (docs / "figures").iterdir()}
+
+
 def test_records_of_two_run_folders_meet_and_other_budgets_do_not_mix(options, tmp_path, capsys):
     out = tmp_path / "docs"
     common = [*SMALL, "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--parts", "comparison", "--methods"]
@@ -182,7 +192,7 @@ def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
 
 def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
     def record(method, rate=1, steps=1, net=1):
-        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}, "backbone": {"views": 1}}
+        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}}
         return {"config": config, "cells": [{"cell": {"method": method}}]}
 
     def joint(*records):

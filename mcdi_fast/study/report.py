@@ -16,6 +16,19 @@ from mcdi_fast.store import atomic_write, dumps, make_folder, read_json, show_pa
 from mcdi_fast.study.plan import PREPARED, SETTINGS, default_study_config
 
 _FORMAT = 1
+# Settings of older records: what they are called now, and what was done before they were settings.
+_RENAMED = {
+    "start_deviation": "start_std",
+    "support_share": "support_loss_weight",
+    "inner_rate": "inner_lr",
+    "outer_rate": "outer_lr",
+    "finetune_rates": "finetune_lrs",
+}
+_BEFORE: dict[str, dict[str, Any]] = {
+    "backbone": {"views": 1},
+    "diffusion": {"residual": "scaled"},
+    "meta": {"normalizer_floor": 0.1},
+}
 _PAPER_MC_DI = 97.34  # its own backbone and tasks, 5-way 1-shot on Omniglot
 # Half of the 95 % interval of a mean over n seeds is this times deviation / sqrt(n): Student's t with n - 1 degrees of freedom.
 _STUDENT = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646, 9: 2.3060, 10: 2.2622}
@@ -117,14 +130,14 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     found = read_json(folder / "config.json")
     shared = ("dataset", "queries", "selection_tasks", "backbone", "prepare", "diffusion", "denoiser", "meta")
     config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
-    views = config["backbone"].get("views", 1)  # a folder may be older than the option
+    views = config["backbone"]["views"]
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
         mine = {"config": config, "cells": [cell for cell in cells if cell["cell"]["setting"] == setting]}
         date = max(cell["date"] for cell in mine["cells"])
         label = setting if views == 1 else f"{setting}-views{views}"  # other features: a table of their own
         path = records / f"{date}-ablation-{dataset}-{label}.json"
-        there = read_json(path) if path.exists() else mine  # of another run folder of the same day
+        there = read_record(path) if path.exists() else mine  # of another run folder of the same day
         joint = _joint_config(mine, there)
         if joint is None:
             raise McdiError(
@@ -136,27 +149,38 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
         atomic_write(path, f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'.encode())
 
 
-def _joint_config(*records: dict[str, Any]) -> dict[str, Any] | None:
+def _joint_config(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
     """The settings of the cells of two records together; None where they, or the trained backbones, differ.
 
     Those of Reptile's whole network bind only who ran it.
     """
-    if len({cell.get("backbone_weights") for record in records for cell in record["cells"]}) > 1:
+    if len({cell.get("backbone_weights") for record in (first, second) for cell in record["cells"]}) > 1:
         return None
-    first, second = map(_settings, records)
-    if first == second:
-        return first
-    ran = [_settings(r) for r in records if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
+    if first["config"] == second["config"]:
+        return first["config"]
+    ran = [r["config"] for r in (first, second) if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
 
     def binding(config: dict[str, Any]) -> dict[str, Any]:
         return {**config, "reptile": {k: v for k, v in config["reptile"].items() if not k.startswith("net_")}}
 
-    return None if len(ran) == 2 or binding(first) != binding(second) else [*ran, first][0]
+    same = binding(first["config"]) == binding(second["config"])
+    return None if len(ran) == 2 or not same else [*ran, first["config"]][0]
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's config; one that is older than `views` ran with one."""
-    return {**record["config"], "backbone": {"views": 1, **record["config"]["backbone"]}}
+def read_record(path: Path) -> dict[str, Any]:
+    """A dated record, its settings under today's names.
+
+    Raises:
+        McdiError: a file that is no such record.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
+        raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
+    for name, part in record["config"].items():
+        if isinstance(part, dict):
+            renamed = {_RENAMED.get(key, key): value for key, value in part.items()}
+            record["config"][name] = {**_BEFORE.get(name, {}), **renamed}
+    return record
 
 
 def _key(cell: dict[str, Any]) -> str:
@@ -173,9 +197,7 @@ def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
     """
     result: dict[str, dict[str, Any]] = {}
     for path in sorted((out / "records").glob(f"*-ablation-{dataset}-*.json"), reverse=True):
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
-            raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
+        record = read_record(path)
         newest = result.setdefault(record["setting"], {"config": record["config"], "cells": [], "files": []})
         joint = _joint_config(newest, record)
         if joint is not None:
