@@ -204,10 +204,13 @@ class InnerBatch:
     """What B base learners see in K inner steps of S noised samples each (`diffusion.make_inner_batch` builds it).
 
     The loss of task b in step r is `mean_{s,n,d} (gain * net(x, step, condition) - target)^2`, `net` as `denoiser.denoise`.
+    The mean is over real entries only.
 
     Attributes:
-        x: [B, K, S, N, D] noised weights. step: int64 [B, K, S]. condition: [B, N, C].
+        x: [B, K, S, N, D] noised weights. step: int64 [B, K, S].
+        condition: [B, N, C], all that the network is told of each token (`denoiser.token_condition`).
         gain: [B, K, S]. target: [B, K, S, N, D].
+        mask: [N, D], 1 for real entries and 0 for padding; None where there is no padding.
     """
 
     x: Tensor
@@ -215,10 +218,12 @@ class InnerBatch:
     condition: Tensor
     gain: Tensor
     target: Tensor
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> InnerBatch:
         """The same on another device."""
-        return InnerBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        present = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return InnerBatch(**present)
 
     def check(self, phi: Parameters) -> None:
         """Raise McdiError, naming the tensor, what was found and what was expected, unless the shapes and dtypes fit phi."""
@@ -235,6 +240,8 @@ class InnerBatch:
             "gain": (b, k, s),
             "target": (b, k, s, n, d),
         }
+        if self.mask is not None:
+            expected["mask"] = (n, d)
         for name, shape in expected.items():
             tensor, want = getattr(self, name), torch.int64 if name == "step" else dtype
             if tuple(tensor.shape) != shape:
@@ -252,13 +259,25 @@ def noising(objective: Objective, target: Tensor, segment: Tensor, step: Tensor,
     return _pick(objective.signal, segment, step, eps) * target + _pick(objective.noise, segment, step, eps) * eps
 
 
-def consistency_loss(objective: Objective, f: Tensor, segment: Tensor, step: Tensor, eps: Tensor) -> Tensor:
+def consistency_loss(
+    objective: Objective, f: Tensor, segment: Tensor, step: Tensor, eps: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """The loss each (i, t, eps) contributes, `mean || f_weight f - eps_weight eps ||^2` over N and D: [..., N, D] -> [...].
 
     The mean, not the sum of the paper's norm: it keeps the inner rate's meaning when the generated module grows.
+
+    Args:
+        mask: [N, D], 1 for real entries and 0 for padding; the mean is over real entries. None where there is no padding.
     """
     error = _pick(objective.f_weight, segment, step, eps) * f - _pick(objective.eps_weight, segment, step, eps) * eps
-    return error.square().mean((-2, -1))
+    return mean_square(error, (-2, -1), mask)
+
+
+def mean_square(error: Tensor, dims: tuple[int, ...] | None = None, mask: Tensor | None = None) -> Tensor:
+    """Mean of error^2 over `dims` (all by default), over real entries only; error: [..., N, D], mask: [N, D] or None."""
+    if mask is None:
+        return error.square().mean(dims)
+    return (error * mask).square().mean(dims) * (mask.numel() / mask.sum())
 
 
 def make_inner_batch(
@@ -268,12 +287,13 @@ def make_inner_batch(
     segment: Tensor,
     step: Tensor,
     eps: Tensor,
+    mask: Tensor | None = None,
 ) -> InnerBatch:
     """Turn the loss in f into the loss in the network's output: f = skip x + scale net, so f_weight f - eps_weight eps = gain net - target.
 
     Args:
         target: [B, N, D], the normalised local target of each task. condition: [B, N, C]. segment: int64 [B].
-        step: int64 [B, K, S]. eps: [B, K, S, N, D].
+        step: int64 [B, K, S]. eps: [B, K, S, N, D]. mask: of `InnerBatch`.
     """
     b, k, s = step.shape
     segments = segment[:, None, None].expand(b, k, s)
@@ -282,7 +302,7 @@ def make_inner_batch(
     target_weight = _pick(objective.eps_weight, segments, step, eps)
     skip = (f_weight * objective.skip[step]).to(eps.dtype)[..., None, None]
     gain = (f_weight * objective.scale[step]).to(eps.dtype)
-    return InnerBatch(x, step, condition, gain, target_weight * eps - skip * x)
+    return InnerBatch(x, step, condition, gain, target_weight * eps - skip * x, mask)
 
 
 def _pick(table: Tensor, segment: Tensor, step: Tensor, like: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The inner loops of Reptile, batched over tasks: K plain SGD steps from phi on each task's own loss.
 
-One function, `inner_loop`, and four implementations of it that agree:
+One function, `inner_loop`, and three implementations of it that agree:
 
 - `reference`: a Python loop over tasks, plain autograd, any dtype. Written to be read; the oracle.
 - `vmap`: `torch.func.vmap(grad(...))`. Second oracle, and the baseline of every benchmark.
 - `torch`: forward and backward by hand over stacked tasks, no per-task weights in memory (see `_LowRankLinear`).
-- `triton`: the same through the kernels (kernels/inner_loop.py). `auto` is `triton` on a GPU and `torch` elsewhere (backend.py).
+
+The kernels have it too (kernels/inner_loop.py); `meta.MetaTrainer` chooses.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from mcdi_fast.backend import DEFAULT_PRECISION, IMPLEMENTATIONS, resolve
 from mcdi_fast.denoiser import Parameters, denoise, depth_of
-from mcdi_fast.diffusion import InnerBatch
+from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
@@ -30,45 +30,45 @@ def inner_loop(
     phi: Parameters,
     batch: InnerBatch,
     inner_lr: float,
-    impl: str = "auto",
+    impl: str = "torch",
     stacked: bool | None = None,
-    precision: str = DEFAULT_PRECISION,
 ) -> tuple[Parameters, Tensor]:
-    """Run every task's K SGD steps and return the Reptile difference.
+    """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given.
 
     Args:
         phi: shared start of all tasks. inner_lr: eta.
-        impl: "auto", "triton" or "torch" (backend.py), or one of `ORACLES`.
-        stacked: for "triton" and "torch", whether to keep per-task weights (True) or the low-rank form (False); None lets
-            `prefer_stacked` choose.
-        precision: of the kernels' products: "ieee", "tf32" or "bf16". The others compute in the dtype they are given.
+        impl: "torch", or one of `ORACLES`.
+        stacked: for "torch", whether to keep per-task weights (True) or the low-rank form (False); None lets `prefer_stacked` choose.
 
     Returns:
         delta: mean over tasks of (phi_b - phi), a dict like phi (paper, algorithm 1: phi <- phi + zeta * delta).
         losses: [B, K], the loss of each task before each of its steps.
 
     Raises:
-        McdiError: a tensor of `batch` with the wrong shape, dtype or device; an unknown implementation, or one that cannot run here.
+        McdiError: a tensor of `batch` with the wrong shape, dtype or device; an unknown implementation.
     """
     batch.check(phi)
     if impl == "vmap":
         return _vmap(phi, batch, inner_lr)
     if impl == "reference":
         return _reference(phi, batch, inner_lr)
-    if impl not in IMPLEMENTATIONS:
-        raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join((*IMPLEMENTATIONS, *ORACLES))}")
-    stacked = prefer_stacked(batch, phi) if stacked is None else stacked
-    if resolve(impl, batch.x.device) == "triton":
-        from mcdi_fast.kernels.inner_loop import inner_loop_triton
-
-        return inner_loop_triton(phi, batch, inner_lr, stacked=stacked, precision=precision)
-    return _fused(phi, batch, inner_lr, stacked)
+    if impl != "torch":
+        raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join(('torch', *ORACLES))}")
+    return _fused(phi, batch, inner_lr, prefer_stacked(batch, phi) if stacked is None else stacked)
 
 
-def task_loss(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor, gain: Tensor, target: Tensor) -> Tensor:
-    """One task, one inner step: x, target [S, N, D], step, gain [S], condition [N, C] -> scalar."""
+def task_loss(
+    phi: Parameters,
+    x: Tensor,
+    step: Tensor,
+    condition: Tensor,
+    gain: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One task, one inner step: x, target [S, N, D], step, gain [S], condition [N, C], mask [N, D] or None -> scalar."""
     net = denoise(phi, x, step, condition)
-    return (gain[:, None, None] * net - target).square().mean()
+    return mean_square(gain[:, None, None] * net - target, mask=mask)
 
 
 def _reference(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Parameters, Tensor]:
@@ -78,9 +78,8 @@ def _reference(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Par
     for b in range(num_tasks):
         phi_b = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
         for r in range(num_inner):
-            loss = task_loss(
-                phi_b, batch.x[b, r], batch.step[b, r], batch.condition[b], batch.gain[b, r], batch.target[b, r]
-            )
+            data = batch.x[b, r], batch.step[b, r], batch.condition[b], batch.gain[b, r], batch.target[b, r]
+            loss = task_loss(phi_b, *data, batch.mask)
             gradients = torch.autograd.grad(loss, list(phi_b.values()))
             losses[b, r] = loss.detach()
             phi_b = {
@@ -96,7 +95,8 @@ def _vmap(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Paramete
     def one_task(x, step, condition, gain, target):
         phi_b, losses = phi, []
         for r in range(len(x)):
-            gradients, loss = grad_and_value(task_loss)(phi_b, x[r], step[r], condition, gain[r], target[r])
+            data = x[r], step[r], condition, gain[r], target[r]
+            gradients, loss = grad_and_value(task_loss)(phi_b, *data, batch.mask)
             phi_b = {name: value - inner_lr * gradients[name] for name, value in phi_b.items()}
             losses.append(loss)
         return {name: phi_b[name] - value for name, value in phi.items()}, torch.stack(losses)
@@ -230,7 +230,8 @@ def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool) -
     for _, sample, _ in blocks:
         sample.all_inputs[..., width:] = one_hot
     gain = rearrange(batch.gain, "b k s -> k b s 1 1")
-    loss_gain = gain * (2 / (s * n * d))
+    mask, real = batch.mask, n * d if batch.mask is None else float(batch.mask.sum())
+    loss_gain = gain * (2 / (s * real))
     target = rearrange(batch.target, "b k s n d -> k b s n d")
     losses = batch.x.new_empty(k, b)
     mean = batch.x.new_empty(b, s, width)
@@ -251,6 +252,8 @@ def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool) -
             torch.ops.aten.silu.out(a, out=out.inputs[r])
             h = out.forward(r, add_to=h, out=(last if layer + 1 == depth else blocks[layer + 1][0]).inputs[r])
         error = per_token(last.forward(r)).mul_(gain[r]).sub_(target[r])
+        if mask is not None:
+            error.mul_(mask)  # so neither the loss nor any gradient hears of padding
         losses[r] = error.square().mean((1, 2, 3))
 
         torch.mul(error, loss_gain[r], out=per_token(last.gradients[r]))
@@ -265,4 +268,6 @@ def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool) -
         torch.sum(per_token(g), 1, out=conditions.gradients[r])
         for member in linear.values():
             member.update(r)
+    if mask is not None:
+        losses.mul_(n * d / real)
     return {name: member.delta() for name, member in linear.items()}, losses.T

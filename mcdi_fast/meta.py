@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
@@ -25,7 +26,7 @@ from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_no
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.store import load_tensors, save_tensors, show_path
-from mcdi_fast.weights import Normalizer
+from mcdi_fast.weights import Normalizer, WeightLayout
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
@@ -36,6 +37,11 @@ _FIT_TASKS = (
 _RECIPE = 4  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
+
+
+def _kernels_lack(layout: WeightLayout) -> str | None:
+    """Why this layout cannot be meta-trained through the kernels; None where it can."""
+    return None if layout.mask.all() else "their loss counts padding"
 
 
 class MetaTrainer:
@@ -64,7 +70,10 @@ class MetaTrainer:
         self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
-        self.impl = impl if impl in ORACLES else resolve(impl, self.device)
+        missing = _kernels_lack(bank.layout)
+        self.impl = impl if impl in ORACLES else resolve(impl, self.device, missing)
+        if missing and self.impl == "torch" and self.device.type == "cuda" and requested(impl) == "auto":
+            warnings.warn(f"meta-training through torch: the kernels cannot run, {missing}", stacklevel=2)
         self.meta, self.diffusion, self.denoiser = (
             meta or MetaConfig(),
             diffusion or DiffusionConfig(),
@@ -93,7 +102,7 @@ class MetaTrainer:
         self.step = 0
         self._skipped = self._skipped_before = 0
         self._saved: tuple[Path, int] | None = None
-        self._noise_mask = None if mask.all() else mask.float()
+        self._mask = None if mask.all() else mask.float()
         self._kernels = self._meta_step() if self.impl == "triton" else None
 
     def _meta_step(self) -> MetaStep:
@@ -107,7 +116,7 @@ class MetaTrainer:
             noising_tables(self.objective),
             self.normalizer,
             self.condition_normalizer,
-            self._noise_mask,
+            self._mask,
             self._shapes,
             seed=self.seed,
             inner_lr=self.meta.inner_lr,
@@ -146,10 +155,10 @@ class MetaTrainer:
         shape = (*draws.step.shape, layout.num_tokens, layout.width)
         # by Philox, which the kernel draws too: the same noise on every path
         eps = philox_normal([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
-        if self._noise_mask is not None:  # padding stays exactly 0 in x, eps and target
-            eps = eps * self._noise_mask
+        if self._mask is not None:  # padding stays exactly 0 in x, eps and target
+            eps = eps * self._mask
         condition = self.condition_normalizer.normalize(condition)
-        batch = make_inner_batch(self.objective, target, condition, draws.segment, draws.step, eps)
+        batch = make_inner_batch(self.objective, target, condition, draws.segment, draws.step, eps, self._mask)
         return batch.to(self.device)
 
     def outer_step(self) -> Tensor:

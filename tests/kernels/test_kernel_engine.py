@@ -18,6 +18,10 @@ from mcdi_fast.weights import WeightLayout
 
 META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_lr=0.05, outer_lr=0.02)
 DIFFUSION, DENOISER = DiffusionConfig(steps=6), DenoiserConfig(width=17, depth=1)
+# until the kernels' loss leaves padding out, meta.MetaTrainer refuses them there
+PADDED = pytest.param(
+    "padded", marks=pytest.mark.xfail(raises=McdiError, reason="the kernels' loss counts padding", strict=True)
+)
 MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wide
     "plain": nn.Linear(4, 3),
     "padded": nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
@@ -49,7 +53,7 @@ def states(*trainers):
 
 
 @pytest.mark.parametrize("outer", ["adam", "reptile"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ["plain", PADDED])
 def test_meta_steps(tmp_path, module, outer):
     bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"outer": outer})
     ours, torchs = trainer(bank, "triton", meta), trainer(bank, "torch", meta)
@@ -143,7 +147,7 @@ def test_torch_stops_at_once(tmp_path):
     assert torch.equal(torchs.state.phi, before)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ["plain", PADDED])
 def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
     bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_lr": 0.2})
     ours, torchs = (
