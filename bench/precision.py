@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdi_fast import backbone as bb
 from mcdi_fast.backend import PRECISIONS
+from mcdi_fast.cli import run_command
 from mcdi_fast.config import BackboneConfig, MetaConfig, PrepareConfig, TaskConfig
 from mcdi_fast.evaluate import draw_tasks, generate, interval
 from mcdi_fast.heads import head_accuracy
@@ -117,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -10,13 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.meta import FREE
-from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, write_json
+from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, user_path, write_json
 
 Config = TypeVar("Config")
 
@@ -109,28 +109,78 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
+class _Output:
+    """A text stream that never raises: what its encoding lacks is escaped, and a reader that has gone is not missed.
+
+    stream: None where the process was started without one (`>&-`).
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (until the process ends)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._try(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., Any], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except (OSError, ValueError):  # a pipe or terminal that is gone, a full disk; ValueError: closed
+            with contextlib.suppress(OSError, ValueError):  # from now on, and when Python flushes at its end, to nobody
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run_command(main: Callable[[], Any]) -> int:
-    """Run a command; errors of ours become one line. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 130 Ctrl-C."""
-    try:
-        main()
-    except McdiError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, StoppedError) else 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    """Run a command, from its command line on; errors of ours become one line.
+
+    Whatever becomes of stdout and stderr (another encoding, a pipe closed early, a full disk), the work goes on.
+    Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 130 Ctrl-C.
+    """
+    output: Any = _Output(sys.stdout), _Output(sys.stderr)
+    with contextlib.redirect_stdout(output[0]), contextlib.redirect_stderr(output[1]):
+        try:
+            main()
+        except McdiError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1 if isinstance(error, StoppedError) else 2
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            return 130
+        finally:
+            for stream in output:  # before Python does, which would complain
+                stream.flush()
     return 0
 
 
 def parse(kind: type[Config], default: Callable[[str], Config], name: str, arguments: Sequence[str] | None) -> Config:
-    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset."""
+    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset.
+
+    `~` in a path is the home folder. Called inside `run_command`: its --help must survive any stdout.
+    """
     import tyro
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default=vars(kind)["dataset"])  # that of the class
     dataset = peek.parse_known_args(arguments)[0].dataset
-    try:
-        return tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments)
-    except BrokenPipeError:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    return _expanded(tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments))
+
+
+def _expanded(config: Any) -> Any:
+    """A configuration with `~` expanded in its paths, those of the dataclasses in it too."""
+    changed = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Path):
+            changed[field.name] = user_path(value)
+        elif is_dataclass(value):
+            changed[field.name] = _expanded(value)
+    return replace(config, **changed)

@@ -49,6 +49,14 @@ def show_path(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path a person gave, `~` expanded. Raises McdiError where that is nobody's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise McdiError(f"{show_path(path)}: {_reason(error)}; write the folder out") from error
+
+
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())

@@ -246,8 +246,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-    config = parse(TrainConfig, default_config, "mcdi_fast.train", arguments)
-    return run_command(lambda: train(config))
+    return run_command(lambda: train(parse(TrainConfig, default_config, "mcdi_fast.train", arguments)))
 
 
 if __name__ == "__main__":

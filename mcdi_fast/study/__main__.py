@@ -127,12 +127,11 @@ def _report(folder: Path, out: Path, dataset: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Exit codes: 0 done, 1 stopped on the way, 2 nothing started, 3 time limit, 130 Ctrl-C."""
-    config = parse(StudyConfig, default_study_config, "mcdi_fast.study", arguments)
     complete = True
 
     def run() -> None:
         nonlocal complete
-        complete = study(config)
+        complete = study(parse(StudyConfig, default_study_config, "mcdi_fast.study", arguments))
 
     return run_command(run) or (0 if complete else 3)
 
