@@ -16,11 +16,10 @@ from mcdi_fast.evaluate import FeatureTasks
 from mcdi_fast.heads import prototype_head, support_condition
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.study import __main__ as command
-from mcdi_fast.study import report
 from mcdi_fast.study.baselines import ReptileNet
 from mcdi_fast.study.cells import scored_heads
 from mcdi_fast.study.plan import CHANGES, METHODS, Cell, StudyConfig, plan, train_config
-from mcdi_fast.study.report import load_records, over_seeds, paired, pooled_interval, render
+from mcdi_fast.study.report import accuracy, joint_config, load_records, paired, pooled_interval, read_record, render
 from mcdi_fast.study.workshop import other_condition
 from mcdi_fast.tasks import glyphs
 
@@ -108,10 +107,10 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
         "Which claims hold here",
         "Are generated heads new",
         "One change at a time",
-        "the preparation of both",
+        "both with the same preparation",
     ):
         assert word in text
-    assert "Reptile, whole network: of 0 and 3 outer steps" in text
+    assert "Reptile, whole network: 0 and 3 outer steps" in text
     for figure in ("accuracy", "segments", "theorem1", "chains"):
         assert (folder / "figures" / f"5way1shot-{figure}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -182,30 +181,30 @@ def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
     common = [*ROWS, "--methods", "prototype", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "docs")]
     assert command.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
     assert command.main([*common, "--run-dir", str(tmp_path / "b"), "--backbone.views", "3"]) == 0
-    assert list(load_records(tmp_path / "docs", "glyphs")) == ["5way1shot", "5way1shot-views3"]
+    assert [table["name"] for table in load_records(tmp_path / "docs", "glyphs")] == ["5way1shot", "5way1shot-views3"]
     text = (tmp_path / "docs" / "results.md").read_text()
-    assert "## glyphs, 5way1shot\n" in text
-    assert "## glyphs, 5way1shot-views3\n" in text
+    assert "## glyphs, 5-way 1-shot\n" in text
+    assert "## glyphs, 5-way 1-shot, 3 views\n" in text
     assert text.count("--backbone.views 3") == 1
     assert len(list((tmp_path / "cache" / "backbones").iterdir())) == 1  # one backbone serves both
 
 
 def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
-    def record(method, rate=1, steps=1, net=1):
+    def one(method, rate=1, steps=1, net=1):
         config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}}
         return {"config": config, "cells": [{"cell": {"method": method}}]}
 
     def joint(*records):
-        return report._joint_config(*records)
+        return joint_config(*records)
 
-    plain = record("mc-di")
-    assert joint(plain, record("ocd")) == plain["config"]
-    for other in (record("ocd", steps=2), record("ocd", rate=2)):
+    plain = one("mc-di")
+    assert joint(plain, one("ocd")) == plain["config"]
+    for other in (one("ocd", steps=2), one("ocd", rate=2)):
         assert joint(plain, other) is None
-    ran = record("reptile-net", net=2)
+    ran = one("reptile-net", net=2)
     assert joint(plain, ran) == joint(ran, plain) == ran["config"]
-    assert joint(plain, record("ocd", net=2)) == plain["config"]
-    assert joint(ran, record("reptile-net", net=3)) is None
+    assert joint(plain, one("ocd", net=2)) == plain["config"]
+    assert joint(ran, one("reptile-net", net=3)) is None
 
 
 class Stop(Exception):
@@ -383,8 +382,6 @@ def test_paired_difference_and_intervals():
     x = 100 * x / 75
     assert difference.mean == pytest.approx(x.mean())
     assert difference.half == pytest.approx(1.96 * x.std(ddof=1) / 10)
-    assert len(difference.by_seed) == 2
-    assert np.mean(difference.by_seed) == pytest.approx(x.mean())
     assert paired(a, [entry(7, [1])]) is None
     same = paired(a, a)
     assert (same.mean, same.half, same.verdict) == (0, 0, 0)
@@ -401,50 +398,83 @@ def test_paired_interval_against_scipy():
     ours = paired([entry(0, a.tolist())], [entry(0, b.tolist())])
     low, high = scipy.ttest_rel(a / 0.75, b / 0.75).confidence_interval(0.95)
     assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx((low, high), abs=0.01)
-    for n, quantile in report._STUDENT.items():
-        assert quantile == pytest.approx(scipy.t.ppf(0.975, n - 1), abs=1e-4)
 
 
-def test_over_seeds():
-    mean, deviation, half = over_seeds([98.0, 98.2, 98.1, 98.3, 97.9])
-    assert mean == pytest.approx(98.1)
-    assert deviation == pytest.approx(0.158114, abs=1e-6)
-    assert half == pytest.approx(2.7764 * 0.158114 / 5**0.5, abs=1e-5)
-    assert over_seeds([97.0]) == (97.0, 0.0, 0.0)
+def test_accuracy_over_seeds():
+    entries = [{**entry(i, [74, 75]), "accuracy_mean": value} for i, value in enumerate([98.0, 98.2, 98.1, 98.3, 97.9])]
+    assert accuracy(entries, interval=False) == "98.10 ± 0.16"
+    assert accuracy(entries[:1], interval=False) == "98.00"
+    assert accuracy(entries[:1]) == "98.00 (± 1.31)"  # 1.96 * (100 / 75 / sqrt 2) / sqrt 2
+    assert accuracy([]) == ""
 
 
-def test_student_quantiles():
-    """Against the integral of the density: the probability within them is 95 %."""
-    for n, quantile in report._STUDENT.items():
-        nu = n - 1
-        x = torch.linspace(-quantile, quantile, 200001, dtype=torch.float64)
-        density = torch.distributions.StudentT(torch.tensor(float(nu), dtype=torch.float64)).log_prob(x).exp()
-        assert float(torch.trapezoid(density, x)) == pytest.approx(0.95, abs=1e-5)
+def record(setting="5way1shot", config=None, cells=()):
+    """What `publish` writes, with the default settings but for `config`."""
+    return {"format": 1, "dataset": "glyphs", "setting": setting, "config": config or {}, "cells": list(cells)}
 
 
-def test_newest_record_wins_and_another_budget_is_left_out(tmp_path):
+def cell(method="prototype", seed=0, setting="5way1shot", **more):
+    where = {"setting": setting, "seed": seed, "method": method, "variant": "", "segments": 0, "change": ""}
+    return {"cell": where, "machine": {"processor": "a", "threads": 1, "torch": "2", "git": "1"}, **more}
+
+
+def test_older_records_of_the_same_settings_add_to_the_newest_and_others_stand_behind(tmp_path):
     folder = tmp_path / "records"
     folder.mkdir()
 
-    def write(date, config, seed, value):
-        cell = {"setting": "5way1shot", "seed": seed, "method": "prototype", "variant": "", "segments": 0, "change": ""}
-        record = {"format": 1, "dataset": "glyphs", "setting": "5way1shot", "config": config}
+    def write(date, steps, seed, value, backbone="one"):
+        made = cell(seed=seed, value=value, backbone_weights=backbone)
         store.write_json(
-            folder / f"{date}-ablation-glyphs-5way1shot.json", record | {"cells": [{"cell": cell, "value": value}]}
+            folder / f"{date}-ablation-glyphs-5way1shot.json", record(config={"meta": {"steps": steps}}, cells=[made])
         )
 
-    def budget(steps):
-        return {"steps": steps, "reptile": {}, "backbone": {}}
+    def found():
+        return {t["name"]: sorted(c["value"] for c in t["cells"]) for t in load_records(tmp_path, "glyphs")}
 
-    write("2026-01-01", budget(1), 0, "another budget")
-    write("2026-01-02", budget(2), 0, "old")
-    write("2026-01-03", budget(2), 1, "new")
-    found = load_records(tmp_path, "glyphs")["5way1shot"]
-    assert sorted(c["value"] for c in found["cells"]) == ["new", "old"]
-    write("2026-01-04", budget(2), 0, "newest")
-    found = load_records(tmp_path, "glyphs")["5way1shot"]
-    assert sorted(c["value"] for c in found["cells"]) == ["new", "newest"]
-    assert len(found["files"]) == 3
-    (folder / "2026-01-05-ablation-glyphs-5way1shot.json").write_text("{}")
-    with pytest.raises(McdiError, match="2026-01-05-ablation"):
+    write("2026-01-01", 1, 0, "another budget")
+    write("2026-01-02", 2, 0, "old")
+    write("2026-01-03", 2, 1, "new")
+    assert found() == {"5way1shot": ["new", "old"], "5way1shot-2026-01-01": ["another budget"]}
+    write("2026-01-04", 2, 0, "newest")
+    assert found() == {"5way1shot": ["new", "newest"], "5way1shot-2026-01-01": ["another budget"]}
+    write("2026-01-05", 1, 3, "with the first")
+    write("2026-01-06", 2, 0, "moved", backbone="two")
+    assert found() == {
+        "5way1shot": ["moved"],
+        "5way1shot-2026-01-05": ["another budget", "with the first"],
+        "5way1shot-2026-01-04": ["new", "newest"],
+    }
+    (folder / "2026-01-07-ablation-glyphs-5way1shot.json").write_text("{}")
+    with pytest.raises(McdiError, match="2026-01-07-ablation"):
         load_records(tmp_path, "glyphs")
+
+
+def test_older_records_are_read_under_todays_names(tmp_path):
+    path = tmp_path / "old.json"
+    made = cell("mc-di")
+    made["cell"]["change"] = "inner-rate-0.02"
+    store.write_json(path, record(config={"meta": {"inner_rate": 0.02, "steps": 7}, "queries": 9}, cells=[made]))
+    found = read_record(path)
+    assert found["cells"][0]["cell"]["change"] == "inner-lr-0.02"
+    assert found["config"]["meta"]["inner_lr"] == 0.02
+    assert found["config"]["meta"]["ema"] == 0.999  # not said: as it is today
+    assert (found["config"]["meta"]["steps"], found["config"]["queries"]) == (7, 9)
+    store.write_json(path, record(config={"meta": {"nonsense": 1}}))
+    with pytest.raises(McdiError, match=r"unknown setting meta\.nonsense"):
+        read_record(path)
+
+
+def test_rows_made_before_the_corrections_are_named(tmp_path):
+    (tmp_path / "records").mkdir()
+    path = tmp_path / "records" / "2026-01-01-ablation-glyphs-5way1shot.json"
+
+    def said(*revisions):
+        numbers = {"correct": [5, 6], "queries": 9, "accuracy_mean": 50.0, "gradient_steps": 0, "adapt_ms": 1.0}
+        cells = [cell(m, **numbers, **more) for m, more in zip(("prototype", "tw-di", "mc-di"), revisions, strict=True)]
+        store.write_json(path, record(cells=cells))
+        return render(tmp_path, "glyphs").read_text()
+
+    old, new = {}, {"revision": 2}
+    assert "two corrections: all diffusion rows and trained targets of 5-way 1-shot.**" in said(old, old, old)
+    assert "two corrections: of 5-way 1-shot 1 cells of Mc-Di.**" in said(old, new, old)
+    assert "corrections" not in said(old, new, new)  # nearest prototypes were never concerned

@@ -30,7 +30,7 @@ from mcdi_fast.study.baselines import (
     reptile_head,
     row_shares,
 )
-from mcdi_fast.study.plan import CHANGES, OBJECTIVES, SETTINGS, Cell, plan, train_config
+from mcdi_fast.study.plan import CHANGES, OBJECTIVES, REVISION, SETTINGS, Cell, plan, train_config
 from mcdi_fast.study.workshop import Workshop
 from mcdi_fast.train import TEST_SEED, VALIDATION_SEED
 
@@ -73,6 +73,7 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return {
         "cell": asdict(cell),
+        "revision": REVISION,
         "date": today,
         **made,
         "backbone_weights": shop.backbone_weights(),

@@ -63,6 +63,9 @@ OBJECTIVES = {
 VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
 PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
 
+# Of a cell's record. 1, not written: before Tw-Di's scale and the draws of two seeds were corrected (report.py says what that means).
+REVISION = 2
+
 # One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.report import new_figure, plot_chains, png
 from mcdi_fast.store import atomic_write, dumps, make_folder, read_json, show_path
-from mcdi_fast.study.plan import PREPARED, SETTINGS, default_study_config
+from mcdi_fast.study.plan import PREPARED, REVISION, SETTINGS, VARIANTS, default_study_config
 
 _FORMAT = 1
-# Settings of older records: what they are called now, and what was done before they were settings.
+# Settings of older records: what they are called now. One that a record does not name had today's default.
 _RENAMED = {
     "start_deviation": "start_std",
     "support_share": "support_loss_weight",
@@ -24,18 +25,14 @@ _RENAMED = {
     "outer_rate": "outer_lr",
     "finetune_rates": "finetune_lrs",
 }
-_BEFORE: dict[str, dict[str, Any]] = {
-    "backbone": {"views": 1},
-    "diffusion": {"residual": "scaled"},
-    "meta": {"normalizer_floor": 0.1},
-}
+# The same of names of changes, by how they begin.
+_CHANGES = {"support-share-": "support-loss-weight-", "inner-rate-": "inner-lr-", "outer-rate-": "outer-lr-"}
+_SHARED = "dataset queries selection_tasks backbone prepare diffusion denoiser meta evaluate reptile".split()
 _PAPER_MC_DI = 97.34  # its own backbone and tasks, 5-way 1-shot on Omniglot
-# Half of the 95 % interval of a mean over n seeds is this times deviation / sqrt(n): Student's t with n - 1 degrees of freedom.
-_STUDENT = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646, 9: 2.3060, 10: 2.2622}
 TITLES = {
     "prototype": "nearest prototype",
-    "finetune": "head fine-tuning (Adam, support only)",
-    "finetune-decay": "the same with weight decay",
+    "finetune": "head fine-tuning",
+    "finetune-decay": "head fine-tuning with weight decay",
     "reptile-head": "Reptile, head",
     "reptile-net": "Reptile, whole network",
     "ocd": "single-level diffusion (OCD)",
@@ -45,36 +42,28 @@ TITLES = {
     "mc-di": "**Mc-Di**",
     "ceiling": "trained targets (ceiling)",
 }
-_BASELINES = (
-    "finetune",
-    "finetune-decay",
-    "reptile-head",
-    "reptile-net",
-    "ocd",
-    "mv-di",
-    "tw-di",
-    "mc-di-paper",
-    "prototype",
-)
 _DEFAULT, _K = "sam-augment", 3
-_PREPARATIONS = {"sam-augment": "SAM + augmentation", "sam": "SAM", "augment": "augmentation", "plain": "neither"}
+_PREPARATIONS: dict[str, str] = dict(
+    zip(VARIANTS, ("SAM + augmentation", "SAM", "augmentation", "neither"), strict=True)
+)
+
+Entry = dict[str, Any]
+"""A cell as the tables see it: setting, seed, method, variant, segments and change beside what was measured."""
+Figures = dict[str, bytes]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference over the same tasks, in percent.
+# ---------------------------------------------------------------------- arithmetic
 
-    Attributes:
-        mean, half: over all (seed, task) pairs, with half of the 95 % interval. by_seed: the mean of each seed.
-    """
+
+class Difference(NamedTuple):
+    """A paired difference over the same tasks, in percentage points: its mean over all tasks and seeds, half of its 95 % interval."""
 
     mean: float
     half: float
-    by_seed: tuple[float, ...]
 
     @property
     def verdict(self) -> int:
-        """1: the interval lies above zero, -1: below, 0: it holds zero."""
+        """1: the interval lies above zero. -1: below. 0: it holds zero."""
         return 0 if abs(self.mean) <= self.half else (1 if self.mean > 0 else -1)
 
     def __str__(self) -> str:
@@ -82,41 +71,42 @@ class Difference:
         return f"{self.mean:+.2f} ± {self.half:.2f}"
 
 
-def paired(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Difference | None:
-    """Ours minus theirs, over the seeds that both have. Entries: {"seed", "correct", "queries"}; None where they share no seed."""
+def percent(entry: Entry) -> np.ndarray:
+    """Accuracy of each task, in percent."""
+    return 100 * np.array(entry["correct"]) / entry["queries"]
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95 % interval of the mean (normal approximation)."""
+    return 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+
+
+def pooled_interval(entries: Sequence[Entry]) -> float:
+    """Half of the 95 % interval over the tasks of all seeds, in percent."""
+    return half_width(np.concatenate([percent(entry) for entry in entries]))
+
+
+def paired(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Difference | None:
+    """Ours minus theirs over the seeds that both have; None where they share no seed."""
     other = {entry["seed"]: entry for entry in theirs}
-    parts = [
-        100 * (np.array(entry["correct"]) - np.array(other[entry["seed"]]["correct"])) / entry["queries"]
-        for entry in ours
-        if entry["seed"] in other
-    ]
+    parts = [percent(entry) - percent(other[entry["seed"]]) for entry in ours if entry["seed"] in other]
     if not parts:
         return None
     every = np.concatenate(parts)
-    half = 1.96 * float(every.std(ddof=1)) / len(every) ** 0.5
-    return Difference(float(every.mean()), half, tuple(float(part.mean()) for part in parts))
+    return Difference(float(every.mean()), half_width(every))
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, deviation and half of the 95 % interval (Student) over seeds; the latter two 0 for a single seed."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), 0.0, 0.0
-    deviation = float(np.std(values, ddof=1))
-    return float(np.mean(values)), deviation, _STUDENT.get(n, 1.96) * deviation / n**0.5
+def mean_of(entries: Sequence[Entry], get: Callable[[Entry], float] = lambda entry: entry["accuracy_mean"]) -> float:
+    """Mean over seeds, of the accuracy by default."""
+    return float(np.mean([get(entry) for entry in entries]))
 
 
-def _accuracy(entries: Sequence[dict[str, Any]], interval: bool = True) -> str:
-    """Mean ± deviation over seeds (± half of the 95 % interval over tasks); no deviation of a single seed."""
-    mean, deviation, _ = over_seeds([e["accuracy_mean"] for e in entries])
-    text = f"{mean:.2f} ± {deviation:.2f}" if len(entries) > 1 else f"{mean:.2f}"
-    return f"{text} (± {pooled_interval(entries):.2f})" if interval else text
-
-
-def pooled_interval(entries: Sequence[dict[str, Any]]) -> float:
-    """Half of the 95 % interval over the tasks of all seeds, in percent."""
-    every = np.concatenate([100 * np.array(entry["correct"]) / entry["queries"] for entry in entries])
-    return 1.96 * float(every.std(ddof=1)) / len(every) ** 0.5
+def accuracy(entries: Sequence[Entry], interval: bool = True) -> str:
+    """Mean ± deviation over seeds (± half of the interval over tasks). A single seed has no deviation."""
+    if not entries:
+        return ""
+    deviation = f" ± {np.std([e['accuracy_mean'] for e in entries], ddof=1):.2f}" if len(entries) > 1 else ""
+    return f"{mean_of(entries):.2f}{deviation}" + (f" (± {pooled_interval(entries):.2f})" if interval else "")
 
 
 # ---------------------------------------------------------------------- records
@@ -124,12 +114,11 @@ def pooled_interval(entries: Sequence[dict[str, Any]]) -> float:
 
 def publish(folder: Path, out: Path, dataset: str) -> None:
     """Gather the cells of a run folder into dated records, a file a setting, a line a cell: `<out>/records/<date>-ablation-….json`."""
-    cells = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))] if folder.is_dir() else []
+    cells = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     if not cells:
         return
     found = read_json(folder / "config.json")
-    shared = ("dataset", "queries", "selection_tasks", "backbone", "prepare", "diffusion", "denoiser", "meta")
-    config = {key: found[key] for key in (*shared, "evaluate", "reptile")}
+    config = {key: found[key] for key in _SHARED}
     views = config["backbone"]["views"]
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
@@ -138,7 +127,7 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
         label = setting if views == 1 else f"{setting}-views{views}"  # other features: a table of their own
         path = records / f"{date}-ablation-{dataset}-{label}.json"
         there = read_record(path) if path.exists() else mine  # of another run folder of the same day
-        joint = _joint_config(mine, there)
+        joint = joint_config(mine, there)
         if joint is None:
             raise McdiError(
                 f"{show_path(path)}: a record with another backbone, another budget or other settings; move it, or choose another --out"
@@ -149,7 +138,11 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
         atomic_write(path, f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'.encode())
 
 
-def _joint_config(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
+def _key(cell: dict[str, Any]) -> str:
+    return json.dumps(cell["cell"], sort_keys=True)
+
+
+def joint_config(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
     """The settings of the cells of two records together; None where they, or the trained backbones, differ.
 
     Those of Reptile's whole network bind only who ran it.
@@ -168,60 +161,78 @@ def _joint_config(first: dict[str, Any], second: dict[str, Any]) -> dict[str, An
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A dated record, its settings under today's names.
+    """A dated record, under today's names.
 
     Raises:
-        McdiError: a file that is no such record.
+        McdiError: a file that is no such record; a setting that today's code does not know.
     """
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
         raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
+    config = _defaults(record["dataset"])
     for name, part in record["config"].items():
-        if isinstance(part, dict):
-            renamed = {_RENAMED.get(key, key): value for key, value in part.items()}
-            record["config"][name] = {**_BEFORE.get(name, {}), **renamed}
+        if not isinstance(part, dict):
+            config[name] = part
+            continue
+        renamed = {_RENAMED.get(key, key): value for key, value in part.items()}
+        if unknown := renamed.keys() - config[name].keys():
+            raise McdiError(
+                f"{show_path(path)}: unknown setting {name}.{min(unknown)}; say in study/report.py what it is"
+            )
+        config[name] |= renamed
+    record["config"] = config
+    for cell in record["cells"]:
+        for old, new in _CHANGES.items():
+            cell["cell"]["change"] = cell["cell"]["change"].replace(old, new)
     return record
 
 
-def _key(cell: dict[str, Any]) -> str:
-    return json.dumps(cell["cell"], sort_keys=True)
+def _defaults(dataset: str) -> dict[str, Any]:
+    found = json.loads(json.dumps(asdict(default_study_config(dataset)), default=str))
+    return {key: found[key] for key in _SHARED}
 
 
-def load_records(out: Path, dataset: str) -> dict[str, dict[str, Any]]:
-    """In the order of `SETTINGS`, by setting (and number of views, where an image has several): `config`, `cells`, `files`.
+def load_records(out: Path, dataset: str) -> list[dict[str, Any]]:
+    """The tables that the records make: `label` of the setting, `name` (label, or label and date), `config`, `cells`, `files`.
 
-    The newest file of a setting, with what older ones of the same config and backbone have besides.
+    A table is the newest file of a setting with whatever older ones of the same settings and backbone have besides. Older ones
+    of another backbone or budget make a table of their own, behind it.
 
     Raises:
         McdiError: a file that is no such record.
     """
-    result: dict[str, dict[str, Any]] = {}
+    tables: list[dict[str, Any]] = []
     for path in sorted((out / "records").glob(f"*-ablation-{dataset}-*.json"), reverse=True):
         record = read_record(path)
-        newest = result.setdefault(record["setting"], {"config": record["config"], "cells": [], "files": []})
-        joint = _joint_config(newest, record)
-        if joint is not None:
-            newest["config"] = joint
-            newest["cells"] = list({_key(cell): cell for cell in [*record["cells"], *newest["cells"]]}.values())
-            newest["files"].append(path.name)
+        same = [table for table in tables if table["label"] == record["setting"]]
+        for table in same:
+            joint = joint_config(table, record)
+            if joint is not None:
+                cells = {_key(cell): cell for cell in [*record["cells"], *table["cells"]]}
+                table |= {"config": joint, "cells": list(cells.values()), "files": [*table["files"], path.name]}
+                break
+        else:
+            name = f"{record['setting']}-{path.name[:10]}" if same else record["setting"]
+            tables.append({**record, "label": record["setting"], "name": name, "files": [path.name]})
     order = list(SETTINGS)
-    return dict(sorted(result.items(), key=lambda item: (order.index(item[0].split("-")[0]), item[0])))
+    return sorted(tables, key=lambda table: (order.index(table["label"].split("-")[0]), table["label"]))
 
 
-def pick(cells: Sequence[dict[str, Any]], method: str, variant: str = "", **wanted: Any) -> list[dict[str, Any]]:
-    """The cells of a row, by seed; each gets its `seed` at the top."""
+def pick(cells: Iterable[dict[str, Any]], method: str, variant: str = "", **wanted: Any) -> list[Entry]:
+    """The cells of a row, by seed."""
     wanted = {"method": method, "variant": variant, "change": "", **wanted}
-    found = [c for c in cells if all(c["cell"][key] == value for key, value in wanted.items())]
-    return sorted(({**c, "seed": c["cell"]["seed"]} for c in found), key=lambda c: c["seed"])
+    entries = [{**cell, **cell["cell"]} for cell in cells]
+    found = [e for e in entries if all(e[key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda e: e["seed"])
 
 
-def row(cells: Sequence[dict[str, Any]], method: str, variant: str = _DEFAULT) -> list[dict[str, Any]]:
+def row(cells: Iterable[dict[str, Any]], method: str, variant: str = _DEFAULT) -> list[Entry]:
     """The cells of a row of the comparison."""
     wanted = {"segments": _K} if method in ("mc-di", "mc-di-paper", "tw-di") else {}
     return pick(cells, method, variant if method in PREPARED else "", **wanted)
 
 
-def steps_of(entries: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def steps_of(entries: Sequence[Entry], count: int) -> list[Entry]:
     """The same row sampled with fewer steps, where it was."""
     return [{"seed": e["seed"], **e["by_steps"][str(count)]} for e in entries if str(count) in e.get("by_steps", {})]
 
@@ -229,103 +240,153 @@ def steps_of(entries: Sequence[dict[str, Any]], count: int) -> list[dict[str, An
 # ---------------------------------------------------------------------- rendering
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table, None as an empty cell, and a blank line behind it."""
+    shown = [["" if cell is None else str(cell) for cell in line] for line in rows]
+    return [*("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *shown)), ""]
+
+
 def render(out: Path, dataset: str) -> Path:
     """Write results.md and its figures from `<out>/records`; returns its path."""
-    records = load_records(out, dataset)
-    figures: dict[str, bytes] = {}
-    text = ["# Results", "", *_introduction(dataset, records)]
-    for setting, record in records.items():
-        text += _setting(setting, record, figures, dataset)
-    if not records:
-        text += ["No record is there yet."]
+    tables = load_records(out, dataset)
+    figures: Figures = {}
+    text = (
+        ["# Results", "", *_introduction(dataset, tables)] if tables else ["# Results", "", "No record is there yet."]
+    )
+    for found in tables:
+        cells, name = found["cells"], found["name"]
+        text += [f"## {dataset}, {_title(name)}", ""]
+        text += _comparison(cells) + _claims(found["label"], cells) + _few_steps(cells) + _variants(cells)
+        text += (
+            _segments(cells, figures, name) + _theorem_one(cells, figures, name) + _novelty(cells) + _selection(cells)
+        )
+        if any(row(cells, method) for method in TITLES):
+            figures[f"{name}-accuracy.png"] = _plot_rows(cells)
+            text += [f"![accuracy of every row](figures/{name}-accuracy.png)", ""]
     folder = make_folder(out / "figures")
-    for name, data in figures.items():
-        atomic_write(folder / name, data)
+    for file, data in figures.items():
+        atomic_write(folder / file, data)
     path = out / "results.md"
     atomic_write(path, ("\n".join(text).rstrip() + "\n").encode())
     return path
 
 
-def _introduction(dataset: str, records: dict[str, dict[str, Any]]) -> list[str]:
+def _title(name: str) -> str:
+    """5way1shot-views9 -> 5-way 1-shot, 9 views."""
+    name = re.sub(r"(\d+)way(\d+)shot", r"\1-way \2-shot", re.sub(r"-views(\d+)", r", \1 views", name))
+    return re.sub(r"-(\d{4}-\d\d-\d\d)$", r", older records of \1", name)
+
+
+def _introduction(dataset: str, tables: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"Made by `python -m mcdi_fast.study --dataset {dataset} --out docs` from the records named below; do not edit it by hand, "
-        "`--report-only` writes it again. Protocol: the same backbone and the same test tasks for every row of a seed; rates, decays, "
-        "numbers of gradient steps and the noise of OCD's chain are chosen on validation tasks only. What the baselines took from their "
-        "publications and what they left: [baselines.md](baselines.md).",
+        "This page is generated from the records in its first table. "
+        f"`python -m mcdi_fast.study --dataset {dataset} --out docs --report-only` writes it again. Do not edit it by hand.",
+        "",
+        "**Protocol.** All rows of a seed share the frozen backbone and the test tasks. Learning rates, weight decays, numbers of gradient "
+        "steps and the noise of OCD's chain are chosen on validation tasks. [baselines.md](baselines.md) says what each baseline took from "
+        "its publication and what it left out.",
+        "",
+        "**Numbers.** An accuracy reads: mean over seeds ± standard deviation over seeds (± half of the 95 % interval over the tasks of all "
+        "seeds). A difference is paired over the same tasks. It is in percentage points, ± half of its 95 % interval.",
+        "",
+        *_corrections(tables),
+    ]
+    rows = []
+    for found in tables:
+        config, machines = found["config"], [c["machine"] for c in found["cells"]]
+        seeds = sorted({c["cell"]["seed"] for c in found["cells"]})
+        budget = (
+            f"{config['evaluate']['tasks']} test tasks a seed, {config['prepare']['tasks']} tasks in the bank, "
+            f"{config['meta']['steps']} outer steps"
+        )
+        processor = " ".join(filter(None, (machines[0]["processor"], machines[0].get("instructions"))))
+        rows.append(
+            [
+                _title(found["name"]),
+                ", ".join(f"[{file[:10]}](records/{file})" for file in found["files"]),
+                " ".join(map(str, seeds)),
+                budget,
+                _options(config) or "defaults",
+                found["cells"][0].get("backbone_weights") or "not kept",
+                f"{processor}, {machines[0]['threads']} thread(s), torch {machines[0]['torch']}",
+                " ".join(sorted({m["git"] for m in machines})),
+            ]
+        )
+    return [*lines, *table(["setting", "records", "seeds", "budget", "options", "backbone", "machine", "git"], rows)]
+
+
+def _corrections(tables: list[dict[str, Any]]) -> list[str]:
+    """Which rows are older than the corrections that `plan.REVISION` counts, and what that means."""
+    whole, some = [], []
+    for found in tables:
+        cells = [c for c in found["cells"] if c["cell"]["method"] in PREPARED]
+        older = [c for c in cells if c.get("revision", 1) < REVISION]
+        methods = {c["cell"]["method"] for c in older}
+        titles = [title.strip("*") for method, title in TITLES.items() if method in methods]
+        if older and len(older) == len(cells):
+            whole.append(_title(found["name"]))
+        elif older:
+            some.append(f"of {_title(found['name'])} {len(older)} cells of {', '.join(titles)}")
+    if not whole and not some:
+        return []
+    where = "; ".join([f"all diffusion rows and trained targets of {', '.join(whole)}"] * bool(whole) + some)
+    return [
+        f"**Rows made before two corrections: {where}.** Two defects were found after them and are corrected in the code. First, the "
+        "network's output had Mc-Di's scale for every objective. Tw-Di needs sqrt(abar_t) and got 8 to 11 times as much in the first of its three "
+        "segments. Its older rows are too low for that reason, by about 0.07 at 20 ways, so they cannot carry the claim that Mc-Di is above "
+        "Tw-Di. Mv-Di and OCD have k = 1 here, where the two scales are the same. Second, all seeds shared the random choices of preparation "
+        "(start, augmentation) and of meta-training (task, target and step of each sample). Their tasks, the network's start and the noise "
+        "did differ. The older deviations over seeds therefore miss part of the spread. Means and paired differences are not biased by it.",
         "",
     ]
-    for setting, record in records.items():
-        config, machines = record["config"], [c["machine"] for c in record["cells"]]
-        backbone = record["cells"][0].get("backbone_weights")
-        seeds = sorted({c["cell"]["seed"] for c in record["cells"]})
-        lines.append(
-            f"- {setting}: records {', '.join(record['files'])}; {_options(config)}; "
-            f"seeds {', '.join(map(str, seeds))}; {config['evaluate']['tasks']} test tasks "
-            f"a seed; {config['meta']['steps']} outer steps, {config['prepare']['tasks']} tasks in the bank; "
-            f"{f'backbone {backbone}; ' if backbone else ''}"
-            f"{' '.join(filter(None, (machines[0]['processor'], machines[0].get('instructions'))))}, "
-            f"{machines[0]['threads']} thread(s), torch {machines[0]['torch']}; "
-            f"git {', '.join(sorted({m['git'] for m in machines}))}"
-        )
-    return [*lines, ""]
 
 
 def _options(config: dict[str, Any]) -> str:
     """The options of the command that differ from its defaults."""
-    default = json.loads(json.dumps(asdict(default_study_config(config["dataset"])), default=str))
     found = []
-    for key, value in config.items():
-        parts = (
-            {f"{key}.{name}": (v, default[key].get(name)) for name, v in value.items()}
-            if isinstance(value, dict)
-            else {}
-        )
-        for name, (ours, theirs) in (parts or {key: (value, default[key])}).items():
+    for key, default in _defaults(config["dataset"]).items():
+        values = default if isinstance(default, dict) else {"": default}
+        for name, theirs in values.items():
+            ours = config[key][name] if name else config[key]
             if ours != theirs:
                 text = " ".join(map(str, ours)) if isinstance(ours, list) else str(ours)
-                found.append(f"--{name.replace('_', '-')} {text}")
-    return f"options `{' '.join(found)}`" if found else "default options"
+                found.append(f"--{f'{key}.{name}'.rstrip('.').replace('_', '-')} {text}")
+    return f"`{' '.join(found)}`" if found else ""
 
 
-def _setting(setting: str, record: dict[str, Any], figures: dict[str, bytes], dataset: str) -> list[str]:
-    cells = record["cells"]
-    ours = row(cells, "mc-di")
-    text = [f"## {dataset}, {setting}", ""]
-    text += _comparison(cells, ours)
-    text += _claims(setting, cells, ours)
-    text += _few_steps(cells)
-    text += _variants(cells)
-    text += _segments(cells, figures, setting)
-    text += _theorem_one(cells, figures, setting)
-    text += _novelty(cells)
-    text += _selection(cells)
-    if any(row(cells, method) for method in TITLES):
-        figures[f"{setting}-accuracy.png"] = _plot_rows(cells)
-        text += [f"![accuracy of every row](figures/{setting}-accuracy.png)", ""]
-    return text
-
-
-def _comparison(cells: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "± behind an accuracy: deviation over seeds, then half of the 95 % interval over the tasks of all seeds. Mc-Di minus the row: paired "
-        "over the same tasks, with its 95 % interval. One task: milliseconds to adapt to a new task, its support features given (whole "
-        f"network: its images){_timed(cells)}.",
-        "",
-        "| row | seeds | accuracy, % | Mc-Di minus it | one task, ms | gradient steps at test time | training, s | preparation, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def _comparison(cells: list[dict[str, Any]]) -> list[str]:
+    ours, rows = row(cells, "mc-di"), []
     for method, title in TITLES.items():
         entries = row(cells, method)
         if not entries:
             continue
-        difference = paired(ours, entries) if method != "mc-di" else None
-        steps = sorted({e["gradient_steps"] for e in entries})
-        lines.append(
-            f"| {title} | {len(entries)} | {_accuracy(entries)} | {difference or ''} | "
-            f"{_milliseconds(cells, method, entries):.2f} | {' / '.join(map(str, steps))} | "
-            f"{_seconds(entries, 'training_seconds')} | {_seconds(entries, 'preparation_seconds')} |"
+        rows.append(
+            [
+                title,
+                len(entries),
+                accuracy(entries),
+                paired(ours, entries) if method != "mc-di" else None,
+                f"{_milliseconds(cells, method, entries):.2f}",
+                " / ".join(map(str, sorted({e["gradient_steps"] for e in entries}))),
+                _seconds(entries, "training_seconds"),
+                _seconds(entries, "preparation_seconds"),
+            ]
         )
-    return [*lines, "", *_whole_network(cells)] if len(lines) > 4 else []
+    if not rows:
+        return []
+    timed = (
+        "All rows but the whole network and the ceiling were timed in one process, one after the other."
+        if pick(cells, "latency")
+        else "Each row was timed in its own cell, beside whatever else the machine did."
+    )
+    header = "row|seeds|accuracy, %|Mc-Di minus it|one task, ms|gradient steps|training, s|preparation, s".split("|")
+    return [
+        "One task: milliseconds for the weights of a new task whose support features are given (whole network: its images). "
+        + timed,
+        "",
+        *table(header, rows),
+        *_whole_network(cells),
+    ]
 
 
 def _whole_network(cells: list[dict[str, Any]]) -> list[str]:
@@ -334,17 +395,17 @@ def _whole_network(cells: list[dict[str, Any]]) -> list[str]:
     if not chosen:
         return []
     tried = sorted({outer for c in chosen for _, _, outer, _ in c["tried"]})
-    text = " / ".join(str(outer) for outer in sorted({c["outer_steps"] for c in chosen}))
+    text = " or ".join(str(outer) for outer in sorted({c["outer_steps"] for c in chosen}))
     best = [max(accuracy for accuracy, _, outer, _ in c["tried"] if outer == tried[-1]) for c in chosen]
     return [
-        f"Reptile, whole network: of {' and '.join(map(str, tried))} outer steps from the trained backbone, validation tasks chose {text} "
-        f"(0: the trained backbone and a head of zeros, fine-tuned as a whole); with {tried[-1]} it had {np.mean(best):.1f} % there. Why: "
-        "[baselines.md](baselines.md).",
+        f"Reptile, whole network: {' and '.join(map(str, tried))} outer steps from the trained backbone were tried. Validation tasks chose "
+        f"{text}. With 0 the row is the trained backbone and a head of zeros, fine-tuned as a whole. With {tried[-1]} it had "
+        f"{np.mean(best):.1f} % on validation tasks. [baselines.md](baselines.md) says why.",
         "",
     ]
 
 
-def _milliseconds(cells: list[dict[str, Any]], method: str, entries: list[dict[str, Any]], steps: str = "all") -> float:
+def _milliseconds(cells: list[dict[str, Any]], method: str, entries: list[Entry], steps: str = "all") -> float:
     """Of the part latency where it was made, else the median of the row's own cells."""
     for timed in pick(cells, "latency"):
         if steps in timed["adapt_ms"].get(method, {}):
@@ -352,153 +413,140 @@ def _milliseconds(cells: list[dict[str, Any]], method: str, entries: list[dict[s
     return float(np.median([e["adapt_ms"] for e in entries]))
 
 
-def _timed(cells: list[dict[str, Any]]) -> str:
-    if not pick(cells, "latency"):
-        return ", each row in its own cell, beside whatever else the machine did"
-    return ", all timed in one process, one after the other, but the whole network and the ceiling"
-
-
-def _seconds(entries: list[dict[str, Any]], key: str) -> str:
+def _seconds(entries: list[Entry], key: str) -> str:
     values = [e[key] for e in entries if e.get(key)]
     return f"{np.mean(values):.0f}" if values else "0"
 
 
-def _claims(setting: str, cells: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    words = {
-        1: "**holds**",
-        -1: "**does not hold**: significantly the other way",
-        0: "**undecided**: the interval holds zero",
-    }
-    if ours and setting.startswith("5way1shot"):
-        mean = over_seeds([e["accuracy_mean"] for e in ours])[0]
-        what = "holds" if mean >= _PAPER_MC_DI else "does not hold"
-        lines.append(f"- Mc-Di at least {_PAPER_MC_DI} % (the paper's number, its backbone): {mean:.2f} %, **{what}**")
-    for method in _BASELINES:
-        difference = paired(ours, row(cells, method))
-        if difference:
-            name = TITLES[method].strip("*").replace("the same", "head fine-tuning")
-            lines.append(f"- Mc-Di above {name}: {difference}, {words[difference.verdict]}")
+def _claims(label: str, cells: list[dict[str, Any]]) -> list[str]:
+    rows: list[tuple[str, object, str]] = []
+
+    def claim(text: str, difference: Difference | None) -> None:
+        words = {1: "**holds**", -1: "**does not hold**, the opposite does", 0: "**undecided**"}
+        if difference is not None:
+            rows.append((text, difference, words[difference.verdict]))
+
+    ours = row(cells, "mc-di")
+    if ours and label.startswith("5way1shot"):
+        mean = mean_of(ours)
+        word = "**holds**" if mean >= _PAPER_MC_DI else "**does not hold**"
+        rows.append((f"Mc-Di has at least {_PAPER_MC_DI} %, the paper's number (its backbone)", f"{mean:.2f} %", word))
+    for method, title in TITLES.items():
+        if method not in ("mc-di", "ceiling"):
+            claim(f"Mc-Di above {title}", paired(ours, row(cells, method)))
     few = paired(steps_of(ours, 5), row(cells, "mv-di"))
     if few:
         word = "does not hold" if few.verdict < 0 else "holds" if few.mean >= 0 or few.half < 0.1 else "undecided"
-        lines.append(f"- Mc-Di with 5 sampling steps at least as good as Mv-Di with all: {few}, **{word}**")
+        rows.append(("Mc-Di with 5 sampling steps not below Mv-Di with all", few, f"**{word}**"))
     for with_sam, without in (("sam-augment", "augment"), ("sam", "plain")):
         a, b = row(cells, "ceiling", with_sam), row(cells, "ceiling", without)
+        name = f"({_PREPARATIONS[with_sam]} against {_PREPARATIONS[without]})"
         if a and b:
-            x, y = (np.mean([e["eigenvalue"]["mean"] for e in part]) for part in (a, b))
-            word = "holds" if x < y else "does not hold"
-            lines.append(
-                f"- SAM lowers the largest Hessian eigenvalue of the trained heads ({with_sam} against {without}): {x:.4f} against "
-                f"{y:.4f}, **{word}**"
-            )
-        difference = paired(row(cells, "mc-di", with_sam), row(cells, "mc-di", without))
-        if difference:
-            lines.append(
-                f"- SAM raises Mc-Di's accuracy ({with_sam} against {without}): {difference}, {words[difference.verdict]}"
-            )
+            x, y = (mean_of(part, _eigenvalue) for part in (a, b))
+            word = "**holds**" if x < y else "**does not hold**"
+            rows.append((f"SAM lowers the largest eigenvalue {name}", f"{x:.4f} against {y:.4f}", word))
+        claim(
+            f"SAM raises Mc-Di's accuracy {name}", paired(row(cells, "mc-di", with_sam), row(cells, "mc-di", without))
+        )
     for with_it, without in (("sam-augment", "sam"), ("augment", "plain")):
+        name = f"({_PREPARATIONS[with_it]} against {_PREPARATIONS[without]})"
         difference = paired(row(cells, "mc-di", with_it), row(cells, "mc-di", without))
-        if difference:
-            lines.append(
-                f"- augmentation raises Mc-Di's accuracy ({with_it} against {without}): {difference}, {words[difference.verdict]}"
-            )
-    return ["### Which claims hold here", "", *lines, ""] if lines else []
+        claim(f"augmentation raises Mc-Di's accuracy {name}", difference)
+    if not rows:
+        return []
+    return [
+        "### Which claims hold here",
+        "",
+        "A claim about a difference is undecided where the 95 % interval holds zero.",
+        "",
+        *table(["claim", "measured", "verdict"], rows),
+    ]
+
+
+def _eigenvalue(entry: Entry) -> float:
+    return entry["eigenvalue"]["mean"]
 
 
 def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    rows = [(method, _DEFAULT, TITLES[method]) for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di")]
-    rows += [("mc-di", variant, f"Mc-Di, {_PREPARATIONS[variant]} in the preparation") for variant in ("sam", "plain")]
-    for method, variant, title in rows:
+    rows = []
+    names = [(method, _DEFAULT, TITLES[method]) for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di")]
+    names += [("mc-di", variant, f"Mc-Di, {_PREPARATIONS[variant]} in the preparation") for variant in ("sam", "plain")]
+    for method, variant, title in names:
         entries = row(cells, method, variant)
         for count in sorted({int(c) for e in entries for c in e.get("by_steps", {})}):
             few = steps_of(entries, count)
-            against = [
-                paired(few, entries),
-                paired(few, row(cells, "prototype")),
-                paired(few, row(cells, "mv-di", variant)),
-            ]
-            lines.append(
-                f"| {title} | {count} | {_accuracy(few)} | {' | '.join(str(d or '') for d in against)} | "
-                f"{_milliseconds(cells, method, few, str(count)):.2f} |"
-            )
-    if not lines:
+            against = [entries, row(cells, "prototype"), row(cells, "mv-di", variant)]
+            time = f"{_milliseconds(cells, method, few, str(count)):.2f}"
+            rows.append([title, count, accuracy(few), *(paired(few, other) for other in against), time])
+    if not rows:
         return []
+    header = "row|steps|accuracy, %|minus the row with all steps|minus nearest prototype|minus Mv-Di|one task, ms"
     return [
         "### Fewer sampling steps",
         "",
-        "Minus: paired over the same tasks, with its 95 % interval; Mv-Di with all its steps, of the same preparation.",
+        "Mv-Di, in the column that subtracts it, takes all its steps and has the same preparation.",
         "",
-        "| row | steps | accuracy, % | minus the row with all steps | minus nearest prototype | minus Mv-Di | one task, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *lines,
-        "",
+        *table(header.split("|"), rows),
     ]
 
 
 def _variants(cells: list[dict[str, Any]]) -> list[str]:
-    variants = tuple(_PREPARATIONS)
-    heading = [f"| row | {' | '.join(_PREPARATIONS.values())} |", "| --- | --- | --- | --- | --- |"]
-    if not any(row(cells, "mc-di", v) or row(cells, "ceiling", v) for v in variants[1:]):
+    if not any(row(cells, method, v) for method in ("mc-di", "ceiling") for v in VARIANTS[1:]):
         return []
-    lines = [
+    header = ["row", *_PREPARATIONS.values()]
+    rows = [
+        [title, *(accuracy(row(cells, method, v), interval=False) for v in VARIANTS)]
+        for method, title in TITLES.items()
+        if method in PREPARED
+    ]
+    ceilings = [row(cells, "ceiling", v) for v in VARIANTS]
+    rows.append(["largest eigenvalue", *(f"{mean_of(c, _eigenvalue):.4f}" if c else "" for c in ceilings)])
+    differences = [
+        [title, *(paired(row(cells, "mc-di", v), row(cells, method, v)) for v in VARIANTS)]
+        for method, title in TITLES.items()
+        if method not in ("mc-di", "ceiling")
+    ]
+    return [
         "### Preparation: SAM and augmentation",
         "",
-        "Accuracy, % (deviation over seeds); below, the largest Hessian eigenvalue of the trained heads' loss, mean over test tasks.",
+        "Accuracy in %, with the deviation over seeds. Last row: the largest eigenvalue of the Hessian of the trained heads' loss, mean over "
+        "test tasks.",
         "",
-        *heading,
-    ]
-    for method in ("ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling"):
-        values = []
-        for variant in variants:
-            entries = row(cells, method, variant)
-            values.append(_accuracy(entries, interval=False) if entries else "")
-        lines.append(f"| {TITLES[method]} | {' | '.join(values)} |")
-    values = []
-    for variant in variants:
-        entries = row(cells, "ceiling", variant)
-        values.append(f"{np.mean([e['eigenvalue']['mean'] for e in entries]):.4f}" if entries else "")
-    lines += [f"| largest eigenvalue | {' | '.join(values)} |", ""]
-    lines += [
-        "Mc-Di minus the row, the preparation of both being the same, paired over the same tasks, with its 95 % interval.",
+        *table(header, rows),
+        "Mc-Di minus the row, both with the same preparation.",
         "",
-        *heading,
+        *table(header, [line for line in differences if any(line[1:])]),
     ]
-    for method in _BASELINES:
-        differences = [paired(row(cells, "mc-di", v), row(cells, method, v)) for v in variants]
-        if any(differences):
-            lines.append(f"| {TITLES[method]} | {' | '.join(str(d or '') for d in differences)} |")
-    return [*lines, ""]
 
 
-def _segments(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: str) -> list[str]:
-    points = []
-    for k in range(1, 65):
-        entries = pick(cells, "mc-di", _DEFAULT, segments=k)
-        if entries:
-            error = float(np.mean([e["weight_error"] for e in entries]))
-            points.append((k, entries, over_seeds([e["accuracy_mean"] for e in entries])[0], error))
+def _segments(cells: list[dict[str, Any]], figures: Figures, name: str) -> list[str]:
+    found = {k: pick(cells, "mc-di", _DEFAULT, segments=k) for k in sorted({c["cell"]["segments"] for c in cells})}
+    points = [(k, entries, mean_of(entries, lambda e: e["weight_error"])) for k, entries in found.items() if entries]
     if len(points) < 2:
         return []
     figure, (left, right) = new_figure(2)
-    half = [pooled_interval(p[1]) for p in points]
-    left.errorbar([p[0] for p in points], [p[2] for p in points], half, fmt="o-", ms=3, capsize=3)
+    numbers = [k for k, _, _ in points]
+    half = [pooled_interval(entries) for _, entries, _ in points]
+    left.errorbar(numbers, [mean_of(entries) for _, entries, _ in points], half, fmt="o-", ms=3, capsize=3)
     left.set(xlabel="segments k", ylabel="accuracy, %")
-    right.plot([p[0] for p in points], [p[3] for p in points], "o-", ms=3)
+    right.plot(numbers, [error for _, _, error in points], "o-", ms=3)
     right.set(xlabel="segments k", ylabel="weight error (normalised RMS)", ylim=(0, None))
-    figures[f"{setting}-segments.png"] = png(figure)
-    lines = [
-        "### Segment number k (the paper's figure 4)",
+    figures[f"{name}-segments.png"] = png(figure)
+    return [
+        "### Number of segments k (the paper's figure 4)",
         "",
-        "| k | seeds | accuracy, % | weight error |",
-        "| --- | --- | --- | --- |",
+        "Weight error: root mean square distance to the trained weights of the same task, in normalised weights.",
+        "",
+        *table(
+            ["k", "seeds", "accuracy, %", "weight error"],
+            [[k, len(entries), accuracy(entries), f"{error:.3f}"] for k, entries, error in points],
+        ),
+        f"![accuracy and weight error against k](figures/{name}-segments.png)",
+        "",
     ]
-    lines += [f"| {k} | {len(entries)} | {_accuracy(entries)} | {error:.3f} |" for k, entries, _, error in points]
-    return [*lines, "", f"![accuracy and weight error against k](figures/{setting}-segments.png)", ""]
 
 
-def _theorem_one(cells: list[dict[str, Any]], figures: dict[str, bytes], setting: str) -> list[str]:
+def _theorem_one(cells: list[dict[str, Any]], figures: Figures, name: str) -> list[str]:
     entries = pick(cells, "analysis", _DEFAULT)
     if not entries:
         return []
@@ -509,31 +557,25 @@ def _theorem_one(cells: list[dict[str, Any]], figures: dict[str, bytes], setting
         for i in range(curve.shape[1]):
             ax.plot(curve[:, i], label=f"target {i + 1}")
             ax.axvline(ends[i], color=f"C{i}", lw=0.7, ls=":")
-        ax.set(
-            xlabel="step t", ylabel="distance of x_t (normalised RMS)", title=TITLES[method].strip("*"), yscale="log"
-        )
+        ylabel = "distance of x_t (normalised RMS)"
+        ax.set(xlabel="step t", ylabel=ylabel, title=TITLES[method].strip("*"), yscale="log")
         ax.legend(frameon=False)
-    figures[f"{setting}-theorem1.png"] = png(figure)
-    plane_figure = plot_chains(entries[0])
-    figures[f"{setting}-chains.png"] = plane_figure
-    lines = [
+    figures[f"{name}-theorem1.png"] = png(figure)
+    figures[f"{name}-chains.png"] = plot_chains(entries[0])
+    rows = [
+        [TITLES[m], *(f"{curve[end, i]:.3f} (nearest: {int(curve[end].argmin()) + 1})" for i, end in enumerate(ends))]
+        for m, curve in curves.items()
+    ]
+    return [
         "### Does the chain hit the local targets? (Theorem 1, figure 1)",
         "",
-        "Distance (root mean square, in weights normalised by Mc-Di's normaliser) of x_t to target i at t = e_i, mean over test tasks, and "
-        "which target is nearest there.",
+        "Distance of x_t to target i at t = e_i, and the target that is nearest there. Root mean square in weights normalised by Mc-Di's "
+        "normaliser, mean over test tasks.",
         "",
-        "| chain | " + " | ".join(f"target {i + 1} at t = {end}" for i, end in enumerate(ends)) + " |",
-        "| --- | " + " | ".join("---" for _ in ends) + " |",
-    ]
-    for method, curve in curves.items():
-        values = [f"{curve[end, i]:.3f} (nearest: {int(curve[end].argmin()) + 1})" for i, end in enumerate(ends)]
-        lines.append(f"| {TITLES[method]} | {' | '.join(values)} |")
-    return [
-        *lines,
+        *table(["chain", *(f"target {i} at t = {end}" for i, end in enumerate(ends, 1))], rows),
+        f"![distance to each local target along the chain](figures/{name}-theorem1.png)",
         "",
-        f"![distance to each local target along the chain](figures/{setting}-theorem1.png)",
-        "",
-        f"![chains of one task in a plane of weight space, over its loss](figures/{setting}-chains.png)",
+        f"![chains of one task in a plane of weight space, over its loss](figures/{name}-chains.png)",
         "",
     ]
 
@@ -542,59 +584,53 @@ def _novelty(cells: list[dict[str, Any]]) -> list[str]:
     entries = pick(cells, "analysis", _DEFAULT)
     if not entries:
         return []
-    lines = [
-        "### Are generated heads new?",
-        "",
-        f"Distance (normalised RMS) of a class's row of weights to the nearest of {entries[0]['novelty']['training_rows']} training rows; a "
-        "copy has distance 0. Mean over seeds.",
-        "",
-        "| rows | median | least |",
-        "| --- | --- | --- |",
-    ]
-    names = {
+    titles = {
         "generated": "generated for new tasks",
         "trained": "trained for the same new tasks",
         "training": "training rows, nearest other one",
     }
-    for key, title in names.items():
-        median, least = (float(np.mean([e["novelty"][key][what] for e in entries])) for what in ("median", "least"))
-        lines.append(f"| {title} | {median:.3f} | {least:.3f} |")
+    mean = {
+        key: np.mean([[e["novelty"][key][what] for what in ("median", "least")] for e in entries], 0) for key in titles
+    }
+    rows = [[title, *(f"{value:.3f}" for value in mean[key])] for key, title in titles.items()]
     warnings = [w for e in row(cells, "mc-di") for w in e.get("health", {}).get("warnings", [])]
     return [
-        *lines,
+        "### Are generated heads new?",
         "",
+        f"Distance of a class's row of weights to the nearest of {entries[0]['novelty']['training_rows']} training rows: root mean square in "
+        "normalised weights, mean over seeds. A copy has distance 0.",
+        "",
+        *table(["rows", "median", "least"], rows),
         f"Diagnostics of the generated heads: {'; '.join(warnings) if warnings else 'nothing to report'}.",
         "",
     ]
 
 
 def _selection(cells: list[dict[str, Any]]) -> list[str]:
-    changes: dict[str, list[dict[str, Any]]] = {}
+    changes: dict[str, list[Entry]] = {}
     for cell in sorted(cells, key=lambda c: int(c["cell"]["seed"])):
         if cell["cell"]["change"]:
-            changes.setdefault(cell["cell"]["change"], []).append({**cell, "seed": cell["cell"]["seed"]})
-    default = changes.pop("default", [])
+            changes.setdefault(cell["cell"]["change"], []).append({**cell, **cell["cell"]})
+    default = changes.get("default", [])
     if not default:
         return []
-    lines = [
+    against = {name: paired(entries, default) for name, entries in changes.items() if name != "default"}
+    order = sorted(against, key=lambda name: -(against[name] or Difference(0, 0)).mean)
+    rows = []
+    for name in ("default", *order):
+        entries = changes[name]
+        time = f"{np.median([e['adapt_ms'] for e in entries]):.2f}"
+        mean = f"{mean_of(entries):.2f} ± {pooled_interval(entries):.2f}"
+        seeds = ", ".join(str(e["seed"]) for e in entries)
+        rows.append([name, seeds, mean, against.get(name), time, _seconds(entries, "training_seconds")])
+    return [
         "### One change at a time (validation characters)",
         "",
-        f"Mc-Di, {len(default[0]['correct'])} validation tasks a seed; the difference is paired over the same tasks of the same seeds. "
-        "Seeds have tasks of their own: compare differences, not accuracies of rows with other seeds.",
+        f"Mc-Di on {len(default[0]['correct'])} validation tasks a seed; ± behind an accuracy is half of the 95 % interval over tasks. Seeds have "
+        "tasks of their own, so compare differences, not accuracies of rows with other seeds.",
         "",
-        "| change | seeds | accuracy, % | minus the default | one task, ms | training, s |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(["change", "seeds", "accuracy, %", "minus the default", "one task, ms", "training, s"], rows),
     ]
-    against = {name: paired(entries, default) for name, entries in changes.items()}
-    order = sorted(changes, key=lambda name: -(against[name] or Difference(0, 0, ())).mean)
-    for name, entries in [("default", default), *((name, changes[name]) for name in order)]:
-        seeds = ", ".join(str(e["seed"]) for e in entries)
-        mean, half = over_seeds([e["accuracy_mean"] for e in entries])[0], pooled_interval(entries)
-        lines.append(
-            f"| {name} | {seeds} | {mean:.2f} ± {half:.2f} | {against.get(name) or ''} | "
-            f"{np.median([e['adapt_ms'] for e in entries]):.2f} | {_seconds(entries, 'training_seconds')} |"
-        )
-    return [*lines, ""]
 
 
 def _plot_rows(cells: list[dict[str, Any]]) -> bytes:
@@ -602,10 +638,8 @@ def _plot_rows(cells: list[dict[str, Any]]) -> bytes:
     methods = [m for m in TITLES if row(cells, m)]
     for y, method in enumerate(methods):
         entries = row(cells, method)
-        mean = over_seeds([e["accuracy_mean"] for e in entries])[0]
-        ax.errorbar(
-            mean, y, xerr=pooled_interval(entries), fmt="o", color="C1" if method == "mc-di" else "C0", capsize=4
-        )
+        color = "C1" if method == "mc-di" else "C0"
+        ax.errorbar(mean_of(entries), y, xerr=pooled_interval(entries), fmt="o", color=color, capsize=4)
         ax.plot([e["accuracy_mean"] for e in entries], [y] * len(entries), "|", color="0.5")
     ax.set(yticks=range(len(methods)), yticklabels=[TITLES[m].strip("*") for m in methods], xlabel="accuracy, %")
     ax.invert_yaxis()
