@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +23,19 @@ from mcdi_fast.weights import WeightLayout
 _HEADER_FILE = "bank.json"
 _BANK_KIND = "trajectory-bank"
 _SHARD_KIND = "bank-shard"
+_FORMATS = (1, 2)  # of bank.json, the last is written; 1 had conditions [n, N, C] alone and no positions
 _CHUNK_BYTES = 64 * 2**20
+_LOCK_FILE = ".lock"
+_LOCK_SECONDS = 600.0  # as long as another process may take to write a shard
+
+Array: TypeAlias = Tensor | np.ndarray | Sequence[Any]
+
+
+class BankTask(NamedTuple):
+    """One task of a bank: targets float32 [k, N, D] and condition float32 [1 or N, C], on the CPU, copies."""
+
+    targets: Tensor
+    condition: Tensor
 
 
 def _shard_name(number: int) -> str:
@@ -27,10 +43,11 @@ def _shard_name(number: int) -> str:
 
 
 class TrajectoryBank:
-    """A folder of trajectories: `bank.json` and shards of `targets` [n, k, N, D] and `condition` [n, N, C], float32.
+    """A folder of trajectories: `bank.json` and shards of `targets` [n, k, N, D] and `condition` [n, 1 or N, C], float32.
 
-    Made by `create` or `open`. Shards are memory-mapped; only rows that are asked for are read. One process may write
-    at a time.
+    Made by `create` or `open`. Shards are memory-mapped; only rows that are asked for are read. Several processes may
+    write: each shard gets the next number, under a lock. What others write is seen when the bank is opened again, and by
+    `append`.
 
     From trajectories of your own, here 10 tasks with k = 3 local targets (start to end) of a linear layer, and a
     condition of width C = 8 for each of its N = 5 tokens:
@@ -43,16 +60,21 @@ class TrajectoryBank:
     >>> bank = TrajectoryBank.create(folder, layout, num_segments=3, condition_width=8)
     >>> bank.append(layout.pack_batch({"weight": weight, "bias": bias}), condition)
 
-    >>> targets, condition = bank.gather(torch.tensor([7, 0]))
+    >>> targets, condition = bank.gather([7, 0])
     >>> len(bank), targets.shape, condition.shape
     (10, torch.Size([2, 3, 5, 5]), torch.Size([2, 5, 8]))
+
+    >>> bank[-1].targets.shape
+    torch.Size([3, 5, 5])
+    >>> sum(1 for task in bank)
+    10
 
     Attributes:
         folder: where it is.
         layout: of the targets.
         num_segments: k.
         condition_width: C.
-        meta: provenance, free JSON; part of the bank's identity.
+        meta: provenance, free JSON. A bank with another meta is another bank.
     """
 
     def __init__(
@@ -64,9 +86,10 @@ class TrajectoryBank:
         self.num_segments = num_segments
         self.condition_width = condition_width
         self.meta = meta
-        self._digest = hashlib.sha256(json.dumps(layout.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        self._layout_digest = ""  # of the layout as bank.json says it
         self._targets: list[Tensor] = []
         self._condition: list[Tensor] = []
+        self._digests: list[str | None] = []  # of each shard's contents; older shards do not say it
         self._starts = [0]  # task index at which shard s starts; the last entry is the number of tasks
 
     @classmethod
@@ -91,37 +114,37 @@ class TrajectoryBank:
             McdiError: a bank with another header is there (names what differs); shards without a header; an unwritable
                 folder.
         """
-        folder = store.make_folder(folder)
+        folder = store.make_folder(store.user_path(folder))
+        path = folder / _HEADER_FILE
         header = {
-            "format": store.FORMAT_VERSION,
+            "format": _FORMATS[-1],
             "kind": _BANK_KIND,
-            "num_segments": num_segments,
-            "condition_width": condition_width,
+            "num_segments": _whole(num_segments),
+            "condition_width": _whole(condition_width),
             "layout": layout.to_dict(),
             "meta": dict(meta or {}),
         }
-        path = folder / _HEADER_FILE
-        _parse_header(header, path)
-        if not path.exists():
-            stray = sorted(folder.glob("shard-*.safetensors"))
-            if stray:
-                raise McdiError(
-                    f"{store.show_path(stray[0])}: a shard without {_HEADER_FILE}; "
-                    "choose an empty folder or restore that file"
-                )
-            store.write_json(path, header)
+        header = json.loads(store.dumps(header, path))  # tuples in meta become lists, as in the file
+        ours = _parse_header(header, path)
+        with _writing(folder):
+            if not path.exists():
+                stray = sorted(folder.glob("shard-*.safetensors"))
+                if stray:
+                    raise McdiError(
+                        f"{store.show_path(stray[0])}: a shard without {_HEADER_FILE}; "
+                        "choose an empty folder or restore that file"
+                    )
+                store.write_json(path, header)
+            found = _parse_header(store.read_json(path), path)
+            for name, one, two in zip(("layout", "num_segments", "condition_width", "meta"), found, ours, strict=True):
+                if one != two:
+                    one, two = (side.to_dict() if isinstance(side, WeightLayout) else side for side in (one, two))
+                    raise McdiError(
+                        f"{store.show_path(path)}: a bank with another {store.difference(name, one, two)} is there; "
+                        "choose another folder or remove this one"
+                    )
+            store.remove_temporaries(folder)
             return cls.open(folder)
-        found = store.read_json(path)
-        _parse_header(found, path)
-        for key, value in json.loads(store.dumps(header, path)).items():  # tuples in meta become lists, as in the file
-            if found.get(key) != value:
-                raise McdiError(
-                    f"{store.show_path(path)}: a bank with another {key} is there "
-                    f"({_difference(found.get(key), value)}); "
-                    "choose another folder or remove this one"
-                )
-        store.remove_temporaries(folder)
-        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> TrajectoryBank:
@@ -131,139 +154,225 @@ class TrajectoryBank:
             McdiError: naming the file: no bank; a bank of another format; a gap in the shards; a shard that is
                 truncated or of another layout, k or C.
         """
-        folder = Path(folder)
+        folder = store.user_path(folder)
         path = folder / _HEADER_FILE
-        bank = cls(folder, *_parse_header(store.read_json(path), path))
+        header = store.read_json(path)
+        bank = cls(folder, *_parse_header(header, path))
+        bank._layout_digest = hashlib.sha256(json.dumps(header["layout"], sort_keys=True).encode()).hexdigest()[:16]
+        bank._map_shards()
+        return bank
+
+    def _map_shards(self) -> None:
+        """Add the shards that are there and not yet in the bank."""
         try:
             present = {
-                name for name in os.listdir(folder) if name.startswith("shard-") and name.endswith(".safetensors")
+                name for name in os.listdir(self.folder) if name.startswith("shard-") and name.endswith(".safetensors")
             }
         except OSError as error:
             raise McdiError(
-                f"cannot read {store.show_path(folder)}: {error.strerror}; check its permissions"
+                f"cannot read {store.show_path(self.folder)}: {error.strerror}; check its permissions"
             ) from error
-        for number in range(len(present)):
-            if _shard_name(number) not in present:
+        for number in range(self.num_shards, len(present)):
+            path = self.folder / _shard_name(number)
+            # written while the folder was listed, a shard may be left out where a later one is not: look again
+            if path.name not in present and not path.exists():
                 expected = {_shard_name(i) for i in range(len(present))}
                 other = sorted(present - expected)[0]
                 raise McdiError(
-                    f"{store.show_path(folder / _shard_name(number))}: missing, expected because {other!r} is there; "
+                    f"{store.show_path(path)}: missing, expected because {other!r} is there; "
                     "restore it, or remove the shards behind the gap"
                 )
-            bank._map_shard(number)
-        return bank
+            self._map_shard(number)
 
     def _map_shard(self, number: int) -> None:
         """Check shard `number` and add it to the bank."""
         path = self.folder / _shard_name(number)
         tensors, meta = store.load_tensors(path, _SHARD_KIND)
-        if meta.get("layout") != self._digest:
+        if meta.get("layout") != self._layout_digest:
             raise McdiError(
-                f"{store.show_path(path)}: layout {meta.get('layout')!r:.40}, expected {self._digest!r} as the bank's; "
-                "it belongs to another bank: remove it"
+                f"{store.show_path(path)}: of another layout than {_HEADER_FILE} says; it belongs to another bank: remove it"
             )
-        count = len(tensors["condition"]) if "condition" in tensors and tensors["condition"].ndim else 0
-        for name, shape in self._shapes(count).items():
-            tensor = tensors.get(name)
-            found = f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "missing"
-            if tensor is None or tensor.shape != shape or tensor.dtype != torch.float32 or not count:
-                raise McdiError(
-                    f"{store.show_path(path)}: {name} is {found}, expected torch.float32 {list(shape)} "
-                    "with at least one task; it belongs to another bank: remove it"
-                )
+        trouble = self._trouble(tensors.get("targets"), tensors.get("condition"))
+        if trouble:
+            raise McdiError(f"{store.show_path(path)}: {trouble}; it belongs to another bank: remove it")
+        digest = meta.get("contents")
         self._targets.append(tensors["targets"])
         self._condition.append(tensors["condition"])
-        self._starts.append(self._starts[-1] + count)
+        self._digests.append(digest if isinstance(digest, str) else None)
+        self._starts.append(self._starts[-1] + len(tensors["targets"]))
 
-    def _shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        tokens, width = self.layout.num_tokens, self.layout.width
-        return {
-            "targets": (count, self.num_segments, tokens, width),
-            "condition": (count, tokens, self.condition_width),
-        }
+    def _trouble(self, targets: Tensor | None, condition: Tensor | None) -> str:
+        """What is wrong with a shard's shapes and dtypes; empty where nothing is."""
+        k, n, d, c = self.num_segments, self.layout.num_tokens, self.layout.width, self.condition_width
+        tasks = len(targets) if targets is not None and targets.ndim else 0
+        expected = {"targets": [[tasks, k, n, d]], "condition": [[tasks, rows, c] for rows in sorted({1, n})]}
+        for name, tensor in (("targets", targets), ("condition", condition)):
+            shapes = expected[name]
+            if tensor is None or list(tensor.shape) not in shapes or tensor.dtype != torch.float32 or not tasks:
+                found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                wanted = " or ".join(map(str, shapes))
+                return f"{name} is {found}, expected torch.float32 {wanted} with at least one task"
+        return ""
 
     def __len__(self) -> int:
         """Tasks."""
         return self._starts[-1]
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"TrajectoryBank({store.show_path(self.folder)!r}: {len(self)} tasks in {self.num_shards} shards, "
+            f"k = {self.num_segments}, {self.layout.num_tokens} tokens of width {self.layout.width}, "
+            f"conditions of width {self.condition_width})"
+        )
 
     @property
     def num_shards(self) -> int:
         """Shards, one for each `append`."""
         return len(self._targets)
 
-    def append(self, targets: Tensor, condition: Tensor) -> None:
+    @property
+    def condition_rows(self) -> int:
+        """1 where every task has one condition for all of its tokens; N where any has one for each."""
+        return max((condition.shape[1] for condition in self._condition), default=1)
+
+    def contents(self) -> str:
+        """16 hex digits of all targets and conditions in their order: the identity of the bank. Reads only shards of older versions."""
+        for shard, digest in enumerate(self._digests):
+            if digest is None:
+                self._digests[shard] = _digest(self._targets[shard], self._condition[shard])
+        return hashlib.sha256(" ".join(map(str, self._digests)).encode()).hexdigest()[:16]
+
+    def append(self, targets: Array, condition: Array) -> None:
         """Write one shard, atomically: after a kill it is there whole or not at all.
 
+        Tensors on any device or NumPy arrays, of any floating-point dtype: they are stored as float32.
+
         Args:
-            targets: float32 [n, k, N, D], local targets theta_d … theta_kd (method: section 1), any device.
-            condition: float32 [n, N, C].
+            targets: [n, k, N, D], local targets theta_d … theta_kd (method: section 1).
+            condition: [n, C] or [n, 1, C], one for all tokens of a task; or [n, N, C], one for each token.
 
         Raises:
             McdiError: other shapes or dtypes, n = 0, an entry that is not finite (names task and segment), a full disk.
         """
-        given = {"targets": targets.detach().cpu(), "condition": condition.detach().cpu()}
-        count = targets.shape[0] if targets.ndim else 0
-        for name, shape in self._shapes(count).items():
-            tensor = given[name]
-            if tensor.shape != shape or tensor.dtype != torch.float32 or not count:
-                raise McdiError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)}, expected torch.float32 {list(shape)} "
-                    "with at least one task; pack the weights by this bank's layout"
-                )
+        given = {"targets": _float32("targets", targets), "condition": _float32("condition", condition)}
+        if given["condition"].ndim == 2:
+            given["condition"] = given["condition"].unsqueeze(1)
+        trouble = self._trouble(given["targets"], given["condition"])
+        if trouble:
+            raise McdiError(f"{trouble}; pack the weights by this bank's layout")
         bad = _first_not_finite(given["targets"], given["condition"])
         if bad:
-            raise McdiError(f"{bad} of the {count} given; drop this task or prepare it again")
-        path = self.folder / _shard_name(self.num_shards)
-        if path.exists():
-            raise McdiError(
-                f"{store.show_path(path)}: written by another process meanwhile; let one process write a bank"
-            )
-        store.save_tensors(path, given, {"layout": self._digest}, _SHARD_KIND)
-        self._map_shard(self.num_shards)
+            raise McdiError(f"{bad} of the {len(given['targets'])} given; drop this task or prepare it again")
+        meta = {"layout": self._layout_digest, "contents": _digest(given["targets"], given["condition"])}
+        with _writing(self.folder):
+            self._map_shards()  # those that other processes have written meanwhile
+            store.save_tensors(self.folder / _shard_name(self.num_shards), given, meta, _SHARD_KIND)
+            self._map_shard(self.num_shards)
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, index: int | Array) -> tuple[Tensor, Tensor]:
         """Tasks by index, in that order; only their rows are read from disk.
 
         Args:
-            index: int64 [B], 0 to len(bank) - 1; repeats are fine.
+            index: integers, any number of them or one: a list, range, NumPy array or tensor [B]. From -len(bank), counted from the
+                end, to len(bank) - 1; repeats are fine.
 
         Returns:
-            targets float32 [B, k, N, D] and condition float32 [B, N, C], on the CPU, copies.
+            targets float32 [B, k, N, D] and condition float32 [B, 1 or N, C] (`condition_rows`), on the CPU, copies.
 
         Raises:
-            McdiError: another shape or dtype; an index out of range.
+            McdiError: no integers; an index out of range.
         """
-        if index.ndim != 1 or index.dtype != torch.int64:
-            raise McdiError(f"index: {index.dtype} {list(index.shape)}, expected torch.int64 [B]; convert it")
-        index = index.cpu()
-        outside = (index < 0) | (index >= len(self))
-        if bool(outside.any()):
-            raise McdiError(
-                f"index: task {int(index[outside][0])} of a bank of {len(self)}, expected 0 to {len(self) - 1}"
-            )
-        shapes = self._shapes(len(index))
-        targets, condition = torch.empty(shapes["targets"]), torch.empty(shapes["condition"])
-        starts = torch.tensor(self._starts)
-        shard_of = torch.searchsorted(starts, index, right=True) - 1
+        chosen = self._index(index)
+        targets = torch.empty(len(chosen), *self._targets[0].shape[1:], dtype=torch.float32, device="cpu")
+        condition = torch.empty(
+            len(chosen), self.condition_rows, self.condition_width, dtype=torch.float32, device="cpu"
+        )
+        starts = torch.tensor(self._starts, device="cpu")
+        shard_of = torch.searchsorted(starts, chosen, right=True) - 1
         for shard in shard_of.unique().tolist():
             places = (shard_of == shard).nonzero()[:, 0]
-            rows = index[places] - starts[shard]
+            rows = chosen[places] - starts[shard]
             targets[places] = self._targets[shard][rows]
             condition[places] = self._condition[shard][rows]
         return targets, condition
 
+    def _index(self, index: int | Array) -> Tensor:
+        """int64 [B] on the CPU, from 0 on."""
+        try:
+            found = index if isinstance(index, Tensor) else torch.from_numpy(np.array(index))
+        except (TypeError, ValueError) as error:
+            raise McdiError(f"index: {index!r:.60}, expected integers, one or [B]") from error
+        integers = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
+        if found.ndim > 1 or not (integers or found.numel() == 0):
+            raise McdiError(f"index: {found.dtype} {list(found.shape)}, expected integers, one or [B]; convert it")
+        found = found.reshape(-1).to("cpu", torch.int64)
+        outside = (found < -len(self)) | (found >= len(self))
+        if bool(outside.any()):
+            raise McdiError(
+                f"index: task {int(found[outside][0])} of a bank of {len(self)}, expected {-len(self)} to {len(self) - 1}"
+            )
+        return torch.where(found < 0, found + len(self), found)
+
+    def __getitem__(self, index: int) -> BankTask:
+        """One task; negative counts from the end. Raises McdiError as `gather`."""
+        try:
+            number = operator.index(index)
+        except TypeError as error:
+            raise McdiError(f"index: {index!r:.60}, expected an integer; `gather` takes several") from error
+        number = int(self._index(number))
+        shard = bisect.bisect_right(self._starts, number) - 1
+        row = number - self._starts[shard]
+        return BankTask(self._targets[shard][row].clone(), self._condition[shard][row].clone())
+
+    def __iter__(self) -> Iterator[BankTask]:
+        """Task by task."""
+        return (self[number] for number in range(len(self)))
+
     def check_finite(self) -> None:
         """Read every value once. Raises McdiError naming shard, task (of the bank) and segment of the first NaN."""
-        shapes = self._shapes(1)
-        chunk = max(1, _CHUNK_BYTES // (4 * sum(torch.Size(shape).numel() for shape in shapes.values())))  # tasks
-        for shard in range(self.num_shards):
+        for shard, (targets, condition) in enumerate(zip(self._targets, self._condition, strict=True)):
             start = self._starts[shard]
-            for row in range(0, self._starts[shard + 1] - start, chunk):
+            chunk = max(1, _CHUNK_BYTES // (4 * (targets[0].numel() + condition[0].numel())))  # tasks
+            for row in range(0, len(targets), chunk):
                 rows = slice(row, row + chunk)
-                bad = _first_not_finite(self._targets[shard][rows], self._condition[shard][rows], start + row)
+                bad = _first_not_finite(targets[rows], condition[rows], start + row)
                 if bad:
                     path = store.show_path(self.folder / _shard_name(shard))
                     raise McdiError(f"{path}: {bad} of the bank; the file is damaged: make the bank again")
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    busy = f"{store.show_path(folder)}: another process has been writing there for {_LOCK_SECONDS:.0f} s; wait for it to end"
+    return store.locked(folder / _LOCK_FILE, _LOCK_SECONDS, busy)
+
+
+def _whole(value: Any) -> Any:
+    """NumPy's integers as Python's, everything else as it is."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _float32(name: str, value: Any) -> Tensor:
+    """What was given, on the CPU and as float32."""
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        except (TypeError, ValueError) as error:
+            raise McdiError(
+                f"{name}: {type(value).__name__}, expected a tensor or an array of floating point"
+            ) from error
+    if not value.is_floating_point():
+        raise McdiError(f"{name}: {value.dtype} {list(value.shape)}, expected floating point; convert it")
+    return value.detach().to("cpu", torch.float32)
+
+
+def _digest(targets: Tensor, condition: Tensor) -> str:
+    """16 hex digits of a shard's contents."""
+    found = hashlib.sha256()
+    for tensor in (targets, condition):
+        found.update(str(list(tensor.shape)).encode())
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()[:16]
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -286,9 +395,9 @@ def _parse_header(header: Any, path: Path) -> tuple[WeightLayout, int, int, dict
     where = store.show_path(path)
     if not isinstance(header, dict) or header.get("kind") != _BANK_KIND:
         raise McdiError(f"{where}: not the header of a trajectory bank; give the folder of a bank")
-    if header.get("format") != store.FORMAT_VERSION:
+    if header.get("format") not in _FORMATS:
         raise McdiError(
-            f"{where}: made by format {header.get('format')!r:.40}, this mcdi_fast reads {store.FORMAT_VERSION}; "
+            f"{where}: made by format {header.get('format')!r:.40}, this mcdi_fast reads {' and '.join(map(str, _FORMATS))}; "
             "use the version that made it, or make it again"
         )
     for key in ("num_segments", "condition_width"):
@@ -304,12 +413,3 @@ def _parse_header(header: Any, path: Path) -> tuple[WeightLayout, int, int, dict
     except McdiError as error:
         raise McdiError(f"{where}: {error}") from error
     return layout, header["num_segments"], header["condition_width"], header["meta"]
-
-
-def _difference(found: Any, expected: Any) -> str:
-    """The first differing field of two headers' values, for a message."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            if found.get(key) != expected.get(key):
-                return f"{key!r:.40}: {found.get(key)!r:.60}, expected {expected.get(key)!r:.60}"
-    return f"{found!r:.60}, expected {expected!r:.60}"

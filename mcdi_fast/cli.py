@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -12,11 +11,20 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.meta import FREE
-from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, user_path, write_json
+from mcdi_fast.store import (
+    difference,
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    show_path,
+    user_path,
+    write_json,
+)
 
 Config = TypeVar("Config")
 
@@ -41,23 +49,9 @@ def open_run(folder: Path, config: Any, free: Collection[str]) -> Iterator[None]
     Raises:
         McdiError: the folder cannot be written; another process has it; it holds a run with other settings.
     """
-
     make_folder(folder)
-    try:
-        lock: IO[str] = open(folder / ".lock", "a")  # noqa: SIM115 (held until the end)
-    except OSError as error:
-        raise McdiError(
-            f"cannot write {show_path(folder)}: {error.strerror}; make the folder writable or choose another --run-dir"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel frees it when the process dies, however it dies
-        except OSError as error:
-            raise McdiError(
-                f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
-            ) from error
+    busy = f"{show_path(folder)}: another run is writing there; wait for it or choose another --run-dir"
+    with locked(folder / ".lock", 0, busy):
         for place in (folder, folder / "generator"):  # the bank looks after its own
             remove_temporaries(place)
         path = folder / "config.json"
@@ -68,7 +62,7 @@ def open_run(folder: Path, config: Any, free: Collection[str]) -> Iterator[None]
                 theirs, now = (_bound(config.get(key)) for config in (found if isinstance(found, dict) else {}, ours))
                 if theirs != now:
                     raise McdiError(
-                        f"{show_path(path)}: made with another {_difference(key, theirs, now)}; "
+                        f"{show_path(path)}: made with another {difference(key, theirs, now)}; "
                         "give the same options as before, or another --run-dir"
                     )
         write_json(path, ours)
@@ -77,14 +71,6 @@ def open_run(folder: Path, config: Any, free: Collection[str]) -> Iterator[None]
 
 def _bound(value: Any) -> Any:
     return {name: entry for name, entry in value.items() if name not in FREE} if isinstance(value, dict) else value
-
-
-def _difference(key: str, found: Any, ours: Any) -> str:
-    if isinstance(found, dict) and isinstance(ours, dict):
-        for name in ours:
-            if found.get(name) != ours[name]:
-                return _difference(f"{key}.{name}", found.get(name), ours[name])
-    return f"{key} ({found!r:.60}, now {ours!r:.60})"
 
 
 class Stages:

@@ -26,7 +26,7 @@ from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_no
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.store import load_tensors, save_tensors, show_path
-from mcdi_fast.weights import Normalizer, WeightLayout
+from mcdi_fast.weights import Normalizer
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
@@ -39,9 +39,13 @@ FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a ru
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
 
 
-def _kernels_lack(layout: WeightLayout) -> str | None:
-    """Why this layout cannot be meta-trained through the kernels; None where it can."""
-    return None if layout.mask.all() else "their loss counts padding"
+def _kernels_lack(bank: TrajectoryBank) -> str | None:
+    """Why this bank cannot be meta-trained through the kernels; None where it can."""
+    if not bank.layout.mask.all():
+        return "their loss counts padding"
+    if bank.condition_rows != bank.layout.num_tokens:
+        return "they take conditions of each token alone"
+    return None
 
 
 class MetaTrainer:
@@ -70,7 +74,7 @@ class MetaTrainer:
         self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
-        missing = _kernels_lack(bank.layout)
+        missing = _kernels_lack(bank)
         self.impl = impl if impl in ORACLES else resolve(impl, self.device, missing)
         if missing and self.impl == "torch" and self.device.type == "cuda" and requested(impl) == "auto":
             warnings.warn(f"meta-training through torch: the kernels cannot run, {missing}", stacklevel=2)
@@ -157,7 +161,7 @@ class MetaTrainer:
         eps = philox_normal([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
         if self._mask is not None:  # padding stays exactly 0 in x, eps and target
             eps = eps * self._mask
-        condition = self.condition_normalizer.normalize(condition)
+        condition = self.condition_normalizer.normalize(condition).expand(-1, layout.num_tokens, -1)
         batch = make_inner_batch(self.objective, target, condition, draws.segment, draws.step, eps, self._mask)
         return batch.to(self.device)
 

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,9 +117,34 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_temporaries(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed `atomic_write`s left in a folder. Only where nobody writes there at the moment."""
-    for leftover in Path(folder).glob(".*.tmp"):
+@contextlib.contextmanager
+def locked(path: Path, wait: float, busy: str) -> Iterator[None]:
+    """Context in which this process alone holds the lock file `path`. The kernel frees it when a process dies, however it dies.
+
+    Args:
+        wait: seconds to wait for another process. busy: what to say when it still has the lock then.
+
+    Raises:
+        McdiError: another process has it; the file cannot be made.
+    """
+    import filelock  # torch depends on it
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=wait)
+    except filelock.Timeout as error:
+        raise McdiError(busy) from error
+    except (OSError, ValueError, NotImplementedError) as error:
+        _cannot_write(path, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_temporaries(folder: str | os.PathLike[str], name: str = "*") -> None:
+    """Remove what killed `atomic_write`s of a file (of any) left in a folder. Only where nobody writes there at the moment."""
+    for leftover in Path(folder).glob(f".{name}.*.tmp"):
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", leftover.name):
             with contextlib.suppress(OSError):
                 leftover.unlink()
@@ -138,6 +163,15 @@ def dumps(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> 
         raise McdiError(
             f"cannot write {show_path(path)}: {_reason(error)}; expected only finite numbers, text, lists and dicts"
         ) from error
+
+
+def difference(name: str, found: Any, ours: Any) -> str:
+    """What differs first between two values of JSON, for a message: 'meta.seed (0, now 1)'."""
+    if isinstance(found, dict) and isinstance(ours, dict):
+        for key in [*ours, *found]:
+            if found.get(key) != ours.get(key):
+                return difference(f"{name}.{key}" if name else str(key), found.get(key), ours.get(key))
+    return f"{name} ({found!r:.60}, now {ours!r:.60})"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

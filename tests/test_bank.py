@@ -1,9 +1,13 @@
 import doctest
 import errno
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,7 +136,8 @@ def test_create_resumes_the_same_bank_and_refuses_another(tmp_path):
         "num_segments": (LAYOUT, K + 1, C, {"made": "here"}),
         "condition_width": (LAYOUT, K, C + 1, {"made": "here"}),
         "layout": (other, K, C, {"made": "here"}),
-        "'made'": (LAYOUT, K, C, {"made": "there"}),
+        "meta.made ('here', now 'there')": (LAYOUT, K, C, {"made": "there"}),
+        "layout.exchangeable (False, now True)": (WeightLayout(LAYOUT.entries, True), K, C, {"made": "here"}),
     }.items():
         message = error_of(TrajectoryBank.create, tmp_path, *args)
         assert "bank.json" in message
@@ -157,10 +162,18 @@ def test_append_refuses_what_does_not_fit(tmp_path):
         (targets[0], condition, "targets"),
         (targets[:, :1], condition, "targets"),
         (targets[..., :4], condition, "targets"),
-        (targets.double(), condition, "float64"),
+        (targets.long(), condition, "int64"),
         (targets, condition[:3], "condition"),
         (targets, condition[..., 1:], "condition"),
-        (targets, condition.half(), "float16"),
+        (
+            targets,
+            condition[:, :2],
+            "condition is torch.float32 [4, 2, 7], expected torch.float32 [4, 1, 7] or [4, 3, 7]",
+        ),
+        (targets, condition > 0, "bool"),
+        (targets, ["a"], "condition: list, expected a tensor or an array of floating point"),
+        (targets, [[1.0], [1.0, 2.0]], "condition: list"),
+        (targets.double() * 1e300, condition, "task 0, segment 0"),
         (targets[:0], condition[:0], "at least one task"),
         (torch.tensor(1.0), condition, "targets"),
     ):
@@ -196,19 +209,211 @@ def test_full_disk_loses_no_shard(tmp_path, monkeypatch):
     assert torch.equal(again.gather(torch.arange(8))[0], targets)
 
 
-def test_two_writers_are_noticed(tmp_path):
+def test_both_of_two_writers_are_kept(tmp_path):
     make_bank(tmp_path)
     one, two = TrajectoryBank.open(tmp_path), TrajectoryBank.open(tmp_path)
-    one.append(*tasks(1))
-    assert "shard-000003" in error_of(two.append, *tasks(1))
+    one.append(*tasks(1, 7))
+    two.append(*tasks(2, 8))
+    assert len(two) == 11
+    assert two.num_shards == 5
+    again = TrajectoryBank.open(tmp_path)
+    assert torch.equal(again.gather(range(8, 11))[0], torch.cat([tasks(1, 7)[0], tasks(2, 8)[0]]))
 
 
-def test_index_errors(tmp_path):
+WRITER = """
+import sys, torch
+from mcdi_fast.bank import TrajectoryBank
+for i in range(25):
+    bank = TrajectoryBank.open(sys.argv[1])
+    bank.append(torch.full((1, 2, 3, 5), float(1000 * int(sys.argv[2]) + i)), torch.ones(1, 7))
+"""
+
+
+def test_processes_that_write_at_once(tmp_path):
+    """Each append is there once; whoever reads meanwhile finds neither a gap nor fewer tasks than before."""
+    TrajectoryBank.create(tmp_path, LAYOUT, K, C)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(i)]) for i in range(2)]
+    seen = []
+    while any(writer.poll() is None for writer in writers):
+        seen.append(len(TrajectoryBank.open(tmp_path)))
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert seen == sorted(seen)
+    targets, condition = TrajectoryBank.open(tmp_path).gather(range(50))
+    assert condition.shape == (50, 1, C)
+    assert sorted(targets[:, 0, 0, 0].tolist()) == [1000.0 * writer + i for writer in range(2) for i in range(25)]
+
+
+def test_the_lock_of_a_killed_writer_stops_nobody(tmp_path, monkeypatch):
     bank, *_ = make_bank(tmp_path)
-    for index in ([8], [-1], [0, 99]):
-        assert "expected 0 to 7" in error_of(bank.gather, torch.tensor(index))
-    for index in (torch.tensor(1), torch.tensor([1.0]), torch.tensor([[1]]), torch.tensor([1], dtype=torch.int32)):
-        assert "torch.int64 [B]" in error_of(bank.gather, index)
+    if (child := os.fork()) == 0:
+        with store.locked(tmp_path / ".lock", 0, ""):
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    bank.append(*tasks(1))
+    monkeypatch.setattr(mcdi_fast.bank, "_LOCK_SECONDS", 0.1)
+    with store.locked(tmp_path / ".lock", 0, ""):
+        assert "another process has been writing there for 0 s" in error_of(bank.append, *tasks(1))
+
+
+def test_conditions_of_a_task_or_of_each_token(tmp_path):
+    bank = TrajectoryBank.create(tmp_path, LAYOUT, K, C)
+    assert bank.condition_rows == 1
+    targets, condition = tasks(2)
+    bank.append(targets, condition[:, 0])
+    bank.append(targets, condition[:, :1])
+    assert bank.condition_rows == 1
+    assert torch.equal(bank.gather(range(4))[1], condition[:, :1].repeat(2, 1, 1))
+    assert bank[3].condition.shape == (1, C)
+    bank.append(targets, condition)
+    again = TrajectoryBank.open(tmp_path)
+    for one in (bank, again):
+        assert one.condition_rows == 3
+        assert torch.equal(one.gather([5, 1])[1], torch.stack([condition[1], condition[1, :1].expand(3, -1)]))
+    alone = TrajectoryBank.create(tmp_path / "alone", WeightLayout.from_module(nn.Linear(4, 1)), K, C)
+    alone.append(targets[:, :, :1], condition[:, :1])  # one token: both are the same
+    assert alone.condition_rows == 1
+
+
+def test_arrays_and_other_precisions_are_stored_as_float32(tmp_path):
+    bank = TrajectoryBank.create(tmp_path, LAYOUT, np.int64(K), np.int32(C), {})
+    targets, condition = tasks(4)
+    wide = targets.double().requires_grad_()
+    strided = np.ascontiguousarray(condition.numpy()[::-1])[::-1]
+    frozen = targets.numpy().copy()
+    frozen.flags.writeable = False
+    for pair in ((targets.numpy(), condition.numpy()), (wide, strided), (frozen, condition.tolist())):
+        bank.append(*pair)
+        assert torch.equal(bank.gather(range(-4, 0))[0], targets)
+        assert torch.equal(bank.gather(range(-4, 0))[1], condition)
+    bank.append(targets.bfloat16(), condition.half())
+    assert torch.equal(bank.gather(range(12, 16))[0], targets.bfloat16().float())
+    for name in ("num_segments", "condition_width"):
+        for bad in (2.0, True, "2", None):
+            sizes = {"num_segments": K, "condition_width": C, name: bad}
+            assert name in error_of(TrajectoryBank.create, tmp_path / "other", LAYOUT, **sizes)
+
+
+def test_any_integers_are_an_index(tmp_path):
+    bank, targets, condition = make_bank(tmp_path)
+    for index in (
+        [7, 0, 7],
+        (7, 0, 7),
+        range(1, 4),
+        np.array([2, 1]),
+        np.arange(3, dtype=np.uint8),
+        torch.tensor([1]).int(),
+        [],
+        3,
+        -1,
+    ):
+        number = torch.as_tensor(index).long().reshape(-1) if not isinstance(index, range) else torch.tensor(index)
+        found = bank.gather(index)
+        assert torch.equal(found[0], targets[number])
+        assert torch.equal(found[1], condition[number])
+    for index in (0, 5, -1, -8, np.int64(3), torch.tensor(2)):
+        found = bank[index]
+        assert torch.equal(found.targets, targets[index])
+        assert torch.equal(found.condition, condition[index])
+        found.targets.zero_()  # a copy
+        assert torch.equal(bank[index][0], targets[index])
+    assert torch.equal(torch.stack([task.targets for task in bank]), targets)
+    for index in (8, -9):
+        assert "expected -8 to 7" in error_of(bank.gather, index)
+        assert "expected -8 to 7" in error_of(bank.__getitem__, index)
+    assert "task 99 of a bank of 8" in error_of(bank.gather, [0, 99])
+    for index in (
+        torch.tensor([1.0]),
+        torch.tensor([[1]]),
+        [True],
+        "1",
+        [0, None],
+        [[1], [1, 2]],
+        1.0,
+        torch.ones(8) > 0,
+    ):
+        assert "expected integers" in error_of(bank.gather, index)
+    for index in ([1], slice(2), "1", 1.0):
+        assert "expected an integer" in error_of(bank.__getitem__, index)
+
+
+def test_repr_is_one_line(tmp_path):
+    bank, *_ = make_bank(tmp_path)
+    text = f"{tmp_path}': 8 tasks in 3 shards, k = 2, 3 tokens of width 5, conditions of width 7)"
+    assert repr(bank).endswith(text)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    TrajectoryBank.create("~/bank", LAYOUT, K, C).append(*tasks(1))
+    assert len(TrajectoryBank.open("~/bank")) == 1
+    assert (tmp_path / "bank" / "bank.json").exists()
+
+
+def test_another_default_dtype_and_device(tmp_path):
+    bank, targets, condition = make_bank(tmp_path)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = bank.gather([0, 5])
+            bank.append(*found)
+            assert bank[8].targets.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found[0], targets[[0, 5]])
+    assert torch.equal(found[1], condition[[0, 5]])
+
+
+def test_contents_are_the_identity(tmp_path):
+    """Also of shards without a digest, as older versions wrote them."""
+    (one, *_), (two, *_) = make_bank(tmp_path / "one"), make_bank(tmp_path / "two")
+    assert one.contents() == two.contents() == TrajectoryBank.open(tmp_path / "one").contents()
+    for number in range(3):
+        path = tmp_path / "two" / f"shard-{number:06d}.safetensors"
+        tensors, meta = store.load_tensors(path, "bank-shard")
+        assert meta.pop("contents")
+        store.save_tensors(path, tensors, meta, "bank-shard")
+    assert TrajectoryBank.open(tmp_path / "two").contents() == one.contents()
+    two.append(*tasks(1))
+    assert two.contents() != one.contents()
+    for change in (0, 1):
+        other, parts = TrajectoryBank.create(tmp_path / f"other{change}", LAYOUT, K, C), list(tasks(3, 0))
+        parts[change][0, 0, 0] += 1e-6
+        other.append(*parts)
+        whole = TrajectoryBank.create(tmp_path / f"whole{change}", LAYOUT, K, C)
+        whole.append(*tasks(3, 0))
+        assert other.contents() != whole.contents()
+
+
+def test_a_bank_of_format_1_is_read_and_goes_on(tmp_path):
+    """As version 0.1 wrote it before conditions of a task and positions: no word of exchangeable tokens, no digest of contents."""
+    old = WeightLayout(LAYOUT.entries, exchangeable=True)
+    layout = {key: value for key, value in old.to_dict().items() if key != "exchangeable"}
+    digest = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()[:16]
+    header = {
+        "format": 1,
+        "kind": "trajectory-bank",
+        "num_segments": K,
+        "condition_width": C,
+        "layout": layout,
+        "meta": {"a": 1},
+    }
+    store.write_json(tmp_path / "bank.json", header)
+    targets, condition = tasks(3)
+    store.save_tensors(
+        tmp_path / "shard-000000.safetensors",
+        {"targets": targets, "condition": condition},
+        {"layout": digest},
+        "bank-shard",
+    )
+    before = (tmp_path / "bank.json").read_bytes()
+    bank = TrajectoryBank.create(tmp_path, old, K, C, {"a": 1})
+    assert bank.layout == old
+    assert torch.equal(bank.gather(range(3))[1], condition)
+    bank.append(targets, condition[:, 0])
+    assert len(TrajectoryBank.open(tmp_path)) == 6
+    assert (tmp_path / "bank.json").read_bytes() == before
+    assert "layout.exchangeable (True, now False)" in error_of(TrajectoryBank.create, tmp_path, LAYOUT, K, C, {"a": 1})
 
 
 def test_damaged_folders_name_the_file(tmp_path):
@@ -255,7 +460,7 @@ def test_damaged_folders_name_the_file(tmp_path):
 
     good = json.loads((source / "bank.json").read_text())
     for change, expected in (
-        ({"format": 7}, "made by format 7, this mcdi_fast reads 1"),
+        ({"format": 7}, "made by format 7, this mcdi_fast reads 1 and 2"),
         ({"kind": "report"}, "not the header"),
         ({"num_segments": True}, "num_segments"),
         ({"num_segments": -1}, "num_segments"),
