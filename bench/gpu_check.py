@@ -278,7 +278,7 @@ def peaks() -> dict[str, float]:
 
 def main_job(folder: Path) -> dict:
     """The command on glyphs, short, once on each device: the same draws, so the same numbers to rounding and Adam's sensitivity to it."""
-    short = "--backbone.steps 100 --prepare.tasks 1000 --meta.steps 500 --evaluate.tasks 200".split()
+    short = "--task.backbone.steps 100 --prepare.tasks 1000 --meta.steps 500 --evaluate.tasks 200".split()
     found = {}
     for device in ("cpu", "cuda"):
         began = time.perf_counter()
@@ -290,7 +290,7 @@ def main_job(folder: Path) -> dict:
         if done.returncode:
             return found | {device: f"failed: {done.stderr[-500:]}"}
         report = json.loads((folder / device / "report.json").read_text())
-        accuracy = {name: round(method["accuracy_mean"], 3) for name, method in report["methods"].items()}
+        accuracy = {name: round(method["mean"], 3) for name, method in report["methods"].items()}
         found[device] = {"seconds": time.perf_counter() - began, "stages": report["seconds"], "accuracy": accuracy}
         print(f"main job, {device}: {found[device]}", flush=True)
     return found

@@ -24,15 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mcdi_fast import backbone as bb
 from mcdi_fast.backend import PRECISIONS
 from mcdi_fast.cli import run_command
-from mcdi_fast.config import BackboneConfig, MetaConfig, PrepareConfig, TaskConfig
-from mcdi_fast.evaluate import draw_tasks, generate, interval
+from mcdi_fast.config import MetaConfig, PrepareConfig
+from mcdi_fast.evaluate import VALIDATION_SEED, generate, interval
 from mcdi_fast.heads import head_accuracy
 from mcdi_fast.meta import fit
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import load_tensors, make_folder, save_tensors, write_json
-from mcdi_fast.tasks import load_dataset
+from mcdi_fast.tasks import omniglot
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 aten = torch.ops.aten
 PRODUCTS = {  # where the operands stand
@@ -86,22 +87,25 @@ def main() -> None:
     if todo:
         features = o.cache_dir / "precision-features.safetensors"
         if not features.exists():
-            data = load_dataset("omniglot", o.data_dir, o.cache_dir)
-            network = bb.train_backbone(data, BackboneConfig(), make_folder(o.cache_dir / "backbones"))
+            data = omniglot.load(o.data_dir, o.cache_dir)
+            network = bb.train_backbone(data, bb.BackboneConfig(), make_folder(o.cache_dir / "backbones"))
             copies = [bb.extract_features(network, data.train, augment_seed=copy or None) for copy in range(2)]
             tensors = {"train": torch.stack(copies), "val": bb.extract_features(network, data.val)}
             save_tensors(features, tensors, {}, "features")
         tensors, _ = load_tensors(features, "features")
-        copies, validation = tensors["train"], draw_tasks(tensors["val"], TaskConfig(), o.tasks, 2_000_000)
+        splits = {name: ClassRows.of_grid(tensors[name]) for name in ("train", "val")}
+        family = HeadFamily(splits, HeadOptions())
+        validation = family.tasks("val", 0, o.tasks, VALIDATION_SEED)
+        queries = validation.query["row"].shape[1]
     for seed, precision in todo:
         mode = contextlib.nullcontext() if precision == "ieee" else RoundedProducts(precision)
         with tempfile.TemporaryDirectory() as folder, mode:
-            bank = prepare_bank(Path(folder), copies, TaskConfig(), PrepareConfig(tasks=o.bank_tasks), 3, seed)
+            bank = prepare_bank(Path(folder), family, PrepareConfig(tasks=o.bank_tasks), 3, seed)
             generator = fit(bank, MetaConfig(steps=o.steps), seed=seed)
-            heads = generate(Sampler(generator), validation.support, 0)
-        right = (head_accuracy(heads, validation.query) * validation.query[0, :, :, 0].numel()).round().int()
+            heads = generate(Sampler(generator), validation, 0)
+        right = (family.scores(heads, validation.query) * queries).round().int()
         record["cells"][f"{precision} seed {seed}"] = right.tolist()
-        record["queries"] = validation.query[0, :, :, 0].numel()
+        record["queries"] = queries
         record["machine"] = machine()
         write_json(o.output, record)
         print(f"{precision}, seed {seed}: {100 * float(right.float().mean()) / record['queries']:.2f} %", flush=True)

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from mcdi_fast.backend import Backend
+from mcdi_fast.heads import head_trajectory
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.inner import inner_loop, task_loss
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
-from mcdi_fast.prepare import train_heads
+from mcdi_fast.tasks import optimizer_steps
 from mcdi_fast.weights import Normalizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,8 +291,8 @@ def _prepare_stacked(features: Tensor, labels: Tensor, start: Tensor) -> Tensor:
 
 
 def _prepare_ours(features: Tensor, labels: Tensor, start: Tensor) -> Tensor:
-    # draws the same start by itself: the generator of prepare_case
-    return train_heads(features.unsqueeze(0), labels, RECIPE, torch.Generator().manual_seed(0), WAYS)[:, 0]
+    steps = optimizer_steps(Backend.at_door(DEVICE))
+    return head_trajectory(start, features.unsqueeze(0), labels, RECIPE, **steps)[:, 0]
 
 
 def prepare_providers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -12,20 +12,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ("backbone", "features", "trajectories", "meta-training")  # learning; the rest is loading, evaluation, plots
 
-SHORT = "--backbone.steps 60 --prepare.tasks 1000 --meta.steps 500"  # a minute; MCDI_BENCH_JOB="" runs the whole job, about five
+SHORT = "--task.backbone.steps 60 --prepare.tasks 1000 --meta.steps 500"  # a minute; MCDI_BENCH_JOB="" runs the whole job, about five
 
 _MEMORY = """
 import ctypes, json, re, resource, sys, tempfile, torch
 from pathlib import Path
-from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 def anonymous():
     return int(re.search("RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 features = torch.randn(1, 100, 20, 64, generator=torch.Generator().manual_seed(0))
 with tempfile.TemporaryDirectory() as folder:
-    prepare_bank(Path(folder) / "bank", features, TaskConfig(), PrepareConfig(tasks=int(sys.argv[1]), steps=6, copies=1), 3, 0)
+    family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions())
+    prepare_bank(Path(folder) / "bank", family, PrepareConfig(tasks=int(sys.argv[1]), steps=6), 3, 0)
     found = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "anonymous": anonymous()}
     ctypes.CDLL(None).malloc_trim(0)
     found["held"] = anonymous()

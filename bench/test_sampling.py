@@ -9,18 +9,21 @@ import torch
 from checks import close_to
 
 from mcdi_fast import Sampler
-from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig, TaskConfig
+from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import denoise
 from mcdi_fast.diffusion import sample_chain
-from mcdi_fast.evaluate import draw_tasks, finetune
-from mcdi_fast.heads import head_accuracy, support_condition
+from mcdi_fast.evaluate import finetune
+from mcdi_fast.heads import head_trajectory
 from mcdi_fast.meta import fit
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import FEW_ROWS
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
+from mcdi_fast.backend import Backend
 
 TASKS = [1, 4, 32, 600, 4096]
 FEWEST = 3  # one a segment
+BACKEND = Backend.at_door()
 FINETUNE_STEPS, FINETUNE_RATES = (5, 10, 20, 50, 100), (0.01, 0.05, 0.2)
 
 
@@ -33,10 +36,11 @@ def gaussian_classes(classes, drawers, seed):
 
 
 def trained(folder, meta_steps=400, tasks=2000, width=256):
-    recipe = PrepareConfig(tasks=tasks, copies=1)
-    bank = prepare_bank(folder, gaussian_classes(400, 20, 0).unsqueeze(0), TaskConfig(), recipe, 3, 0)
+    splits = {"train": gaussian_classes(400, 20, 0), "test": gaussian_classes(200, 20, 1)}
+    family = HeadFamily({name: ClassRows.of_grid(grid) for name, grid in splits.items()}, HeadOptions())
+    bank = prepare_bank(folder, family, PrepareConfig(tasks=tasks), 3, 0)
     generator = fit(bank, MetaConfig(steps=meta_steps, ema=0.99), denoiser=DenoiserConfig(width=width))
-    return generator, draw_tasks(gaussian_classes(200, 20, 1), TaskConfig(), 600, 7)
+    return generator, family, family.tasks("test", 0, 600, 7)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +101,11 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
         or (provider == "torch" and not few)
     ):
         pytest.skip("timed at fewer sizes")
-    generator, test = setup
-    support = test.support[torch.arange(tasks) % len(test)]
-    condition = support_condition(support).to(P.DEVICE)
+    generator, family, test = setup
+    condition = test.condition[torch.arange(tasks) % len(test)].to(P.DEVICE)
     found = providers(P.on_device(generator), condition)
     steps = FEWEST if provider == "3 steps" else P.STEPS
-    every = Sampler(generator).sample(support_condition(test.support), range(len(test)), num_steps=steps).tokens
+    every = Sampler(generator).sample(test.condition, range(len(test)), num_steps=steps).tokens
     measure(
         found[provider],
         close_to(reference(P.on_device(generator), condition, steps), 1e-3),
@@ -112,7 +115,7 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
         provider=provider,
         size=f"{tasks} tasks",
         work=tasks,
-        accuracy=100 * float(head_accuracy(every, test.query).mean()),
+        accuracy=100 * float(family.scores(every, test.query).mean()),
     )
 
 
@@ -120,22 +123,22 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
 def test_finetuning(benchmark, measure, setup, tasks):
     """The fewest Adam steps, at the best rate, that reach the accuracy of the generated heads; 100 where none does."""
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
-    generator, test = setup
-    generated = head_accuracy(
-        Sampler(generator).sample(support_condition(test.support), range(len(test))).tokens, test.query
-    ).mean()
+    generator, family, test = setup
+    generated = family.scores(Sampler(generator).sample(test.condition, range(len(test))).tokens, test.query).mean()
     tried = [
-        (float(head_accuracy(finetune(test.support, steps, rate), test.query).mean()), steps, rate)
+        (float(family.scores(finetune(family, test, steps, rate, 0.0, BACKEND), test.query).mean()), steps, rate)
         for steps in FINETUNE_STEPS
         for rate in FINETUNE_RATES
     ]
     reached = [entry for entry in tried if entry[0] >= generated]
     accuracy, steps, rate = min(reached, key=lambda entry: entry[1]) if reached else max(tried)
-    support = test.support[:tasks]
-    expected = finetune(support.double(), steps, rate)
-    rows = support.shape[1] * support.shape[2]
+    some = test[:tasks]
+    recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=0.0)
+    x, zero = family.features(some.support)[None].double(), torch.zeros(tasks, *family.layout.mask.shape).double()
+    expected = head_trajectory(zero, x, some.support["label"], recipe)[:, -1]
+    rows = x.shape[2]
     measure(
-        lambda: finetune(support, steps, rate),
+        lambda: finetune(family, some, steps, rate, 0.0, BACKEND),
         close_to(expected, 1e-3),
         operations=tasks * steps * (2 * 2 * rows * P.WAYS * P.FEATURES + 16 * P.WAYS * (P.FEATURES + 1)),
         bytes=tasks * steps * 2 * 4 * rows * P.FEATURES,

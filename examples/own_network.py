@@ -1,97 +1,84 @@
-"""A weight generator for a small network of one's own: networks that draw a sine of given amplitude and phase, without training them.
+"""Small networks that draw a sine of given amplitude and phase, without training them: a family of tasks of one's own.
 
     python examples/own_network.py [--steps 2000]
 
-Four steps, each of which may be replaced by one's own: a module, its layout, trajectories of its training in a bank, `fit`. Then a network
-for any (amplitude, phase) is sampled in milliseconds.
+Three things are needed: a module, a loss, and tasks that are the same for the same (split, seed, number). `train` does the rest: trajectories of
+many tasks, a bank, meta-training, and a report against fine-tuning, the bank's mean, the nearest training task and the trained targets.
+`python -m mcdi_fast.train --dataset own_network:family` does the same from the command line, in this folder.
 """
 
 import argparse
-import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
-from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, Sampler, TrajectoryBank, WeightLayout, fit
-
-
-def network():
-    return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
-
+from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, Sampler, WeightGenerator
+from mcdi_fast.config import EvaluateConfig, PrepareConfig, TrainConfig
+from mcdi_fast.tasks import TaskBatch, register
+from mcdi_fast.tasks.modules import ModuleFamily
+from mcdi_fast.train import train
 
 X = torch.linspace(-2, 2, 64).unsqueeze(1)
+SPLITS = ("train", "val", "test")
 
 
-def wave(task):
-    """Tasks [B, 2] -> what their networks should draw, [B, 64, 1]."""
-    amplitude, phase = task.unbind(1)
-    return amplitude[:, None, None] * torch.sin(2 * X + phase[:, None, None])
+def draw(split, start, count, seed):
+    """Tasks are waves. The condition says which; a new network may also be fine-tuned on ten points of it."""
+    keys = [np.random.SeedSequence((SPLITS.index(split), seed, number)) for number in range(start, start + count)]
+    u = torch.from_numpy(np.stack([np.random.default_rng(key).random(2) for key in keys])).float()
+    amplitude, phase = 0.5 + u[:, :1], 3 * u[:, 1:]
+    y = (amplitude * torch.sin(2 * X[:, 0] + phase)).unsqueeze(-1)
+    every = {"x": X.expand(count, -1, -1), "y": y}
+    ten = {name: value[:, 3::6] for name, value in every.items()}
+    condition = torch.cat([amplitude * phase.cos(), amplitude * phase.sin(), amplitude], 1)
+    return TaskBatch(condition.unsqueeze(1), support=ten, query=every, train=every)
 
 
-def trajectories(net, task, steps=300, record=3):
-    """Adam on all tasks at once, from one start: {name: [B, record, *shape]}. A common start keeps the networks comparable."""
-    target = wave(task)
-    state = {name: p.detach().expand(len(task), *p.shape).clone() for name, p in net.named_parameters()}
-
-    def loss(weights, y):
-        return (functional_call(net, weights, (X,)) - y).square().mean()
-
-    optimizer = torch.optim.Adam(state.values(), 0.02)
-    kept = {name: [] for name in state}
-    for step in range(1, steps + 1):
-        for name, gradient in vmap(grad(loss))(state, target).items():
-            state[name].grad = gradient
-        optimizer.step()
-        if step % (steps // record) == 0:
-            for name, value in state.items():
-                kept[name].append(value.clone())
-    return {name: torch.stack(values, 1) for name, values in kept.items()}
+def loss(net, data):
+    return F.mse_loss(net(data["x"]), data["y"])
 
 
-def draw_tasks(count, seed):
-    uniform = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
-    return torch.stack([0.5 + uniform[:, 0], 3 * uniform[:, 1]], 1)
+def defaults(config):
+    return replace(
+        config,
+        prepare=PrepareConfig(tasks=500, steps=300, learning_rate=0.02, rho=0.0, weight_decay=0.0, start_std=0.0),
+        diffusion=DiffusionConfig(steps=12),
+        denoiser=DenoiserConfig(128, 2),
+        meta=MetaConfig(steps=2000, meta_batch=16, samples=2, ema=0.99),
+        evaluate=EvaluateConfig(tasks=100, validation_tasks=50, finetune_steps=(10, 100), finetune_decays=(0.0003, 0.003)),
+    )
 
 
-def tell(task, num_tokens):
-    """The condition [B, N, C] of tasks: the wave, and for every token which one it is.
-
-    The tokens of a network are its units, and each has a place; the denoiser treats tokens alike unless the condition tells them apart.
-    """
-    amplitude, phase = task.unbind(1)
-    wave = torch.stack([amplitude * phase.cos(), amplitude * phase.sin(), amplitude], 1)
-    place = torch.eye(num_tokens).expand(len(task), -1, -1)
-    return torch.cat([wave[:, None].expand(-1, num_tokens, -1), place], 2)
+@register(defaults)
+def family():
+    torch.manual_seed(0)  # its weights are the start of every task
+    return ModuleFamily(nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)), draw, loss)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="of meta-training")
     parser.add_argument("--tasks", type=int, default=500)
-    parser.add_argument("--folder", default="runs/example-waves")
+    parser.add_argument("--folder", type=Path, default=Path("runs/example-waves"))
     options = parser.parse_args(arguments)
-    torch.manual_seed(0)
 
-    net = network()
-    layout = WeightLayout.from_module(net)  # select=["0", "2.bias"] would take some of the layers only
-    task = draw_tasks(options.tasks, seed=1)
-    shutil.rmtree(options.folder, ignore_errors=True)
-    condition = tell(task, layout.num_tokens)
-    bank = TrajectoryBank.create(options.folder, layout, num_segments=3, condition_width=condition.shape[-1])
-    bank.append(layout.pack_batch(trajectories(net, task)), condition)
+    waves, config = family(), defaults(TrainConfig(dataset="waves", run_dir=options.folder))
+    config = replace(config, meta=replace(config.meta, steps=options.steps), prepare=replace(config.prepare, tasks=options.tasks))
+    train(config, family=waves)
 
-    meta = MetaConfig(steps=options.steps, meta_batch=16, samples=2, ema=0.99)
-    generator = fit(bank, meta, DiffusionConfig(steps=12), DenoiserConfig(128, 2))
-    generator.save_pretrained(f"{options.folder}/generator")
-
-    new = draw_tasks(50, seed=2)
-    weights = Sampler(generator).sample(tell(new, layout.num_tokens), seeds=range(50))
-    drawn = weights.functional_call(net, X.expand(50, -1, -1))
-    error = float((drawn - wave(new)).square().mean().sqrt())
-    guess = float((wave(task).mean(0) - wave(new)).square().mean().sqrt())
+    # from here on it is any generator
+    generator = WeightGenerator.from_pretrained(options.folder / "generator")
+    new = waves.tasks("test", 1000, 50, seed=0)
+    weights = Sampler(generator).sample(new.condition, seeds=range(50))
+    drawn = weights.functional_call(waves.module, new.query["x"])
+    error = float((drawn - new.query["y"]).square().mean().sqrt())
+    guess = float((waves.tasks("train", 0, 500, 0).query["y"].mean(0) - new.query["y"]).square().mean().sqrt())
     print(f"generated networks: error {error:.3f}; the mean of all waves: {guess:.3f}")
-    weights.load_into(net, 0)  # one of them, as an ordinary module
+    weights.load_into(waves.module, 0)  # one of them, as an ordinary module
     return error, guess
 
 

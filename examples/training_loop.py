@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, Sampler, TrajectoryBank, WeightGenerator, fit
-from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.heads import head_layout, support_condition
 from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 WAYS, SHOTS, QUERIES = 5, 1, 5
 
@@ -24,10 +25,9 @@ def small_generator(folder, width):
     """Trajectories of heads on Gaussian classes, and a generator trained on them: seconds."""
     classes = torch.randn(40, 1, width, generator=torch.Generator().manual_seed(0))
     features = classes + 0.3 * torch.randn(40, 20, width, generator=torch.Generator().manual_seed(1))
-    features = (features / features.square().sum(-1).mean().sqrt()).unsqueeze(0)
-    bank: TrajectoryBank = prepare_bank(
-        folder, features, TaskConfig(WAYS, SHOTS, QUERIES), PrepareConfig(tasks=500, steps=30), 3, seed=0
-    )
+    features = features / features.square().sum(-1).mean().sqrt()
+    family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions(WAYS, SHOTS, QUERIES))
+    bank: TrajectoryBank = prepare_bank(folder, family, PrepareConfig(tasks=500, steps=30), 3, seed=0)
     return fit(bank, MetaConfig(steps=300, meta_batch=16), DiffusionConfig(steps=12), DenoiserConfig(64, 1))
 
 

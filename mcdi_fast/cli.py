@@ -147,17 +147,22 @@ def run_command(main: Callable[[], Any]) -> int:
     return 0
 
 
-def parse(kind: type[Config], default: Callable[[str], Config], name: str, arguments: Sequence[str] | None) -> Config:
-    """The command line as a configuration (a dataclass with a `dataset`), whose defaults are those of its --dataset.
+def parse(
+    kind: Callable[[str], tuple[Any, Config]], name: str, arguments: Sequence[str] | None, dataset: str = "glyphs"
+) -> Config:
+    """The command line as a configuration. `~` in a path is the home folder.
 
-    `~` in a path is the home folder. Called inside `run_command`: its --help must survive any stdout.
+    Called inside `run_command`: its --help must survive any stdout.
+
+    Args:
+        kind: of a `--dataset`: the dataclass to parse as, and its defaults. name: of the module, for --help. dataset: the default one.
     """
     import tyro
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--dataset", default=vars(kind)["dataset"])  # that of the class
-    dataset = peek.parse_known_args(arguments)[0].dataset
-    return _expanded(tyro.cli(kind, default=default(dataset), prog=f"python -m {name}", args=arguments))
+    peek.add_argument("--dataset", default=dataset)
+    form, default = kind(peek.parse_known_args(arguments)[0].dataset)
+    return _expanded(tyro.cli(form, default=default, prog=f"python -m {name}", args=arguments))
 
 
 def _expanded(config: Any) -> Any:

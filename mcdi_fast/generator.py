@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mcdi_fast.bounds import check
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes
 from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
@@ -178,11 +179,9 @@ class WeightGenerator:
             if name not in tensors:
                 raise McdiError(f"{model}: tensor {name} is missing; the file is damaged or from another version")
         try:
-            diffusion = DiffusionConfig(**config["diffusion"])
-            for name, kind in DiffusionConfig.__annotations__.items():
-                value = config["diffusion"][name]  # none may be left to a default: it can be another one by now
-                if type(value) is not {"int": int, "float": float}.get(kind, str):
-                    raise McdiError(f"{where}: diffusion.{name} = {value!r:.40}, expected {kind}")
+            # none may be left to a default: it can be another one by now
+            given = {field.name: config["diffusion"][field.name] for field in fields(DiffusionConfig)}
+            diffusion = check(DiffusionConfig(**given | config["diffusion"]), f"{where}: diffusion.")
             if not isinstance(config["provenance"], dict):
                 raise McdiError(f"{where}: provenance is {type(config['provenance']).__name__}, expected a dict")
             if meta.get("config") != _digest(config):

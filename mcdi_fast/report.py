@@ -13,15 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mcdi_fast.evaluate import COMPARED, OBJECTIVE_TITLES
+from mcdi_fast.evaluate import GRADIENTS, OBJECTIVE_TITLES, WHAT
 from mcdi_fast.store import atomic_write, write_json
-
-_WHAT = {
-    "head-finetune": "Adam on the head, support only",
-    "head-finetune-decay": "the same with weight decay",
-    "nearest-prototype": "nearest class mean",
-    "trained-target": "trained on every image of the test classes (ceiling)",
-}
 
 
 def machine() -> dict[str, Any]:
@@ -66,15 +59,16 @@ def write_report(folder: Path, result: dict[str, Any], metrics: Sequence[dict[st
         metrics: the lines of metrics.jsonl.
     """
     write_json(folder / "report.json", result)
+    name = result["metric"]["name"]
     plots = {
-        "learning.png": ("Learning curves", _plot_learning(metrics)),
-        "accuracy.png": ("Accuracy of each method, with 95 % intervals over tasks", _plot_accuracy(result)),
-        "steps.png": ("Accuracy and weight error against the number of sampling steps", _plot_steps(result)),
+        "learning.png": ("Learning curves", _plot_learning(metrics, result)),
+        "methods.png": (f"The {name} of each method, with 95 % intervals over tasks", _plot_methods(result)),
+        "steps.png": (f"The {name} and the weight error against the number of sampling steps", _plot_steps(result)),
         "norms.png": ("Norm of generated against target weights", _plot_norms(result)),
         "chains.png": ("Sampling chains in a plane of weight space, over the task's loss", plot_chains(result)),
     }
-    for name, (_, data) in plots.items():
-        atomic_write(folder / name, data)
+    for file, (_, data) in plots.items():
+        atomic_write(folder / file, data)
     atomic_write(folder / "report.md", _markdown(result, {n: title for n, (title, _) in plots.items()}).encode())
 
 
@@ -82,48 +76,69 @@ def _title(name: str) -> str:
     return f"{name} ({OBJECTIVE_TITLES[name]})" if name in OBJECTIVE_TITLES else name
 
 
+def _axis(result: dict[str, Any]) -> str:
+    metric = result["metric"]
+    return f"{metric['name']}, {metric['unit']}" if metric["unit"] else metric["name"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table, and a blank one behind it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [*("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines), ""]
+
+
+def number(value: float, like: float | None = None) -> str:
+    """With two digits after the point, or three that count where it is small."""
+    return f"{value:.2f}" if abs(like if like is not None else value) >= 1 else f"{value:.3g}"
+
+
 def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
-    config, machine_, methods = result["config"], result["machine"], result["methods"]
-    task, count = config["task"], config["evaluate"]["tasks"]
+    config, methods, axis = result["config"], result["methods"], _axis(result)
+    options = ", ".join(f"{k} {v}" for k, v in (config["task"] or {}).items() if not isinstance(v, dict))
+    better = "higher" if result["metric"]["higher_is_better"] else "lower"
     lines = [
-        f"# {config['dataset']}, {task['ways']}-way {task['shots']}-shot, seed {config['seed']}",
+        f"# {config['dataset']}, seed {config['seed']}",
         "",
-        f"{count} test tasks, {task['queries']} queries a class, the same for every method; ± is the 95 % interval over tasks. "
-        "Chosen on validation classes only: the rate and decay of fine-tuning.",
+        f"{options}. {config['evaluate']['tasks']} test tasks, the same for every method. ± is the 95 % interval over tasks; {better} is better. "
+        "The settings of fine-tuning are chosen on validation tasks.".lstrip(". "),
         "",
-        "| method | accuracy, % | one task, ms | gradients at test time |",
-        "| --- | --- | --- | --- |",
     ]
+
+    def row(name: str, m: dict[str, Any]) -> list[str]:
+        what = WHAT.get(name, "weights drawn from noise, by this run's generator" if name in OBJECTIVE_TITLES else "")
+        score = f"{number(m['mean'])} ± {number(m['ci95'], m['mean'])}"
+        return [f"{_title(name)}: {what}", score, f"{m['latency_ms']:.2f}", "yes" if name in GRADIENTS else "no"]
+
+    lines += table(["method", axis, "one task, ms", "gradients at test time"], [row(n, m) for n, m in methods.items()])
+    lines += ["Paired over the same tasks:", ""]
     for name, m in methods.items():
-        gradients = "yes" if name.startswith(("head-finetune", "trained-target")) else "no"
-        what = _WHAT.get(name, "weights drawn from noise, this run's generator")
-        lines.append(
-            f"| {_title(name)}: {what} | {m['accuracy_mean']:.2f} ± {m['accuracy_ci95']:.2f} | {m['latency_ms']:.2f} | {gradients} |"
-        )
-    lines += ["", "Paired over the same tasks:", ""]
-    for name in COMPARED:
-        m = methods[name]
-        lines.append(
-            f"- generated minus {name}: {m['generated_minus_this']:+.2f} ± {m['generated_minus_this_ci95']:.2f}"
-        )
-    lines += ["", "| sampling steps | accuracy, % | weight error (normalised RMS) |", "| --- | --- | --- |"]
-    lines += [
-        f"| {p['steps']} | {p['accuracy_mean']:.2f} ± {p['accuracy_ci95']:.2f} | {p['weight_error']:.3f} |"
-        for p in result["sampling_steps"]
-    ]
+        if "generated_minus_this" in m:
+            difference, half = m["generated_minus_this"], m["generated_minus_this_ci95"]
+            size = max(abs(difference), abs(half))
+            lines.append(
+                f"- generated minus {name}: {'+' * (difference >= 0)}{number(difference, size)} ± {number(half, size)}"
+            )
+    lines.append("")
+    lines += table(
+        ["sampling steps", axis, "weight error (normalised RMS)"],
+        [
+            [p["steps"], f"{number(p['mean'])} ± {number(p['ci95'], p['mean'])}", f"{p['weight_error']:.3f}"]
+            for p in result["sampling_steps"]
+        ],
+    )
     for name, title in plots.items():
-        lines += ["", f"## {title}", "", f"![{title}]({name})"]
-    lines += ["", "## Where the time went", "", "| stage | s |", "| --- | --- |"]
-    lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in result["seconds"].items()]
+        lines += [f"## {title}", "", f"![{title}]({name})", ""]
+    seconds = [[stage, f"{value:.1f}"] for stage, value in result["seconds"].items()]
+    lines += ["## Where the time went", "", *table(["stage", "s"], seconds)]
     if result.get("skipped_steps"):
         steps = config["meta"]["steps"]
         lines += [
-            "",
             f"**{result['skipped_steps']} of the {steps} outer steps were skipped: their loss was not finite.**",
+            "",
         ]
-    lines += ["", "A stage that an earlier, interrupted run had (partly) done counts only what this one added."]
-    lines += ["", "## Machine", ""] + [f"- {key}: {value}" for key, value in machine_.items()]
-    lines += ["", "Every setting is in `config.json`, every number above in `report.json`.", ""]
+    lines += ["A stage that an earlier, interrupted run had (partly) done counts only what this one added.", ""]
+    lines += ["## Machine", "", *(f"- {key}: {value}" for key, value in result["machine"].items()), ""]
+    lines += ["Every setting is in `config.json`, every number above in `report.json`.", ""]
     return "\n".join(lines)
 
 
@@ -147,7 +162,7 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
+def _plot_learning(metrics: Sequence[dict[str, Any]], result: dict[str, Any]) -> bytes:
     figure, (left, right) = new_figure(2)
     step = np.array([m["step"] for m in metrics])
     loss = np.array([m["loss"] for m in metrics], float)  # None, of a step that was skipped, becomes NaN
@@ -158,25 +173,27 @@ def _plot_learning(metrics: Sequence[dict[str, Any]]) -> bytes:
         left.plot(step[window - 1 :], smooth, color="C0", label=f"mean of {window}")
     left.set(xlabel="outer step", ylabel="loss before the inner steps")
     left.legend(frameon=False)
-    points = [(m["step"], m["validation_accuracy"]) for m in metrics if "validation_accuracy" in m]
+    points = [(m["step"], m["validation"]) for m in metrics if "validation" in m]
     if points:
         right.plot(*zip(*points, strict=True), "o-", ms=3)
-    right.set(xlabel="outer step", ylabel="accuracy on validation tasks, %")
+    right.set(xlabel="outer step", ylabel=f"{_axis(result)}, validation tasks")
     return png(figure)
 
 
-def _plot_accuracy(result: dict[str, Any]) -> bytes:
+def _plot_methods(result: dict[str, Any]) -> bytes:
     figure, ax = new_figure()
     names = list(result["methods"])
-    mean = [result["methods"][n]["accuracy_mean"] for n in names]
-    half = [result["methods"][n]["accuracy_ci95"] for n in names]
+    mean = [result["methods"][n]["mean"] for n in names]
+    half = [result["methods"][n]["ci95"] for n in names]
     ax.errorbar(mean, range(len(names)), xerr=half, fmt="o", capsize=4)
     for y, (m, h) in enumerate(zip(mean, half, strict=True)):
-        ax.annotate(f"{m:.2f} ± {h:.2f}", (m, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(
+            f"{number(m)} ± {number(h, m)}", (m, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
+        )
     ax.set(
         yticks=range(len(names)),
         yticklabels=[_title(n) for n in names],
-        xlabel="accuracy, %",
+        xlabel=_axis(result),
         ylim=(-0.5, len(names) - 0.3),
     )
     ax.margins(x=0.2)
@@ -188,10 +205,8 @@ def _plot_steps(result: dict[str, Any]) -> bytes:
     figure, (left, right) = new_figure(2)
     curve = result["sampling_steps"]
     steps = [p["steps"] for p in curve]
-    left.errorbar(
-        steps, [p["accuracy_mean"] for p in curve], [p["accuracy_ci95"] for p in curve], fmt="o-", ms=3, capsize=3
-    )
-    left.set(xlabel="sampling steps", ylabel="accuracy, %")
+    left.errorbar(steps, [p["mean"] for p in curve], [p["ci95"] for p in curve], fmt="o-", ms=3, capsize=3)
+    left.set(xlabel="sampling steps", ylabel=_axis(result))
     right.plot(steps, [p["weight_error"] for p in curve], "o-", ms=3)
     right.set(xlabel="sampling steps", ylabel="RMS error to the trained target, normalised", ylim=(0, None))
     return png(figure)
@@ -203,7 +218,7 @@ def _plot_norms(result: dict[str, Any]) -> bytes:
     ax.plot(target, generated, ".", ms=3, alpha=0.6)
     both = [min(*generated, *target), max(*generated, *target)]
     ax.plot(both, both, color="0.6", lw=0.8)
-    ax.set(xlabel="norm of the trained target", ylabel="norm of the generated head")
+    ax.set(xlabel="norm of the trained target", ylabel="norm of the generated weights")
     return png(figure)
 
 

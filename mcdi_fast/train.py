@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +20,41 @@ from mcdi_fast import environment  # noqa: F401
 
 import torch
 
-from mcdi_fast import backbone as bb
-from mcdi_fast.backend import check_device, check_precision, resolve
+from mcdi_fast.backend import Backend, check_device, check_precision, resolve
+from mcdi_fast.bounds import check
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
-from mcdi_fast.config import TrainConfig, default_config
-from mcdi_fast.diffusion import diffusion_tables
+from mcdi_fast.config import TrainConfig
+from mcdi_fast.diffusion import diffusion_tables, sampling_steps
 from mcdi_fast.errors import McdiError
-from mcdi_fast.evaluate import check_evaluate, draw_tasks, evaluate, generate
-from mcdi_fast.heads import head_accuracy
+from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, evaluate, generate
 from mcdi_fast.meta import MetaTrainer, check_meta, fit
-from mcdi_fast.prepare import check_prepare, prepare_bank
+from mcdi_fast.prepare import check_segments, prepare_bank
 from mcdi_fast.ranks import Ranks, join
-from mcdi_fast.report import git_sha, machine, write_report
+from mcdi_fast.report import git_sha, machine, number, write_report
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.store import atomic_write, make_folder
-from mcdi_fast.tasks import FAMILIES, FewShotData, check_episodes, load_dataset
+from mcdi_fast.store import atomic_write
+from mcdi_fast.tasks import NoOptions, Setup, TaskFamily, find_family
 
 # What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
 _FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
-TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # far from the seeds of training tasks
 
 
-def check_config(config: TrainConfig) -> None:
-    """Raise McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
-
-    if config.dataset not in FAMILIES:
-        raise McdiError(f"--dataset {config.dataset!r}: expected one of {', '.join(FAMILIES)}")
-    if not 0 <= config.seed < TEST_SEED:
-        raise McdiError(f"--seed {config.seed}: expected 0 to {TEST_SEED - 1}")
-    d = config.diffusion
-    diffusion_tables(d)
-    check_prepare(config.prepare, d.segments)
-    noisy = (
-        f"its chain is noise-free, --evaluate.eta-noise = {config.evaluate.eta_noise}"
-        if config.evaluate.eta_noise
-        else None
-    )
+def check_config(config: TrainConfig) -> TrainConfig:
+    """The configuration with plain numbers; raises McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
+    config = check(config)
+    d, noise = config.diffusion, config.evaluate.eta_noise
+    schedule, objective = diffusion_tables(d)
+    check_segments(config.prepare.steps, d.segments)
+    noisy = f"its chain is noise-free, --evaluate.eta-noise = {noise}" if noise else None
     resolve(config.impl, check_device(config.device), noisy)
     check_precision(config.precision)
-    for name in ("width", "depth"):
-        if getattr(config.denoiser, name) < 1:
-            raise McdiError(f"--denoiser.{name} = {getattr(config.denoiser, name)}: expected at least 1")
-    bb.check_backbone(config.backbone)
-    check_meta(config.meta)
-    check_evaluate(config.evaluate, d.steps, d.segments)
+    if config.evaluate.sampling_steps is not None:
+        try:
+            sampling_steps(schedule, objective.ends, config.evaluate.sampling_steps)
+        except McdiError as error:
+            raise McdiError(f"--evaluate.sampling-steps = {config.evaluate.sampling_steps}: {error}") from error
+    return config
 
 
 class Metrics:
@@ -98,94 +87,78 @@ class Metrics:
             ) from error
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
     """Run the main job; returns the run folder.
+
+    Args:
+        config: `--dataset` names the family, unless one is given. family: of the caller's own; config.dataset is then only its name.
 
     Raises:
         McdiError: bad settings or data, before anything is written; a full disk; a loss that is not finite.
     """
-
-    folder = config.run_dir or Path("runs") / f"{config.dataset}-seed{config.seed}"
-    with join(config.device) as (ranks, device):
-        config = replace(config, device=device)
-        check_config(config)
+    name = config.dataset.replace(":", "-")
+    folder = config.run_dir or Path("runs") / f"{name}-seed{config.seed}"
+    entry = None if family is not None else find_family(config.dataset)
+    task = config.task if config.task is not None else entry.options() if entry else NoOptions()
+    with join(config.device) as (ranks, device), contextlib.ExitStack() as run:
+        config = check_config(replace(config, device=device, task=task))
         check_meta(config.meta, ranks)
+        backend = Backend.at_door(config.device, config.impl, config.precision)
+        stages, taken = Stages(show=ranks.is_main), list[bool]()
+
+        def begin() -> None:
+            if ranks.is_main and not taken:
+                run.enter_context(open_run(folder, config, _FREE))
+                run.enter_context(stopped())
+                taken.append(True)
+
         if not ranks.is_main:
-            with stopped():
-                _follow(config, folder, ranks)
-            return folder
-        stages, task = Stages(), config.task
-        with stages("data", 1, "set") as bar:
-            data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
-            bar.update()
-        for part in (data.train, data.val, data.test):
-            check_episodes(
-                part.num_classes, part.images_per_class, ways=task.ways, shots=task.shots, queries=task.queries
-            )
-        with open_run(folder, config, _FREE), stopped():
-            _train(config, data, folder, stages, ranks)
+            run.enter_context(stopped())
+            ranks.broadcast_number(0)  # rank 0 has made what is kept in the cache
+        if entry is not None:
+            family = entry.family(task, Setup(config.data_dir, config.cache_dir, backend.device, stages, begin))
+        assert family is not None
+        begin()
+        if ranks.is_main:
+            ranks.broadcast_number(0)
+            _train(config, family, folder, stages, backend, ranks)
+        else:
+            _follow(config, family, folder, backend, ranks)
     return folder
 
 
-def _follow(config: TrainConfig, folder: Path, ranks: Ranks) -> None:
+def _follow(config: TrainConfig, family: TaskFamily, folder: Path, backend: Backend, ranks: Ranks) -> None:
     """What every process but rank 0 does: its share of preparation and meta-training. It writes nothing."""
-    compute: dict[str, Any] = {"impl": config.impl, "precision": config.precision, "ranks": ranks}
-    features = ranks.broadcast_features(None).to(config.device)
-    bank = prepare_bank(
-        folder / "bank", features, config.task, config.prepare, config.diffusion.segments, config.seed, **compute
-    )
-    fit(bank, config.meta, config.diffusion, config.denoiser, seed=config.seed, device=config.device, **compute)
+    segments = config.diffusion.segments
+    bank = prepare_bank(folder / "bank", family, config.prepare, segments, config.seed, backend=backend, ranks=ranks)
+    compute: dict[str, Any] = {"device": config.device, "impl": config.impl, "precision": config.precision}
+    fit(bank, config.meta, config.diffusion, config.denoiser, seed=config.seed, ranks=ranks, **compute)
 
 
-def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: Stages, ranks: Ranks) -> None:
-    task = config.task
-    compute = {"impl": config.impl, "precision": config.precision}
-    with stages("backbone", config.backbone.steps, "episodes") as bar:
-        cache = make_folder(config.cache_dir / "backbones")
-        network = bb.train_backbone(
-            data, config.backbone, cache, device=config.device, on_start=bar.update, on_step=lambda *_: bar.update()
-        )
+def _train(
+    config: TrainConfig, family: TaskFamily, folder: Path, stages: Stages, backend: Backend, ranks: Ranks
+) -> None:
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    provenance = {"dataset": config.dataset, **family.provenance()}
+    metric, seed, noise = family.metric, config.seed, config.evaluate.eta_noise
+    validation = family.tasks("val", 0, config.evaluate.validation_tasks, VALIDATION_SEED + seed)
+    test = family.tasks("test", 0, config.evaluate.tasks, TEST_SEED + seed)
 
-    images = [data.train] * config.prepare.copies + [data.val, data.test]
-    with stages("features", sum(part.num_classes * part.images_per_class for part in images), "images") as bar:
-        take = partial(bb.extract_features, network, progress=bar.update, views=config.backbone.views)
-        copies = torch.stack([take(data.train, augment_seed=copy or None) for copy in range(config.prepare.copies)])
-        validation = draw_tasks(
-            take(data.val),
-            task,
-            config.evaluate.validation_tasks,
-            VALIDATION_SEED + config.seed,
-        )
-        test = draw_tasks(
-            take(data.test),
-            task,
-            config.evaluate.tasks,
-            TEST_SEED + config.seed,
-        )
-
-    ranks.broadcast_features(copies.cpu())
-
-    provenance = {
-        "dataset": data.name,
-        "data_fingerprint": data.fingerprint,
-        **bb.features_provenance(data, config.backbone, network),
-    }
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
         bank = prepare_bank(
             folder / "bank",
-            copies,
-            task,
+            family,
             config.prepare,
             config.diffusion.segments,
-            config.seed,
-            meta=provenance | {"prepare": asdict(config.prepare), "task": asdict(task), "seed": config.seed},
+            seed,
+            meta=provenance | {"prepare": asdict(config.prepare), "seed": seed},
             on_start=bar.update,
             on_tasks=bar.update,
-            **compute,
+            backend=backend,
             ranks=ranks,
         )
-    del copies
 
+    compute: dict[str, Any] = {"impl": config.impl, "precision": config.precision}
     with stages("meta-training", config.meta.steps, "steps") as bar:
         metrics: list[Metrics] = []
 
@@ -202,10 +175,12 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: Stages,
             if config.meta.on_bad_step == "skip":
                 entry["skipped"] = trainer.skipped
             if trainer.checkpoint_due():
-                sampler = Sampler(trainer.generator(), config.device, **compute)
-                heads = generate(sampler, validation.support, config.seed, eta_noise=config.evaluate.eta_noise)
-                entry["validation_accuracy"] = 100 * float(head_accuracy(heads, validation.query).mean())
-                bar.set_postfix(loss=f"{value:.3f}", validation=f"{entry['validation_accuracy']:.2f} %", refresh=False)
+                theta = generate(
+                    Sampler(trainer.generator(), config.device, **compute), validation, seed, eta_noise=noise
+                )
+                score = metric.factor * float(family.scores(theta, validation.query).mean())
+                entry["validation"] = score if math.isfinite(score) else None
+                bar.set_postfix(loss=f"{value:.3f}", validation=f"{score:.4g} {metric.unit}", refresh=False)
             metrics[0].write(entry)
 
         generator = fit(
@@ -213,40 +188,47 @@ def _train(config: TrainConfig, data: FewShotData, folder: Path, stages: Stages,
             config.meta,
             config.diffusion,
             config.denoiser,
-            seed=config.seed,
+            seed=seed,
             checkpoint=folder / "checkpoint.safetensors",
             on_start=on_start,
             on_step=on_step,
-            provenance=provenance | {"git": git_sha(), "config": json.loads(json.dumps(asdict(config), default=str))},
+            provenance=provenance | {"git": git_sha(), "config": plain},
             device=config.device,
-            **compute,
             ranks=ranks,
+            **compute,
         )
     generator.save_pretrained(folder / "generator")
 
     with stages("evaluation", 4, "parts") as bar:
         sampler = Sampler(generator, config.device, **compute)
         result = evaluate(
-            sampler, test, validation, config.evaluate, config.prepare, config.seed, on_stage=lambda _: bar.update()
-        )
+            family, sampler, bank, test, validation, config.evaluate, config.prepare, seed, backend,
+            on_stage=lambda _: bar.update(),
+        )  # fmt: skip
     result["skipped_steps"] = max((line.get("skipped", 0) for line in metrics[0].lines), default=0)
-    result["config"] = json.loads(json.dumps(asdict(config), default=str))
-    result["provenance"] = provenance
-    result["machine"] = machine()
+    result["config"], result["provenance"], result["machine"] = plain, provenance, machine()
     result["seconds"] = {stage: round(seconds, 2) for stage, seconds in stages.seconds.items()}
     write_report(folder, result, metrics[0].lines)
     _print_summary(result, folder)
 
 
 def _print_summary(result: dict[str, Any], folder: Path) -> None:
+    unit = result["metric"]["unit"]
     for name, m in result["methods"].items():
-        print(f"{name:18} {m['accuracy_mean']:6.2f} ± {m['accuracy_ci95']:.2f} %   {m['latency_ms']:8.2f} ms a task")
+        score = f"{number(m['mean']):>8} ± {number(m['ci95'], m['mean'])} {unit}"
+        print(f"{name:18} {score:20} {m['latency_ms']:8.2f} ms a task")
     print(f"report: {folder / 'report.md'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-    return run_command(lambda: train(parse(TrainConfig, default_config, "mcdi_fast.train", arguments)))
+    return run_command(lambda: train(parse(_kind, "mcdi_fast.train", arguments)))
+
+
+def _kind(dataset: str) -> tuple[Any, TrainConfig]:
+    """What the command line is parsed as, and its defaults, for a `--dataset`."""
+    entry = find_family(dataset)
+    return TrainConfig[entry.options], entry.config()  # type: ignore[name-defined]
 
 
 if __name__ == "__main__":

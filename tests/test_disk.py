@@ -12,7 +12,7 @@ from mcdi_fast import store
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
-    "--backbone.steps 4 --backbone.ways 8 --backbone.images-per-class 3 --prepare.tasks 60 --prepare.steps 6 --prepare.copies 1 "
+    "--task.backbone.steps 4 --task.backbone.ways 8 --task.backbone.images-per-class 3 --prepare.tasks 60 --prepare.steps 6 --task.augmentation 0 "
     "--diffusion.steps 6 --denoiser.width 96 --denoiser.depth 2 --meta.steps 1500 --meta.meta-batch 4 --meta.checkpoint-every 50 "
     "--evaluate.tasks 6 --evaluate.validation-tasks 6 --evaluate.finetune-steps 3"
 ).split()

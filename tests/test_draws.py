@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig, TaskConfig
+from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.heads import head_layout
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.noise import draw_generator
 from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 
 @pytest.fixture
@@ -35,10 +36,11 @@ def test_meta_training(bank):
 def test_preparation(tmp_path, copies):
     """With the same images for every task: what differs are the starts and the picked versions."""
     features = torch.randn(copies, 1, 1, 4, 6).expand(-1, 8, 1, 4, 6).reshape(copies, 8, 4, 6)
-    config = PrepareConfig(tasks=4, steps=3, copies=copies, start_std=1.0)
+    family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions(2, 3, 1))
+    config = PrepareConfig(tasks=4, steps=3, start_std=1.0)
     found = []
     for seed in (0, 1):
-        prepared = prepare_bank(tmp_path / f"bank{seed}", features, TaskConfig(2, 4, 0), config, 3, seed)
+        prepared = prepare_bank(tmp_path / f"bank{seed}", family, config, 3, seed)
         found.append(prepared.gather(torch.arange(4))[0])
     assert not (found[0] == found[1]).any()
 

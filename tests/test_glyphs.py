@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.tasks import FewShotData, glyphs
+from mcdi_fast.tasks import glyphs
+from mcdi_fast.tasks.drawings import FewShotData
 
 
 @pytest.fixture(scope="module")

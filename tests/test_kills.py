@@ -21,8 +21,8 @@ from mcdi_fast.tasks import glyphs
 
 # Small, but every stage lasts some tenths of a second and writes often.
 OPTIONS = (
-    "--backbone.steps 16 --backbone.ways 8 --backbone.images-per-class 3 --backbone.checkpoint-every 2 --prepare.tasks 200 "
-    "--prepare.steps 6 --prepare.copies 2 --diffusion.steps 6 --denoiser.width 16 --denoiser.depth 1 --meta.steps 200 "
+    "--task.backbone.steps 16 --task.backbone.ways 8 --task.backbone.images-per-class 3 --task.backbone.checkpoint-every 2 --prepare.tasks 200 "
+    "--prepare.steps 6 --task.augmentation 1 --diffusion.steps 6 --denoiser.width 16 --denoiser.depth 1 --meta.steps 200 "
     "--meta.meta-batch 4 --meta.checkpoint-every 10 --evaluate.tasks 150 --evaluate.validation-tasks 6 --evaluate.finetune-steps 20"
 ).split()
 CLASSES, SHARD_TASKS = (16, 8, 8), 10

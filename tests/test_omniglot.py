@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcdi_fast.backbone import fingerprint, train_backbone, weights_digest
-from mcdi_fast.config import BackboneConfig
+from mcdi_fast.backbone import BackboneConfig, fingerprint, train_backbone, weights_digest
 from mcdi_fast.errors import McdiError
-from mcdi_fast.tasks import FewShotData, load_dataset, omniglot
+from mcdi_fast.tasks import omniglot
+from mcdi_fast.tasks.drawings import FewShotData
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -100,7 +100,7 @@ def error_of(folder, name=None):
 def real():
     if not os.environ.get("MCDI_DATA_DIR"):
         pytest.skip("MCDI_DATA_DIR is not set")
-    return load_dataset("omniglot", None, Path("no-cache"))
+    return omniglot.load(None, Path("no-cache"))
 
 
 @pytest.mark.data
@@ -200,7 +200,7 @@ def test_what_is_read_is_what_was_drawn(folder, monkeypatch):
                     assert np.array_equal(split[4 * number + turn, drawer - 1], np.rot90(expected, turn))
     assert len(data.fingerprint) == 16
     monkeypatch.setenv("MCDI_DATA_DIR", str(folder.parent))
-    again = load_dataset("omniglot", None, folder / "no-cache")
+    again = omniglot.load(None, folder / "no-cache")
     assert again.fingerprint == data.fingerprint
     assert not (folder / "no-cache").exists()
 

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, TrajectoryBank, WeightLayout, prepare, store
-from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.ranks import ALONE, Ranks, join
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 ROOT = Path(__file__).parents[1]
 META = MetaConfig(steps=12, meta_batch=5, samples=2, outer_lr=0.01)
@@ -63,9 +64,8 @@ def features():
 
 def prepared(folder, ranks=ALONE):
     prepare.SHARD_TASKS = 5
-    there = features() if ranks.is_main else None
-    given = ranks.broadcast_features(there)
-    return prepare.prepare_bank(folder, given, TaskConfig(3, 1, 2), PREPARE, 3, seed=1, ranks=ranks)
+    family = HeadFamily({"train": ClassRows.of_grid(features())}, HeadOptions(3, 1, 2))
+    return prepare.prepare_bank(folder, family, PREPARE, 3, seed=1, ranks=ranks)
 
 
 def as_rank(folder):
@@ -191,8 +191,8 @@ def test_the_others_are_told(dies):
 # --- the command, under torchrun ---
 
 SMALL = (
-    "--dataset glyphs --backbone.steps 4 --backbone.ways 8 --backbone.images-per-class 3 --prepare.tasks 1200 --prepare.steps 6 "
-    "--prepare.copies 2 --diffusion.steps 6 --denoiser.width 16 --denoiser.depth 1 --meta.meta-batch 5 "
+    "--dataset glyphs --task.backbone.steps 4 --task.backbone.ways 8 --task.backbone.images-per-class 3 --prepare.tasks 1200 --prepare.steps 6 "
+    "--task.augmentation 1 --diffusion.steps 6 --denoiser.width 16 --denoiser.depth 1 --meta.meta-batch 5 "
     "--meta.checkpoint-every 50 --evaluate.tasks 6 --evaluate.validation-tasks 6 --evaluate.finetune-steps 3"
 ).split()
 
@@ -208,7 +208,7 @@ def command(folder, size, steps):
 
 def accuracies(folder):
     methods = json.loads((folder / "run" / "report.json").read_text())["methods"]
-    return {name: method["accuracy_mean"] for name, method in methods.items()}
+    return {name: method["mean"] for name, method in methods.items()}
 
 
 def state_of(folder):

@@ -20,9 +20,10 @@ from mcdi_fast import (
     fit,
     store,
 )
-from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 META = MetaConfig(steps=40, meta_batch=8, samples=2, outer="reptile", outer_lr=0.3)
 RECIPE = DiffusionConfig(steps=9), DenoiserConfig(32, 2)
@@ -30,7 +31,8 @@ RECIPE = DiffusionConfig(steps=9), DenoiserConfig(32, 2)
 
 def make_bank(folder):
     features = torch.randn(2, 20, 12, 16, generator=torch.Generator().manual_seed(0)) / 4
-    return prepare_bank(folder, features, TaskConfig(), PrepareConfig(tasks=60, steps=30), 3, seed=0)
+    family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions(queries=5))
+    return prepare_bank(folder, family, PrepareConfig(tasks=60, steps=30), 3, seed=0)
 
 
 def whole(folder):

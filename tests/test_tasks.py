@@ -1,13 +1,22 @@
+"""Families: episodes, the door, check_family, networks of one's own."""
+
+import dataclasses
+import sys
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from mcdi_fast import bounds
 from mcdi_fast.errors import McdiError
-from mcdi_fast.tasks import FAMILIES, ClassImages, Episodes, check_episodes, load_dataset, sample_episodes
-
-SIZES = {"ways": 5, "shots": 2, "queries": 3}
+from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, find_family
+from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions, draw_episodes
+from mcdi_fast.tasks.modules import ModuleFamily
 
 
 def error_of(call, *args, **options):
@@ -18,123 +27,290 @@ def error_of(call, *args, **options):
     return message
 
 
-def same(a, b):
-    return all(torch.equal(value, getattr(b, name)) for name, value in vars(a).items())
-
-
-def part(episodes, start, end):
-    return Episodes(**{name: value[start:end] for name, value in vars(episodes).items()})
+# --- episodes ---
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_episodes_are_valid_whatever_the_sizes(data):
-    classes, drawers = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 20))
-    ways = data.draw(st.integers(2, classes))
-    shots = data.draw(st.integers(1, drawers))
-    queries = data.draw(st.integers(0, drawers - shots))
-    count, seed = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 2**40))
-    start = data.draw(st.integers(0, 10**9))
-    sizes = {"ways": ways, "shots": shots, "queries": queries, "seed": seed}
-    episodes = sample_episodes(classes, drawers, **sizes, start=start, count=count)
-    assert episodes.classes.shape == (count, ways)
-    assert episodes.support.shape == (count, ways, shots)
-    assert episodes.query.shape == (count, ways, queries)
-    for value in vars(episodes).values():
-        assert value.dtype == torch.int64
-    for i in range(count):
-        chosen = episodes.classes[i].tolist()
-        assert len(set(chosen)) == ways
-        assert set(chosen) <= set(range(classes))
-        for way in range(ways):
-            used = [*episodes.support[i, way].tolist(), *episodes.query[i, way].tolist()]
-            assert len(set(used)) == shots + queries  # no drawer in both, none twice
-            assert set(used) <= set(range(drawers))
+    counts = torch.tensor(data.draw(st.lists(st.integers(1, 20), min_size=2, max_size=30)))
+    ways, images = data.draw(st.integers(2, len(counts))), data.draw(st.integers(1, int(counts.min())))
+    count, seed, start = (
+        data.draw(st.integers(0, 5)),
+        data.draw(st.integers(0, 2**40)),
+        data.draw(st.integers(0, 10**9)),
+    )
+    rows = draw_episodes(counts, ways, images, seed, start, count)
+    assert rows.shape == (count, ways, images)
+    assert rows.dtype == torch.int64
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    for task in rows:
+        classes = owner[task]
+        assert (classes == classes[:, :1]).all()  # one class a way
+        assert len(set(classes[:, 0].tolist())) == ways  # none twice
+        assert len(set(task.flatten().tolist())) == ways * images  # no image twice
     cut = data.draw(st.integers(0, count))
-    first = sample_episodes(classes, drawers, **sizes, start=start, count=cut)
-    second = sample_episodes(classes, drawers, **sizes, start=start + cut, count=count - cut)
-    assert same(first, part(episodes, 0, cut))
-    assert same(second, part(episodes, cut, count))
+    parts = (
+        draw_episodes(counts, ways, images, seed, start, cut),
+        draw_episodes(counts, ways, images, seed, start + cut, count - cut),
+    )
+    assert torch.equal(torch.cat(parts), rows)
 
 
 def test_another_seed_or_number_is_another_task():
-    episodes = sample_episodes(100, 20, **SIZES, seed=0, start=0, count=50)
-    others = sample_episodes(100, 20, **SIZES, seed=1, start=0, count=50)
-    seen = {tuple(row.tolist()) for e in (episodes, others) for row in e.classes}
-    assert len(seen) == 100
-    assert not torch.equal(episodes.support[:, 0], episodes.support[:, 1])  # ways draw their own drawers
+    counts = torch.full((100,), 20)
+    rows = torch.cat([draw_episodes(counts, 5, 2, seed, 0, 50) for seed in (0, 1)])
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == 100
+    assert not torch.equal(rows[:, 0] % 20, rows[:, 1] % 20)  # ways draw their own images
 
 
-def test_every_class_and_drawer_gets_its_turn():
-    episodes = sample_episodes(10, 6, **SIZES, seed=0, start=0, count=2000)
-    for value, size in ((episodes.classes, 10), (episodes.support, 6), (episodes.query, 6)):
-        count = value.flatten().bincount(minlength=size)
-        expected = value.numel() / size
-        assert ((count - expected).abs() < 6 * expected**0.5).all()
-    first = episodes.classes[:, 0].bincount(minlength=10)  # the order of the ways is random too
-    assert ((first - 200).abs() < 6 * 200**0.5).all()
+def test_every_class_and_image_gets_its_turn():
+    rows = draw_episodes(torch.tensor([6] * 5 + [9] * 5), 5, 5, 0, 0, 2000)
+    count = rows.flatten().bincount(minlength=75).double()
+    for part, size in ((count[:30], 6), (count[30:], 9)):
+        expected = 2000 * 5 * 5 / 10 / size
+        assert ((part - expected).abs() < 6 * expected**0.5).all()
 
 
-def test_take():
-    episodes = sample_episodes(7, 6, **SIZES, seed=0, start=0, count=4)
-    images = np.arange(7 * 6).reshape(7, 6)
-    features = torch.from_numpy(images)[..., None, None] + torch.zeros(3, 2)
-    support, query = episodes.take(features)
-    assert support.shape == (4, 5, 2, 3, 2)
-    assert query.shape == (4, 5, 3, 3, 2)
-    for i in range(4):
-        for way in range(5):
-            label = int(episodes.classes[i, way])
-            for found, drawer in ((support, episodes.support), (query, episodes.query)):
-                expected = [images[label, d] for d in drawer[i, way].tolist()]
-                assert found[i, way, :, 0, 0].tolist() == expected
-    assert episodes.take(torch.zeros(7, 6))[0].shape == (4, 5, 2)
+# --- heads ---
+
+
+def head_family(options=HeadOptions(3, 2, 4), versions=1, seed=0, counts=(9, 7, 8, 12)):  # noqa: B008 (a constant)
+    g = torch.Generator().manual_seed(seed)
+
+    def rows():
+        total = sum(counts)
+        more = torch.randn(versions - 1, total, 6, generator=g) if versions > 1 else None
+        return ClassRows(torch.randn(total, 6, generator=g), torch.tensor(counts), more)
+
+    train = rows()
+    return HeadFamily(
+        {
+            "train": train,
+            "val": ClassRows(train.rows + 1, train.counts),
+            "test": ClassRows(train.rows - 1, train.counts),
+        },
+        options,
+    )
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.8, 1.0])
+@pytest.mark.parametrize("versions", [1, 3])
+def test_heads(weight, versions):
+    """Ragged classes, augmented versions, weighted rows."""
+    family = head_family(HeadOptions(3, 2, 4, weight), versions)
+    check_family(family)
+    tasks = family.tasks("test", 0, 5, 1)
+    support = family.support_features(tasks)
+    assert support.shape == (5, 3, 2, 6)
+    assert torch.equal(tasks.condition[..., :-1], support.mean(2))
+    assert tasks.train["row"].shape == (5, 3 * 7)  # every image that all classes have
+    assert set(tasks.support["row"][0].tolist()) <= set(tasks.train["row"][0].tolist())
+    assert not set(tasks.support["row"][0].tolist()) & set(tasks.query["row"][0].tolist())
+    if weight is not None:
+        shares = tasks.train["weight"][0].view(3, 7)
+        assert float(shares.sum()) == pytest.approx(1)
+        assert float(shares[:, :2].sum()) == pytest.approx(weight)
+
+
+def test_training_images_alone_have_versions():
+    family = head_family(versions=3)
+    assert len(family._versions(family.tasks("train", 0, 2, 0).train["row"])) == 3
+    assert len(family._versions(family.tasks("test", 0, 2, 0).train["row"])) == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("options", "words"),
     [
-        ({"ways": 1}, ("--task.ways = 1", "at least 2")),
-        ({"ways": -3}, ("--task.ways = -3",)),
-        ({"ways": 8}, ("--task.ways = 8", "7 classes")),
-        ({"shots": 0}, ("--task.shots = 0",)),
-        ({"shots": -1}, ("--task.shots = -1",)),
-        ({"queries": -1}, ("--task.queries = -1",)),
-        ({"queries": 5}, ("--task.shots 2", "--task.queries 5", "7", "6 images")),
-        ({"shots": 7, "queries": 0}, ("--task.shots 7", "6 images")),
+        (HeadOptions(5, 1, 1), ("--task.ways = 5", "4 classes of the train split")),
+        (HeadOptions(2, 3, 5), ("--task.shots 3", "--task.queries 5", "8", "7 images")),
     ],
 )
-def test_what_cannot_be_drawn(change, words):
-    sizes = SIZES | change
-    for message in (
-        error_of(check_episodes, 7, 6, **sizes),
-        error_of(sample_episodes, 7, 6, **sizes, seed=0, start=0, count=1),
-    ):
-        for word in words:
-            assert word in message
+def test_what_cannot_be_drawn(options, words):
+    message = error_of(head_family, options)
+    for word in words:
+        assert word in message
 
 
-def test_the_largest_that_can_be_drawn():
-    check_episodes(7, 6, ways=7, shots=6, queries=0)
-    check_episodes(7, 6, ways=2, shots=1, queries=5)
-    episodes = sample_episodes(7, 6, ways=7, shots=1, queries=5, seed=0, start=0, count=1)
-    assert episodes.classes.sort().values.tolist() == [list(range(7))]
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (HeadOptions(ways=1), "ways = 1: expected at least 2"),
+        (HeadOptions(shots=0), "shots = 0: expected at least 1"),
+        (HeadOptions(queries=-1), "queries = -1: expected at least 1"),
+        (HeadOptions(support_loss_weight=2.0), "support-loss-weight = 2.0: expected 0 to 1"),
+        (HeadOptions(shots=2.0), "shots = 2.0: expected an integer, found float"),
+        (DrawingOptions(augmentation=-1), "augmentation = -1: expected 0 or more"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    assert f"--task.{words}" in error_of(bounds.check, options, "--task.")
+
+
+def test_features_that_are_not_finite():
+    rows = torch.randn(12, 3)
+    rows[7, 1] = float("nan")
+    part = ClassRows(rows, torch.tensor([6, 6]))
+    assert "features of the train split" in error_of(HeadFamily, {"train": part}, HeadOptions(2, 1, 1))
+
+
+def test_numbers_of_numpy_become_plain():
+    found = bounds.check(HeadOptions(np.int64(3), support_loss_weight=np.float32(0.5)))
+    assert type(found.ways) is int
+    assert type(found.support_loss_weight) is float
+
+
+# --- modules ---
+
+
+def network(norm=False):
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 4), *([nn.LayerNorm(4)] if norm else []), nn.Tanh(), nn.Linear(4, 1)]
+    return nn.Sequential(*layers)
+
+
+def draw(split, start, count, seed):
+    parts = {name: [] for name in ("a", "x", "query")}
+    for number in range(start, start + count):
+        key = np.random.SeedSequence((seed, number, ("train", "val", "test").index(split)))
+        g = torch.Generator().manual_seed(int(key.generate_state(1)[0]))
+        parts["a"].append(torch.randn(2, generator=g))
+        parts["x"].append(torch.randn(8, 2, generator=g))
+        parts["query"].append(torch.randn(5, 2, generator=g))
+    a, x, query = (torch.stack(part) for part in parts.values())
+
+    def data(x):
+        return {"x": x, "y": torch.tanh((x * a[:, None]).sum(-1, keepdim=True))}
+
+    return TaskBatch(a[:, None], data(x), data(query), data(x))
+
+
+def mse(net, data):
+    return F.mse_loss(net(data["x"]), data["y"])
+
+
+@pytest.mark.parametrize("select", [None, ["0"], lambda name: name.endswith("bias")])
+@pytest.mark.parametrize("norm", [False, True])
+def test_any_module(select, norm):
+    family = ModuleFamily(network(norm), draw, mse, select=select)
+    check_family(family)
+
+
+def test_trajectories_of_a_module_are_torch_s():
+    """Adam + SAM + decay of every task for itself, by torch.optim."""
+    from mcdi_fast.config import PrepareConfig
+
+    net = network(norm=True).double()
+    family = ModuleFamily(net, draw, mse)
+    family._initial = family._initial.double()
+    tasks = draw("train", 0, 3, 0)
+    data = {name: value.double() for name, value in tasks.train.items()}
+    config = PrepareConfig(steps=6, learning_rate=0.03, rho=0.1, weight_decay=0.01, start_std=0.0)
+    found = family.trajectories(data, config, 2, torch.Generator())
+    for b in range(3):
+        one = {name: value[b] for name, value in data.items()}
+        theta = family._initial.clone().requires_grad_()
+        optimizer, kept = torch.optim.Adam([theta], lr=0.03), []
+
+        def slope(at, one=one):
+            at = at.detach().requires_grad_()
+            value = family.loss(at, one) + 0.005 * at.square().sum()
+            return torch.autograd.grad(value, at)[0]
+
+        for step in range(6):
+            g = slope(theta)
+            theta.grad = slope(theta + 0.1 * g / g.norm())
+            optimizer.step()
+            if step in (2, 5):
+                kept.append(theta.detach().clone())
+        torch.testing.assert_close(found[b], torch.stack(kept), rtol=1e-10, atol=1e-12)
+
+
+class Broken(ModuleFamily):
+    """With one fault of a family."""
+
+    fault = ""
+
+    def tasks(self, split, start, count, seed):
+        if self.fault == "batches":
+            made = super().tasks(split, 0, count, seed)
+            return made
+        return super().tasks(split, start, count, 0 if self.fault == "seed" else seed)
+
+    def gradient(self, theta, data, step=0):
+        found = super().gradient(theta, data, step)
+        return {"gradient": 1.1, "padding": 1.0}.get(self.fault, 1.0) * found + (self.fault == "padding")
+
+    def start(self, count, config, generator):
+        made = super().start(count, config, generator)
+        return made + 1 if self.fault == "start" else made
+
+    def baselines(self):
+        return {"mine": lambda tasks: torch.zeros(2, 1, 1)} if self.fault == "baseline" else {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("batches", "task 2 of seed 7 has another support"),
+        ("seed", "seeds 7 and 8 give the same"),
+        ("gradient", "gradient on train: off from autograd"),
+        ("padding", "gradient on train"),
+        ("start", "start: padding is not 0"),
+        ("baseline", "baselines['mine']: [2, 1, 1]"),
+    ],
+)
+def test_check_family_names_the_fault(fault, words):
+    family = Broken(network(), draw, mse)
+    check_family(family)
+    family.fault = fault
+    assert words in error_of(check_family, family)
+
+
+# --- the door ---
+
+
+@pytest.mark.parametrize("name", ["mnist", "", "Omniglot", "../omniglot", "__init__"])
+def test_an_unknown_dataset_names_those_there_are(name):
+    message = error_of(find_family, name)
+    assert f"{name!r}" in message
+    for family in BUILT_IN:
+        assert family in message
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("no_such_module:waves", "cannot import it"),
+        ("mine:absent", "cannot import it"),
+        ("mine:number", "its options are <class 'int'>"),
+        ("mine:demanding", "options of Demanding without a default"),
+        ("mine:nothing", "gave NoneType, expected a mcdi_fast.tasks.TaskFamily"),
+    ],
+)
+def test_what_is_no_family(tmp_path, monkeypatch, place, words):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Demanding:\n    x: int\n"
+        "def number(options: int): pass\n"
+        "def demanding(options: Demanding): pass\n"
+        "def nothing(): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    sys.modules.pop("mine", None)
+    message = error_of(lambda: find_family(place).family(None, Setup()))
+    assert place in message
+    assert words in message
+
+
+def test_built_in_families_have_options_with_defaults():
+    for name in BUILT_IN:
+        entry = find_family(name)
+        assert dataclasses.is_dataclass(entry.options)
+        assert bounds.check(entry.config()).dataset == name
 
 
 def test_class_images():
     images = ClassImages(np.zeros((3, 4, 28, 28), np.uint8))
     assert (images.num_classes, images.images_per_class) == (3, 4)
-
-
-@pytest.mark.parametrize("name", ["mnist", "", "Omniglot", "omniglot.py", "../omniglot", "__init__"])
-def test_an_unknown_dataset_names_those_there_are(name, tmp_path):
-    message = error_of(load_dataset, name, None, tmp_path)
-    assert f"{name!r}" in message
-    for family in FAMILIES:
-        assert family in message
-
-
-def test_glyphs_by_name(tmp_path):
-    data = load_dataset("glyphs", None, tmp_path)
-    assert data.name == "glyphs"
-    assert not list(tmp_path.iterdir())

@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         nonlocal complete
-        complete = study(parse(StudyConfig, default_study_config, "mcdi_fast.study", arguments))
+        complete = study(parse(lambda dataset: (StudyConfig, default_study_config(dataset)), "mcdi_fast.study", arguments, "omniglot"))
 
     return run_command(run) or (0 if complete else 3)
 

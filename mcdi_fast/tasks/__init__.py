@@ -1,118 +1,320 @@
-"""Few-shot tasks: what a task family must offer, and episodes over it. One file a family: glyphs.py, omniglot.py."""
+"""Task families: everything that knows what a task is, behind one small class. docs/own-network.md makes one.
+
+The way of the data: a family's tasks -> trajectories -> TrajectoryBank -> meta-training -> generator -> weights -> the family's score.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
-from dataclasses import dataclass
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.func import grad, vmap
 
+from mcdi_fast.backend import Backend
+from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.optim import adam_step, sam_perturbation, trajectory
+from mcdi_fast.weights import WeightLayout
 
-FAMILIES = ("glyphs", "omniglot")
+Data = dict[str, Tensor]
+"""Tensors by name, the task first: [B, ...]. What they mean is the family's business."""
 
-
-@dataclass(frozen=True)
-class ClassImages:
-    """Images by class: uint8 [classes, images_per_class, height, width], 0 = paper, 255 = ink."""
-
-    images: np.ndarray
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of this split."""
-        return self.images.shape[0]
-
-    @property
-    def images_per_class(self) -> int:
-        """Images a class."""
-        return self.images.shape[1]
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot")}
+"""Families that come with the package, by the module that registers each."""
+_CHUNK = 128  # tasks scored at a time: a network's activations of all tasks at once would not fit
 
 
 @dataclass(frozen=True)
-class FewShotData:
-    """Three splits with no class in common. `fingerprint` changes with their pixels."""
-
-    name: str
-    train: ClassImages
-    val: ClassImages
-    test: ClassImages
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """B tasks as indices into [classes, images_per_class]; the images themselves stay where they are.
+class TaskBatch:
+    """B tasks.
 
     Attributes:
-        classes: int64 [B, ways], the class of each way; no class twice in a task.
-        support: int64 [B, ways, shots], images_per_class. query: int64 [B, ways, queries], other images_per_class.
+        condition: float32 [B, N or 1, C], all that the generator may know of a task.
+        support: what any method may train on at test time.
+        query: what it is scored on.
+        train: what a trajectory is trained on. Of a training task it may hold more than the support; of a test task it makes the ceiling.
     """
 
-    classes: Tensor
-    support: Tensor
-    query: Tensor
+    condition: Tensor
+    support: Data
+    query: Data
+    train: Data
 
-    def take(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Support [B, ways, shots, ...] and query [B, ways, queries, ...] out of features [classes, images_per_class, ...]."""
-        way = self.classes.unsqueeze(-1)
-        return features[way, self.support], features[way, self.query]
+    def __len__(self) -> int:
+        """B."""
+        return len(self.condition)
+
+    def __getitem__(self, rows: slice) -> TaskBatch:
+        """Some of the tasks."""
+        parts = ({name: value[rows] for name, value in data.items()} for data in (self.support, self.query, self.train))
+        return TaskBatch(self.condition[rows], *parts)
 
 
-def sample_episodes(
-    num_classes: int, images_per_class: int, *, ways: int, shots: int, queries: int, seed: int, start: int, count: int
-) -> Episodes:
-    """Draw tasks `start` to `start + count - 1` of an endless, reproducible sequence.
+class Metric(NamedTuple):
+    """What `TaskFamily.score` measures, and how it is shown."""
 
-    Task b depends on (seed, b) and the sizes alone, so the tasks are the same whatever the batches they are drawn in.
+    name: str = "loss"
+    unit: str = ""
+    higher_is_better: bool = False
+    factor: float = 1.0
+    """A shown number is factor times the score: 100 for a share shown in percent."""
+
+
+class TaskFamily:
+    """A family of tasks. Set `layout`, define `tasks` and `loss`; the rest has defaults that a family may replace by something faster.
+
+    Attributes:
+        layout: what is generated, N tokens of width D.
+        metric: of `score`.
+        fingerprint: text that changes with data and frozen weights. It is part of the identity of a bank and of a generator.
+    """
+
+    layout: WeightLayout
+    metric: Metric = Metric()
+    fingerprint: str = ""
+
+    def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
+        """Tasks `start` to `start + count - 1` of an endless sequence.
+
+        Args:
+            split: "train", "val" or "test". Selection happens on val, the report is about test.
+            seed: of the sequence. Task number b depends on (split, seed, b) alone, so it is the same in any batches.
+        """
+        raise NotImplementedError
+
+    def loss(self, theta: Tensor, data: Data) -> Tensor:
+        """Of ONE task: theta [N, D], data without its first dimension -> scalar. Runs under vmap(grad)."""
+        raise NotImplementedError
+
+    def score(self, theta: Tensor, data: Data) -> Tensor:
+        """Of ONE task, in terms of `metric`: theta [N, D] -> scalar. The loss by default."""
+        return self.loss(theta, data)
+
+    def provenance(self) -> dict[str, Any]:
+        """JSON: where data and frozen weights come from, for banks, generators and reports."""
+        return {"fingerprint": self.fingerprint}
+
+    def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
+        """theta_0 of `count` tasks: [count, N, D], padding 0. Gaussian by default. Drawn on the CPU, whatever computes."""
+        noise = torch.randn(count, self.layout.num_tokens, self.layout.width, generator=generator) * config.start_std
+        return noise * self.layout.mask
+
+    def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
+        """Of each task's loss, [B, N, D] -> [B, N, D]: autograd under vmap by default. step: of the trajectory, for minibatches."""
+        return vmap(grad(self.loss), randomness="different")(theta, data)
+
+    def trajectories(
+        self,
+        data: Data,
+        config: PrepareConfig,
+        segments: int,
+        generator: torch.Generator,
+        backend: Backend = Backend(),  # noqa: B008 (a constant)
+    ) -> Tensor:
+        """Train every task on its data (a batch's `train` or `support`) and keep k points of each trajectory: [B, k, N, D]."""
+        start = self.start(len(next(iter(data.values()))), config, generator).to(backend.device)
+
+        def gradient(theta: Tensor, step: int) -> Tensor:
+            return self.gradient(theta, data, step).add_(theta, alpha=config.weight_decay)
+
+        return trajectory(start, gradient, config, segments, **optimizer_steps(backend))
+
+    def scores(self, theta: Tensor, data: Data) -> Tensor:
+        """Of all tasks: [B, N, D] -> float32 [B]. `score` under vmap by default."""
+        parts = []
+        for first in range(0, len(theta), _CHUNK):
+            rows = slice(first, first + _CHUNK)
+            part = {name: value[rows] for name, value in data.items()}
+            with torch.no_grad():
+                parts.append(vmap(self.score, randomness="different")(theta[rows], part))
+        return torch.cat(parts)
+
+    def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
+        """Further methods by name, tasks -> weights [B, N, D], beyond fine-tuning, trained targets and what the bank gives."""
+        return {}
+
+
+def optimizer_steps(backend: Backend) -> dict[str, Callable]:
+    """`ascend` and `update` of `optim.trajectory`, through the kernels where they run."""
+    if not backend.kernels:
+        return {"ascend": sam_perturbation, "update": adam_step}
+    from mcdi_fast.kernels import sam_adam
+
+    return {"ascend": sam_adam.sam_ascent, "update": sam_adam.adam_step_}
+
+
+# ---------------------------------------------------------------------- the door
+
+
+@contextlib.contextmanager
+def _no_stage(name: str, total: int, unit: str) -> Iterator[Any]:
+    yield type("Bar", (), {"update": lambda self, n=1: None})()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a family may use while it is made.
+
+    Attributes:
+        data_dir: where the user keeps data; None: look in MCDI_DATA_DIR, then download. cache_dir: for what is made once.
+        device: of tensors. stage: `with stage(name, total, unit) as bar: bar.update(n)` shows progress.
+        begin: to be called when what people gave has been checked and long work begins; the run folder is taken then.
+    """
+
+    data_dir: Path | None = None
+    cache_dir: Path = Path("runs/cache")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stage: Callable[..., contextlib.AbstractContextManager[Any]] = _no_stage
+    begin: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A family without options."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A family by name.
+
+    Attributes:
+        make: a function that takes any of `options` and `setup` and returns a TaskFamily. options: the dataclass of its options.
+        defaults: changes TrainConfig's defaults to those that suit the family.
+    """
+
+    name: str
+    make: Callable[..., TaskFamily]
+    options: type
+    defaults: Callable[[TrainConfig], TrainConfig]
+
+    def config(self) -> TrainConfig:
+        """The family's defaults."""
+        return self.defaults(TrainConfig(dataset=self.name, task=self.options()))
+
+    def family(self, options: Any, setup: Setup) -> TaskFamily:
+        """Make it."""
+        wanted = inspect.signature(self.make).parameters
+        given = {"options": options, "setup": setup}
+        made = self.make(**{name: value for name, value in given.items() if name in wanted})
+        if not isinstance(made, TaskFamily):
+            raise McdiError(f"--dataset {self.name}: gave {type(made).__name__}, expected a mcdi_fast.tasks.TaskFamily")
+        return made
+
+
+def register(defaults: Callable[[TrainConfig], TrainConfig]) -> Callable[[Maker], Maker]:
+    """Give the function that makes a family its own defaults: `@register(lambda config: replace(config, meta=…))`."""
+
+    def mark(make: Maker) -> Maker:
+        make.defaults = defaults  # type: ignore[attr-defined]
+        return make
+
+    return mark
+
+
+def find_family(name: str) -> Entry:
+    """The family of a `--dataset`: a built-in name, or package.module:function for one of the user's own.
 
     Raises:
-        McdiError: fewer than 2 ways, more ways than classes, shots < 1, queries < 0, more shots + queries than images_per_class.
+        McdiError: another name; a module or function that is not there; options that are no dataclass with defaults.
     """
-    check_episodes(num_classes, images_per_class, ways=ways, shots=shots, queries=queries)
-    classes = np.empty((count, ways), np.int64)
-    images = np.empty((count, ways, shots + queries), np.int64)
-    for i in range(count):
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, start + i))))
-        classes[i] = rng.choice(num_classes, ways, replace=False)
-        images[i] = rng.random((ways, images_per_class)).argsort(1)[:, : shots + queries]
-    order = torch.from_numpy(images)
-    return Episodes(torch.from_numpy(classes), order[..., :shots], order[..., shots:])
-
-
-def check_episodes(num_classes: int, images_per_class: int, *, ways: int, shots: int, queries: int) -> None:
-    """Raise McdiError, naming the option, unless such episodes can be drawn from the split."""
-    if ways < 2:
-        raise McdiError(f"--task.ways = {ways}: expected at least 2 classes a task")
-    if ways > num_classes:
-        raise McdiError(f"--task.ways = {ways}: more than the {num_classes} classes there are; ask for fewer ways")
-    if shots < 1:
-        raise McdiError(f"--task.shots = {shots}: expected at least 1 support image a class")
-    if queries < 0:
-        raise McdiError(f"--task.queries = {queries}: expected 0 or more query images a class")
-    if shots + queries > images_per_class:
+    place = f"{BUILT_IN[name]}:{name.replace('-', '_')}" if name in BUILT_IN else name
+    module, _, function = place.partition(":")
+    if not function:
         raise McdiError(
-            f"--task.shots {shots} + --task.queries {queries} = {shots + queries}: "
-            f"more than the {images_per_class} images of a class; ask for fewer"
+            f"--dataset {name!r}: expected one of {', '.join(BUILT_IN)}, or package.module:function of your own"
         )
+    if "" not in sys.path:  # a file beside the user, as `python -m` would find it
+        sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise McdiError(f"--dataset {name}: cannot import it ({error}); give package.module:function") from error
+    hint = typing.get_type_hints(make).get("options", NoOptions)
+    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
+        raise McdiError(f"--dataset {name}: its options are {hint!r:.60}, expected a dataclass")
+    try:
+        hint()
+    except TypeError as error:
+        raise McdiError(f"--dataset {name}: options of {hint.__name__} without a default ({error})") from error
+    return Entry(name, make, hint, getattr(make, "defaults", lambda config: config))
 
 
-def load_dataset(name: str, data_dir: Path | None, cache_dir: Path) -> FewShotData:
-    """Load a task family by name.
-
-    Args:
-        name: one of `FAMILIES`. data_dir: where the user keeps the data, None to look in MCDI_DATA_DIR, then download.
-        cache_dir: where downloads are kept.
+def check_family(family: TaskFamily, backend: Backend = Backend()) -> None:  # noqa: B008 (a constant)
+    """Try every method of a family on two tasks: shapes, dtypes, reproducibility, padding, gradient against autograd.
 
     Raises:
-        McdiError: another name; whatever is wrong with the data, naming the file.
+        McdiError: naming the method, what was found and what was expected.
     """
-    if name not in FAMILIES:
-        raise McdiError(f"--dataset {name!r}: expected one of {', '.join(FAMILIES)}")
-    family = importlib.import_module(f"{__name__}.{name}")
-    if name == "glyphs":
-        return family.load()
-    return family.load(data_dir, cache_dir)
+    layout, config = family.layout, PrepareConfig(tasks=2, steps=2, learning_rate=0.01, start_std=0.1)
+    shape = (2, layout.num_tokens, layout.width)
+
+    def expect(holds: bool, what: str) -> None:
+        if not holds:
+            raise McdiError(f"{type(family).__name__}.{what}")
+
+    for split in ("train", "val", "test"):
+        tasks, again = family.tasks(split, 1, 2, 7), family.tasks(split, 2, 1, 7)
+        found = list(tasks.condition.shape)
+        expect(
+            len(found) == 3 and found[0] == 2 and found[1] in (1, shape[1]) and tasks.condition.dtype == torch.float32,
+            f"tasks({split!r}): condition {tasks.condition.dtype} {found}, expected float32 [2, {shape[1]} or 1, C]",
+        )
+        for part in ("support", "query", "train"):
+            data, other = getattr(tasks, part), getattr(again, part)
+            expect(bool(data), f"tasks({split!r}): {part} is empty, expected a dict of tensors [2, ...]")
+            for name, value in data.items():
+                expect(
+                    len(value) == 2, f"tasks({split!r}): {part}[{name!r}] {list(value.shape)}, expected 2 tasks first"
+                )
+                expect(
+                    torch.equal(value[1:], other[name]),
+                    f"tasks({split!r}): task 2 of seed 7 has another {part}[{name!r}] in another batch; "
+                    "draw it from (seed, its number) alone",
+                )
+        expect(
+            torch.equal(tasks.condition[1:], again.condition), f"tasks({split!r}): task 2 differs between two batches"
+        )
+        other_seed = family.tasks(split, 1, 2, 8)
+        expect(not torch.equal(tasks.condition, other_seed.condition), f"tasks({split!r}): seeds 7 and 8 give the same")
+
+    tasks = family.tasks("train", 0, 2, 0)
+    theta = family.start(2, config, torch.Generator().manual_seed(0)).to(backend.device)
+    mask = layout.mask.to(backend.device)
+    expect(theta.shape == shape, f"start: {list(theta.shape)}, expected {list(shape)}")
+    expect(not theta[:, ~mask].any(), "start: padding is not 0; multiply by layout.mask")
+    for name, data in (("train", tasks.train), ("support", tasks.support)):
+        slope = family.gradient(theta, data).detach()
+        auto = vmap(grad(family.loss), randomness="same")(theta, data).detach()
+        expect(slope.shape == shape, f"gradient: {list(slope.shape)}, expected {list(shape)}")
+        error, size = float((slope - auto).norm()), float(auto.norm())
+        expect(
+            error <= 1e-4 * size + 1e-6,
+            f"gradient on {name}: off from autograd of the loss by {error:.2g} of {size:.2g}",
+        )
+        expect(not slope[:, ~mask].any(), f"gradient on {name}: not 0 at padding; read theta by layout.unpack")
+        loss = vmap(family.loss, randomness="same")(theta, data)
+        expect(
+            loss.shape == (2,) and bool(loss.isfinite().all()),
+            f"loss on {name}: {loss}, expected a finite number a task",
+        )
+    end = family.trajectories(tasks.train, config, 2, torch.Generator().manual_seed(0), backend)
+    expect(end.shape == (2, 2, *shape[1:]), f"trajectories: {list(end.shape)}, expected {[2, 2, *shape[1:]]}")
+    expect(bool(end.isfinite().all()) and not end[:, :, ~mask].any(), "trajectories: not finite, or not 0 at padding")
+    scores = family.scores(end[:, -1], tasks.query)
+    one = torch.stack([family.score(end[b, -1], {n: v[b] for n, v in tasks.query.items()}) for b in range(2)])
+    expect(scores.shape == (2,), f"scores: {list(scores.shape)}, expected [2]")
+    expect(torch.allclose(scores, one.to(scores), rtol=1e-4, atol=1e-6), f"scores {scores} differ from score {one}")
+    for name, baseline in family.baselines().items():
+        found = list(baseline(tasks).shape)
+        expect(found == list(shape), f"baselines[{name!r}]: {found}, expected {list(shape)}")

@@ -13,11 +13,15 @@ Every draw is `Generator.random()` and every image comes from it by ``+ - * / mi
 """
 
 import hashlib
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mcdi_fast.backbone import BackboneConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.tasks import ClassImages, FewShotData
+from mcdi_fast.tasks import Setup, register
+from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_family
+from mcdi_fast.tasks.heads import HeadFamily
 
 SIDE = 28
 ALPHABET = 20  # characters that share a pool of strokes and a group of drawers
@@ -218,3 +222,19 @@ def _ink(points: np.ndarray, radius: np.ndarray) -> np.ndarray:
         ink = np.clip(radius[start : start + block] + np.float32(0.5) - np.sqrt(nearest), 0, 1)
         pictures[start : start + block] = (ink * 255 + np.float32(0.5)).astype(np.uint8).transpose(2, 0, 1)
     return pictures
+
+
+@dataclass(frozen=True)
+class GlyphOptions(DrawingOptions):
+    """A few-shot task on glyphs."""
+
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(steps=250))
+
+
+@register(lambda c: replace(c, prepare=replace(c.prepare, tasks=5000), meta=replace(c.meta, steps=500)))
+def glyphs(options: GlyphOptions, setup: Setup) -> HeadFamily:
+    """Built in, drawn by rule: needs no data, and its whole run takes minutes."""
+    with setup.stage("data", 1, "set") as bar:
+        data = load()
+        bar.update()
+    return drawing_family(data, options, setup)

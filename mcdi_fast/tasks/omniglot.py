@@ -19,7 +19,9 @@ import numpy as np
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import atomic_write, show_path
-from mcdi_fast.tasks import ClassImages, FewShotData
+from mcdi_fast.tasks import Setup
+from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_family
+from mcdi_fast.tasks.heads import HeadFamily
 
 SIDE = 28
 DRAWERS = 20
@@ -214,3 +216,11 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise McdiError(f"{where}: no PNG image ({' '.join(str(error).split())[:80]}); get the zip again") from error
     return 255 - np.asarray(small)
+
+
+def omniglot(options: DrawingOptions, setup: Setup) -> HeadFamily:
+    """Real drawings: found under --data-dir or MCDI_DATA_DIR, else downloaded."""
+    with setup.stage("data", 1, "set") as bar:
+        data = load(setup.data_dir, setup.cache_dir)
+        bar.update()
+    return drawing_family(data, options, setup)

@@ -7,13 +7,15 @@ import torch
 from kernel_helpers import DEVICE, EPS, error
 from torch import nn
 
+from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig, TaskConfig
+from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels import meta_step
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import Sampler
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 from mcdi_fast.weights import WeightLayout
 
 META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_lr=0.05, outer_lr=0.02)
@@ -192,11 +194,10 @@ def test_what_the_chain_kernel_lacks(tmp_path, monkeypatch):
 
 def test_prepared_banks_agree(tmp_path):
     features = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
-    task, config = TaskConfig(ways=3, shots=1, queries=2), PrepareConfig(tasks=4, steps=6)
-    banks = [
-        prepare_bank(tmp_path / impl, features.to(device), task, config, 3, 5, impl=impl, precision="ieee")
-        for impl, device in (("triton", DEVICE), ("torch", "cpu"))
-    ]
+    config, banks = PrepareConfig(tasks=4, steps=6), []
+    for impl, device in (("triton", DEVICE), ("torch", "cpu")):
+        family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions(3, 1, 2), device=device)
+        banks.append(prepare_bank(tmp_path / impl, family, config, 3, 5, backend=Backend.at_door(device, impl, "ieee")))
     (targets, condition), (expected, expected_condition) = (bank.gather(torch.arange(4)) for bank in banks)
     assert torch.equal(condition, expected_condition)
     # Adam moves an entry by its sign at first: one that is 0 to rounding may go the other way

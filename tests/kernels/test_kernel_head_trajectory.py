@@ -4,11 +4,12 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, assert_close, error, normal, poisoned, same_bits
 
-from mcdi_fast import prepare
+from mcdi_fast import heads
+from mcdi_fast.backend import Backend
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.head_trajectory import fits, head_trajectory, head_trajectory_ref
-from mcdi_fast.prepare import train_heads
+from mcdi_fast.tasks import optimizer_steps
 
 CONFIG = PrepareConfig(steps=6, rho=0.05, weight_decay=0.03)
 
@@ -37,14 +38,6 @@ def test_same_as_torch(shape, rho, dtype):
     assert_close(found, exact, float32)
 
 
-def test_same_as_train_heads():
-    _, features, labels, _ = case(3, 25, 16, 5)
-    expected = train_heads(features.cpu(), labels.cpu(), CONFIG, torch.Generator().manual_seed(7), 5, segments=3)
-    start = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(7)).to(DEVICE) * CONFIG.start_std
-    found = head_trajectory(start, features, labels, CONFIG, 3)
-    assert torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_row_weights():
     start, features, labels, pick = case(3, 23, 13, 4, 2)
     weight = normal(23, seed=5).abs()
@@ -64,33 +57,13 @@ def test_heads_too_large_for_a_program_go_step_by_step(rho):
     assert not fits(130, 71)  # padded 256 x 128
     start, features, labels, pick = case(3, 11, 70, 130, 2, steps=3)
     config = replace(CONFIG, steps=3, rho=rho)
-    found = prepare.head_trajectory(start, features, labels, config, 3, pick, impl="triton", precision="ieee")
+    steps = optimizer_steps(Backend(DEVICE, True, "ieee"))
+    found = heads.head_trajectory(start, features, labels, config, 3, pick, **steps)
     exact, float32 = (
         head_trajectory_ref(start.to(t), features.to(t), labels, config, 3, pick)
         for t in (torch.float64, torch.float32)
     )
     assert_close(found, exact, float32)
-
-
-def test_same_draws_whoever_trains():
-    _, features, labels, _ = case(3, 25, 16, 5, 2)
-    config = replace(CONFIG, copies=2)
-    weight = torch.full((25,), 1 / 25, device=DEVICE)
-    one, two = (
-        train_heads(
-            features,
-            labels,
-            config,
-            torch.Generator().manual_seed(7),
-            5,
-            segments=3,
-            sample_weight=weight,
-            impl=impl,
-            precision="ieee",
-        )
-        for impl in ("triton", "torch")
-    )
-    assert error(one, two) < 1e-4  # other draws would differ in the first digit
 
 
 def test_bf16_products_stay_near():

@@ -1,0 +1,71 @@
+"""Any torch module, or some of its parameters: the family for networks of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.tasks import Data, Metric, TaskBatch, TaskFamily
+from mcdi_fast.weights import WeightLayout
+
+Net = Callable[..., Any]
+
+
+class ModuleFamily(TaskFamily):
+    """Weights of a module, from its own initial weights as the common start of all tasks.
+
+    >>> family = ModuleFamily(net, draw, lambda net, data: F.mse_loss(net(data["x"]), data["y"]))  # doctest: +SKIP
+    >>> train(TrainConfig(dataset="mine"), family=family)  # doctest: +SKIP
+
+    A common start keeps networks comparable: units that are permuted against each other have no mean.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        draw: Callable[[str, int, int, int], TaskBatch],
+        loss: Callable[[Net, Data], Tensor],
+        *,
+        score: Callable[[Net, Data], Tensor] | None = None,
+        metric: Metric = Metric(),  # noqa: B008 (a constant)
+        select: Callable[[str], bool] | Sequence[str] | None = None,
+        fingerprint: str = "",
+    ):
+        """Take the module's layout.
+
+        Args:
+            module: in eval mode if its norms should keep their running statistics. Parameters outside `select` stay as they are, for all tasks.
+            draw: `TaskFamily.tasks`, called as draw(split, start, count, seed).
+            loss, score: called as loss(net, data) with one task's data; net(x) is the module with that task's weights.
+            select: as of `WeightLayout.from_module`. fingerprint: of the data.
+        """
+        self.module, self._draw, self._loss, self._score = module, draw, loss, score or loss
+        self.layout, self.metric = WeightLayout.from_module(module, select), metric
+        self._initial = self.layout.pack(module).detach().float()
+        self.fingerprint = fingerprint
+
+    def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
+        """Of `draw`."""
+        return self._draw(split, start, count, seed)
+
+    def net(self, theta: Tensor) -> Net:
+        """The module with the weights theta [N, D], as a function."""
+        weights = self.layout.unpack(theta)
+        return lambda *inputs, **keywords: functional_call(self.module, weights, inputs, keywords)
+
+    def loss(self, theta: Tensor, data: Data) -> Tensor:
+        """Of `loss`."""
+        return self._loss(self.net(theta), data)
+
+    def score(self, theta: Tensor, data: Data) -> Tensor:
+        """Of `score`."""
+        return self._score(self.net(theta), data)
+
+    def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
+        """The module's own weights, plus Gaussian noise of `start_std`."""
+        return self._initial + super().start(count, config, generator)
