@@ -26,7 +26,6 @@ from mcdi_fast.backend import PRECISIONS
 from mcdi_fast.cli import run_command
 from mcdi_fast.config import MetaConfig, PrepareConfig
 from mcdi_fast.evaluate import VALIDATION_SEED, generate, interval
-from mcdi_fast.heads import head_accuracy
 from mcdi_fast.meta import fit
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.report import machine

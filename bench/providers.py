@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from mcdi_fast.backend import Backend
-from mcdi_fast.heads import head_trajectory
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.heads import head_trajectory
 from mcdi_fast.inner import inner_loop, task_loss
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 from mcdi_fast.tasks import optimizer_steps

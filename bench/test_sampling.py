@@ -9,6 +9,7 @@ import torch
 from checks import close_to
 
 from mcdi_fast import Sampler
+from mcdi_fast.backend import Backend
 from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import denoise
 from mcdi_fast.diffusion import sample_chain
@@ -19,7 +20,6 @@ from mcdi_fast.noise import philox_normal
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import FEW_ROWS
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
-from mcdi_fast.backend import Backend
 
 TASKS = [1, 4, 32, 600, 4096]
 FEWEST = 3  # one a segment

@@ -49,7 +49,9 @@ def defaults(config):
         diffusion=DiffusionConfig(steps=12),
         denoiser=DenoiserConfig(128, 2),
         meta=MetaConfig(steps=2000, meta_batch=16, samples=2, ema=0.99),
-        evaluate=EvaluateConfig(tasks=100, validation_tasks=50, finetune_steps=(10, 100), finetune_decays=(0.0003, 0.003)),
+        evaluate=EvaluateConfig(
+            tasks=100, validation_tasks=50, finetune_steps=(10, 100), finetune_decays=(0.0003, 0.003)
+        ),
     )
 
 
@@ -67,7 +69,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     waves, config = family(), defaults(TrainConfig(dataset="waves", run_dir=options.folder))
-    config = replace(config, meta=replace(config.meta, steps=options.steps), prepare=replace(config.prepare, tasks=options.tasks))
+    config = replace(
+        config, meta=replace(config.meta, steps=options.steps), prepare=replace(config.prepare, tasks=options.tasks)
+    )
     train(config, family=waves)
 
     # from here on it is any generator

@@ -31,7 +31,7 @@ class Range:
 
     def __str__(self) -> str:
         """For a message: 'at least 1', 'a positive number', '0 to 1', '0 or more, below 1'."""
-        low = {0: "0 or more"}.get(self.ge, f"at least {self.ge}") if self.ge is not None else ""
+        low = "" if self.ge is None else "0 or more" if self.ge == 0 else f"at least {self.ge}"
         if self.gt is not None:
             low = "a positive number" if self.gt == 0 else f"above {self.gt}"
         if self.ge is not None and self.le is not None:

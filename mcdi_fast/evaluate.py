@@ -59,13 +59,14 @@ def generate(sampler: Sampler, tasks: TaskBatch, first_seed: int, **options: Any
 
 def bank_methods(bank: TrajectoryBank, sampler: Sampler) -> dict[str, Adapt]:
     """What the bank alone gives: its mean, and the weights of the training task whose (normalised) condition is nearest."""
-    normalizer, total, conditions = sampler.generator.condition_normalizer, 0.0, []
+    normalizer, conditions = sampler.generator.condition_normalizer, []
+    total = torch.zeros(bank.layout.mask.shape, dtype=torch.float64)
     for first in range(0, len(bank), _CHUNK):
         targets, condition = bank.gather(torch.arange(first, min(first + _CHUNK, len(bank))))
         total = total + targets[:, -1].double().sum(0)
         conditions.append(normalizer.normalize(condition.to(sampler.device)).flatten(1))
     every = torch.cat(conditions)
-    mean = (torch.as_tensor(total) / len(bank)).float().to(sampler.device)
+    mean = (total / len(bank)).float().to(sampler.device)
 
     def nearest(tasks: TaskBatch) -> Tensor:
         found = torch.cdist(normalizer.normalize(tasks.condition).flatten(1), every).argmin(1)

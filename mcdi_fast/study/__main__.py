@@ -131,7 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         nonlocal complete
-        complete = study(parse(lambda dataset: (StudyConfig, default_study_config(dataset)), "mcdi_fast.study", arguments, "omniglot"))
+        complete = study(
+            parse(
+                lambda dataset: (StudyConfig, default_study_config(dataset)), "mcdi_fast.study", arguments, "omniglot"
+            )
+        )
 
     return run_command(run) or (0 if complete else 3)
 

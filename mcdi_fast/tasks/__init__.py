@@ -145,7 +145,7 @@ class TaskFamily:
         return {}
 
 
-def optimizer_steps(backend: Backend) -> dict[str, Callable]:
+def optimizer_steps(backend: Backend) -> dict[str, Any]:
     """`ascend` and `update` of `optim.trajectory`, through the kernels where they run."""
     if not backend.kernels:
         return {"ascend": sam_perturbation, "update": adam_step}

@@ -202,7 +202,7 @@ class HeadFamily(TaskFamily):
         if len(x) > 1:  # int32 on the way to a GPU
             pick = torch.randint(len(x), (config.steps, *rows.shape), generator=generator).int().to(rows.device)
         weight = data["weight"][0] if "weight" in data else None
-        given = (start, x, data["label"].contiguous(), config, segments, pick, weight)
+        given: Any = (start, x, data["label"].contiguous(), config, segments, pick, weight)
         if backend.kernels:
             from mcdi_fast.kernels import head_trajectory as fused
 
