@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn.parameter import is_lazy
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.slots import advice, assign, call_tasks, checked_shape, find, joined, listed, slots, tensor_of
 
 # Entries of one task's tokens, N * D: 1 GiB in float32. A layout from a stranger's file must not make us allocate more.
 MAX_ELEMENTS = 2**28
@@ -25,18 +26,30 @@ _ONE_HOT_TOKENS = 512  # up to so many tokens a position is one-hot
 
 @dataclass(frozen=True)
 class LayoutEntry:
-    """Tensors of one module that share tokens: each is reshaped to [rows, -1], and they stand side by side in order.
+    """Tensors of one module that share tokens: each is [rows, -1], and they stand side by side in order.
 
     Attributes:
-        rows: tokens; the first dimension of every tensor, or 1 for a tensor of at most one dimension that is a token by
-            itself.
-        names: parameter names as in `module.named_parameters()`.
+        rows: tokens; the size of every tensor in its dimension of `axes`, or 1 for a tensor of at most one dimension that is
+            a token by itself.
+        names: names as in `module.named_parameters()` (or buffers).
         shapes: their shapes.
+        axes: the dimension of each tensor that its tokens are taken from; 0 for all by default.
     """
 
     rows: int
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in the default."""
+        if not self.axes:
+            object.__setattr__(self, "axes", (0,) * len(self.names))
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one tensor of at most one dimension, a token by itself."""
+        return self.rows == 1 and len(self.names) == 1 and len(self.shapes[0]) <= 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -56,8 +69,8 @@ class WeightLayout:
     The rule: within one module, tensors of two or more dimensions with the same first dimension share tokens, and
     one-dimensional tensors of that length (biases) are appended. A one-dimensional tensor with no such partner (the
     weight or bias of a norm) is one token. So a convolution [out, in, h, w] gives out tokens, an embedding [num, dim]
-    gives num. Tokens narrower than D are padded with zeros on the right. Buffers (running statistics) are not taken;
-    tied parameters are taken once.
+    gives num. Tokens narrower than D are padded with zeros on the right. Tied parameters are taken once. Names leave
+    out what wrappers put in (DataParallel, `torch.compile`).
 
     Attributes:
         entries: in the order of the module; entry after entry gives the tokens.
@@ -104,6 +117,7 @@ class WeightLayout:
         module: nn.Module,
         select: Callable[[str], bool] | Sequence[str] | None = None,
         exchangeable: bool = False,
+        buffers: bool | None = None,
     ) -> WeightLayout:
         """The layout of a module's parameters.
 
@@ -112,30 +126,39 @@ class WeightLayout:
             select: None takes every parameter. A sequence takes a parameter if its name or a dotted prefix of it (a
                 submodule's name) is in the sequence. A callable is asked for each name.
             exchangeable: whether tokens differ by their condition alone (class attribute).
+            buffers: True also takes floating-point buffers that a state dict holds, as the running statistics of a batch
+                norm. None warns where weights would be generated without the statistics that belong to them.
 
         Raises:
             McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
                 point, not yet initialised (lazy) or empty.
         """
-        # A tied parameter may be selected by any of its names; the first that is selected stands in the layout.
-        all_names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-        wanted = _selector(all_names, select)
-        entries: list[LayoutEntry] = []
-        seen: set[int] = set()
-        for prefix, owner in module.named_modules(remove_duplicate=False):
-            tensors: dict[str, tuple[int, ...]] = {}
-            for local, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-                name = f"{prefix}.{local}" if prefix else local
-                if wanted(name) and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    tensors[name] = _checked_shape(name, parameter)
-            entries += _group(tensors)
-        if not entries:
+        if not isinstance(module, nn.Module):
             raise McdiError(
-                f"select: no parameter selected, expected at least one of {_listed(all_names)}; "
+                f"module: {type(module).__name__}, expected a torch.nn.Module, which says what belongs to one unit and what is "
+                "tied; build the network and give that"
+            )
+        found = {
+            name: slot
+            for name, slot in slots(module).items()
+            if not slot.is_buffer or (buffers and slot.is_saved and slot.tensor.is_floating_point())
+        }
+        wanted = _selector(list(found), select)
+        # A tied parameter may be selected by any of its names; the first that is selected stands in the layout.
+        taken: dict[str, dict[str, tuple[int, ...]]] = {}  # by the module they stand in
+        seen: set[int] = set()
+        for name, slot in found.items():
+            if wanted(name) and id(slot.tensor) not in seen:
+                seen.add(id(slot.tensor))
+                taken.setdefault(name.rpartition(".")[0], {})[name] = checked_shape(name, slot.tensor)
+        if not taken:
+            raise McdiError(
+                f"select: no parameter selected, expected at least one of {listed(list(found))}; "
                 "select a parameter or module"
             )
-        return cls(tuple(entries), exchangeable)
+        if buffers is None:
+            _warn_of_statistics(module, seen)
+        return cls(tuple(entry for tensors in taken.values() for entry in _group(tensors)), exchangeable)
 
     @property
     def num_tokens(self) -> int:
@@ -170,14 +193,14 @@ class WeightLayout:
         return torch.repeat_interleave(torch.arange(len(self.entries), device="cpu"), rows)
 
     def position(self) -> Tensor:
-        """float32 [N, P] on the CPU, to be read only: which token is which, distinct rows of zeros and ones (or -1 and 1).
+        """float32 [N, P] on the CPU, to be read only: which token is which; all rows differ.
 
-        P = 0 where tokens are exchangeable. One-hot of the token (P = N) up to 512 tokens. Beyond that one-hot of the entry,
-        beside the row's number within it in bits of -1 and 1.
+        P = 0 where tokens are exchangeable. One-hot of the token (P = N) up to 512 tokens. Beyond that one-hot of the
+        entry, beside the row's number within it in bits of -1 and 1.
         """
         return self._position
 
-    @cached_property
+    @functools.cached_property
     def _position(self) -> Tensor:
         tokens = self.num_tokens
         with torch.inference_mode(False):  # it outlives the call, and autograd refuses tensors of inference
@@ -196,47 +219,73 @@ class WeightLayout:
         Raises:
             McdiError: tokens that are not exchangeable; more than one entry; a number out of range.
         """
+        num_tokens = int(num_tokens) if isinstance(num_tokens, np.integer) else num_tokens
         entry = self.entries[0]
-        if not self.exchangeable or len(self.entries) > 1 or any(shape[:1] != (entry.rows,) for shape in entry.shapes):
+        if not self.exchangeable or len(self.entries) > 1 or entry.is_alone:
             raise McdiError(
                 f"layout: {self.num_tokens} tokens of {len(self.entries)} entries, exchangeable = {self.exchangeable}; only "
                 f"exchangeable tokens of one entry can be {num_tokens} instead; train with a layout of that many"
             )
-        shapes = tuple((num_tokens, *shape[1:]) for shape in entry.shapes)
-        return WeightLayout((LayoutEntry(num_tokens, entry.names, shapes),), exchangeable=True)
+        shapes = tuple(
+            (*shape[:axis], num_tokens, *shape[axis + 1 :])
+            for shape, axis in zip(entry.shapes, entry.axes, strict=True)
+        )
+        return WeightLayout((LayoutEntry(num_tokens, entry.names, shapes, entry.axes),), exchangeable=True)
 
-    def pack(self, source: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    def pack(
+        self, source: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None, prefix: str = ""
+    ) -> Tensor:
         """Tokens [N, D] of a module or a state dict (further names in it are ignored). Differentiable; always a copy.
 
         Args:
-            source: where the tensors are.
+            source: where the tensors are; a state dict may hold NumPy arrays, and names as wrappers make them.
             dtype: of the result; default: the one all tensors promote to, so the round trip is bit-exact.
+            prefix: dotted name of the submodule of `source` that the layout is of.
 
         Raises:
             McdiError: a name is missing or has another shape.
         """
-        state = _parameters(source) if isinstance(source, nn.Module) else source
-        return self._pack(state, dtype, batched=False)
+        return self._pack(source, dtype, prefix, batched=False)
 
-    def pack_batch(self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        """Tokens [..., N, D] of stacked tensors [..., *shape], all with the same leading dimensions ([B], [tasks, k]).
+    def pack_batch(
+        self, source: Mapping[str, Tensor] | Sequence[Any], dtype: torch.dtype | None = None, prefix: str = ""
+    ) -> Tensor:
+        """Tokens [..., N, D] of many networks.
+
+        Args:
+            source: stacked tensors [..., *shape], all with the same leading dimensions ([B], [tasks, k]); or a list of
+                state dicts or modules, or of such lists.
+            dtype, prefix: as of `pack`.
 
         Raises:
             McdiError: a name is missing, has another shape, or leading dimensions differ.
         """
-        return self._pack(state, dtype, batched=True)
+        if not isinstance(source, list | tuple):
+            return self._pack(source, dtype, prefix, batched=True)
+        parts = [self.pack_batch(part, dtype, prefix) for part in source]
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) != 1:
+            raise McdiError(
+                f"state dicts: {len(parts)} of shapes {sorted(shapes)!s:.80}, expected one or more of one shape; give as many a task"
+            )
+        return torch.stack(parts)
 
-    def _pack(self, state: Mapping[str, Tensor], dtype: torch.dtype | None, batched: bool) -> Tensor:
-        shapes = self.shapes
+    def _pack(self, source: Any, dtype: torch.dtype | None, prefix: str, batched: bool) -> Tensor:
+        state = _tensors_of(source)
         lead: tuple[int, ...] | None = None if batched else ()
-        for name, shape in shapes.items():
-            tensor = state.get(name)
+        tensors: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            tensor = tensor_of(state.get(joined(prefix, name)))
             if not isinstance(tensor, Tensor):
+                what = "missing" if tensor is None else f"of type {type(tensor).__name__}"
                 raise McdiError(
-                    f"state dict: {name!r} is missing, expected a tensor of shape {list(shape)}; give all of it"
+                    f"state dict: {joined(prefix, name)!r} is {what}, expected a tensor of shape {list(shape)}; "
+                    f"{advice(self.shapes, state)}"
                 )
             if not tensor.is_floating_point():
                 raise McdiError(f"state dict: {name!r} is {tensor.dtype}, expected floating point; convert it")
+            if tensor.is_meta:
+                raise McdiError(f"state dict: {name!r} is on the meta device, which holds no numbers; load it first")
             if lead is None:
                 lead = tuple(tensor.shape[: max(tensor.ndim - len(shape), 0)])
             if tensor.shape != (*lead, *shape):
@@ -244,18 +293,16 @@ class WeightLayout:
                 raise McdiError(
                     f"state dict: {name!r} has shape {list(tensor.shape)}, expected {expected}; is it the same model?"
                 )
+            tensors[name] = tensor
         assert lead is not None
-        tensors = [state[name] for name in shapes]
         if dtype is None:
-            dtype = tensors[0].dtype
-            for tensor in tensors:
-                dtype = torch.promote_types(dtype, tensor.dtype)
-        device, width = tensors[0].device, self.width
+            dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        device, width = tensors[self.names[0]].device, self.width
         blocks = []
         for entry in self.entries:
             parts = [
-                state[name].to(device, dtype).reshape(*lead, entry.rows, columns)
-                for name, columns in zip(entry.names, entry.widths, strict=True)
+                _moved(tensors[name].to(device, dtype), axis, 0, lead).reshape(*lead, entry.rows, columns)
+                for name, axis, columns in zip(entry.names, entry.axes, entry.widths, strict=True)
             ]
             blocks.append(F.pad(torch.cat(parts, -1), (0, width - entry.width)))
         return torch.cat(blocks, -2)
@@ -267,28 +314,36 @@ class WeightLayout:
             McdiError: the last two dimensions are not [N, D].
         """
         self._check_tokens(tokens)
-        lead = tokens.shape[:-2]
+        lead = tuple(tokens.shape[:-2])
         result: dict[str, Tensor] = {}
         start = 0
         for entry in self.entries:
             column = 0
-            for name, shape, columns in zip(entry.names, entry.shapes, entry.widths, strict=True):
+            for name, shape, axis, columns in zip(entry.names, entry.shapes, entry.axes, entry.widths, strict=True):
                 block = tokens[..., start : start + entry.rows, column : column + columns]
-                result[name] = block.reshape((*lead, *shape))
+                rows_first = (*shape[axis : axis + 1], *shape[:axis], *shape[axis + 1 :])
+                result[name] = _moved(block.reshape((*lead, *rows_first)), 0, axis, lead)
                 column += columns
             start += entry.rows
         return result
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise McdiError(f"tokens: {type(tokens).__name__}, expected a tensor; convert them by torch.as_tensor")
         if tokens.ndim < 2 or tokens.shape[-2:] != (self.num_tokens, self.width):
             raise McdiError(
                 f"tokens: shape {list(tokens.shape)}, expected [..., {self.num_tokens}, {self.width}]; "
                 "they belong to another layout"
             )
 
-    def check_module(self, module: nn.Module) -> None:
-        """Raise McdiError, with name, found and expected shape, unless the module has every parameter of the layout."""
-        _checked_parameters(self, module)
+    def check_module(self, module: nn.Module, prefix: str = "") -> None:
+        """Raise McdiError, with name, found and expected shape, unless the module has every tensor of the layout.
+
+        Args:
+            module: also one that DataParallel or `torch.compile` wraps.
+            prefix: dotted name of the submodule that the layout is of.
+        """
+        find(self.shapes, module, prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back equal."""
@@ -298,6 +353,7 @@ class WeightLayout:
             "exchangeable": self.exchangeable,
             "entries": [
                 {"rows": entry.rows, "names": list(entry.names), "shapes": [list(shape) for shape in entry.shapes]}
+                | ({"axes": list(entry.axes)} if any(entry.axes) else {})
                 for entry in self.entries
             ],
         }
@@ -320,12 +376,13 @@ class WeightLayout:
                 and isinstance(item.get("names"), list)
                 and isinstance(item.get("shapes"), list)
                 and all(isinstance(shape, list) for shape in item["shapes"])
+                and isinstance(item.get("axes", []), list)
             ):
                 raise McdiError(
                     f"layout: entry {item!r:.80} is malformed, expected rows, names and shapes; the file is damaged"
                 )
             shapes = tuple(tuple(shape) for shape in item["shapes"])
-            parsed.append(LayoutEntry(item.get("rows"), tuple(item["names"]), shapes))  # type: ignore[arg-type]
+            parsed.append(LayoutEntry(item.get("rows"), tuple(item["names"]), shapes, tuple(item.get("axes", ()))))  # type: ignore[arg-type]
         layout = cls(tuple(parsed), data.get("exchangeable", True))
         for key, found in (("num_tokens", layout.num_tokens), ("width", layout.width)):
             if data.get(key) != found:
@@ -344,12 +401,12 @@ def _check_entry(entry: LayoutEntry) -> None:
         raise McdiError(
             f"layout: rows {entry.rows!r:.40}, expected an integer from 1 to {MAX_ELEMENTS}; make the layout again"
         )
-    if not entry.names or len(entry.names) != len(entry.shapes):
+    if not entry.names or not len(entry.names) == len(entry.shapes) == len(entry.axes):
         raise McdiError(
-            f"layout: {len(entry.names)} names and {len(entry.shapes)} shapes in one entry, expected as many; "
-            "make it again"
+            f"layout: {len(entry.names)} names, {len(entry.shapes)} shapes and {len(entry.axes)} axes in one entry, expected as "
+            "many; make it again"
         )
-    for name, shape in zip(entry.names, entry.shapes, strict=True):
+    for name, shape, axis in zip(entry.names, entry.shapes, entry.axes, strict=True):
         if not isinstance(name, str) or len(name) > 1000 or not all(name.split(".")):
             raise McdiError(
                 f"layout: {name!r:.80} is no parameter name, expected dotted text of at most 1000 letters; make it again"
@@ -360,10 +417,13 @@ def _check_entry(entry: LayoutEntry) -> None:
                 f"layout: {name!r} has shape {list(shape)!r:.80}, expected sizes from 1 and "
                 f"at most {MAX_ELEMENTS} elements; make the layout again"
             )
-        alone = entry.rows == 1 and len(shape) <= 1 and len(entry.names) == 1
-        if not alone and (not shape or shape[0] != entry.rows):
+        if type(axis) is not int or not 0 <= axis < max(len(shape), 1):
             raise McdiError(
-                f"layout: {name!r} has shape {list(shape)!r:.80}, expected first dimension "
+                f"layout: {name!r} has axis {axis!r:.40}, expected a dimension of {list(shape)!r:.80}; make it again"
+            )
+        if not entry.is_alone and (not shape or shape[axis] != entry.rows):
+            raise McdiError(
+                f"layout: {name!r} has shape {list(shape)!r:.80}, expected dimension {axis} to be "
                 f"{entry.rows} (its entry's rows); make the layout again"
             )
 
@@ -398,48 +458,51 @@ def _selector(names: list[str], select: Callable[[str], bool] | Sequence[str] | 
     unknown = [item for item in items if not isinstance(item, str) or item not in known]
     if unknown:
         raise McdiError(
-            f"select: {unknown[0]!r} matches no parameter, expected a name or module of {_listed(names)}; "
+            f"select: {unknown[0]!r} matches no parameter, expected a name or module of {listed(names)}; "
             "correct the name"
         )
     chosen = set(items)
     return lambda name: not chosen.isdisjoint(prefixes(name))
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:8])
-    return (f"{shown}, … ({len(names)} in all)" if len(names) > 8 else shown) or "(the module has no parameters)"
+def _moved(tensor: Tensor, source: int, target: int, lead: tuple[int, ...]) -> Tensor:
+    """A view with dimension `source` of the tensor's own, after those of `lead`, moved to `target`."""
+    return tensor if source == target else tensor.movedim(len(lead) + source, len(lead) + target)
 
 
-def _checked_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
-    if is_lazy(parameter):
-        raise McdiError(f"parameter {name!r} is not initialised yet; run the module once before taking its layout")
-    if not parameter.is_floating_point():
-        raise McdiError(f"parameter {name!r} is {parameter.dtype}, expected floating point; leave it out by select")
-    if parameter.numel() == 0:
-        raise McdiError(f"parameter {name!r} has shape {list(parameter.shape)}, no element; leave it out by select")
-    return tuple(parameter.shape)
+def _tensors_of(source: Any) -> Mapping[str, Any]:
+    """Name -> tensor of a module or a state dict, as well by names without what wrappers put in."""
+    if isinstance(source, nn.Module):
+        return {name: slot.tensor for name, slot in slots(source).items()}
+    if not isinstance(source, Mapping):
+        raise McdiError(
+            f"state dict: {type(source).__name__}, expected a module or a dict of tensors by name; to pack many, give a list"
+        )
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in source.items()}
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+    return {**plain, **source}
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters(remove_duplicate=False))
-
-
-def _checked_parameters(layout: WeightLayout, module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters that are in the layout, checked."""
-    found = _parameters(module)
-    for name, shape in layout.shapes.items():
-        if name not in found:
-            raise McdiError(
-                f"module: no parameter {name!r}, expected one of shape {list(shape)}; found {_listed(list(found))}; "
-                "give a module of the architecture the layout was made from"
+def _warn_of_statistics(module: nn.Module, taken: set[int]) -> None:
+    """Running statistics belong to the weights in front of them: say so where those are generated without them."""
+    after_taken = False
+    for name, slot in slots(module).items():
+        after_taken |= id(slot.tensor) in taken
+        if after_taken and slot.is_buffer and getattr(slot.owner, "track_running_stats", False):
+            warnings.warn(
+                f"layout: {name!r} is not generated, and a network with generated weights keeps statistics of others; pass "
+                "buffers=True, or False and estimate them by torch.optim.swa_utils.update_bn after load_into",
+                stacklevel=3,
             )
-        actual = _checked_shape(name, found[name])
-        if actual != shape:
-            raise McdiError(
-                f"module: {name!r} has shape {list(actual)}, expected {list(shape)}; "
-                "give a module of the architecture the layout was made from"
-            )
-    return {name: found[name] for name in layout.shapes}
+            return
+
+
+def _index(i: Any) -> int:
+    try:
+        return operator.index(i)
+    except TypeError:
+        raise McdiError(f"task {i!r:.40}: {type(i).__name__}, expected an integer") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -459,76 +522,109 @@ class GeneratedWeights:
 
     def __post_init__(self) -> None:
         """Check the shape."""
-        if self.tokens.ndim != 3 or not self.tokens.is_floating_point():
+        tokens = tensor_of(self.tokens)
+        object.__setattr__(self, "tokens", tokens)
+        self.layout._check_tokens(tokens)
+        if tokens.ndim != 3 or not tokens.is_floating_point():
             raise McdiError(
-                f"tokens: {self.tokens.dtype} of shape {list(self.tokens.shape)}, expected floating point [B, N, D]; "
+                f"tokens: {tokens.dtype} of shape {list(tokens.shape)}, expected floating point [B, N, D]; "
                 "stack one task's tokens by tokens[None]"
             )
-        self.layout._check_tokens(self.tokens)
 
     def __len__(self) -> int:
         """B."""
         return len(self.tokens)
 
-    def _task(self, i: int) -> Tensor:
-        i = operator.index(i)
+    def __getitem__(self, i: int | slice) -> Any:
+        """Task i's `state_dict` (a negative i counts from the end), or GeneratedWeights of a slice."""
+        if isinstance(i, slice):
+            return GeneratedWeights(self.layout, self.tokens[i])
+        i = _index(i)
+        return self.state_dict(i + len(self) if i < 0 else i)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Each task's parameters in turn."""
+        return (self.state_dict(i) for i in range(len(self)))
+
+    def _tensors(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Parameters and buffers by name. A generated variance may fall below 0, and a batch norm takes its root."""
+        return {
+            name: tensor.clamp_min(0) if name.endswith("running_var") else tensor
+            for name, tensor in self.layout.unpack(tokens).items()
+        }
+
+    def _task(self, i: int) -> dict[str, Tensor]:
+        i = _index(i)
         if not 0 <= i < len(self):
             raise McdiError(
                 f"task {i}: out of range, expected 0 to {len(self) - 1} ({len(self)} tasks); give one of these"
             )
-        return self.tokens[i]
+        return self._tensors(self.tokens[i].detach())
 
     def state_dict(self, i: int) -> dict[str, Tensor]:
         """Task i's parameters by name: copies of their own, detached, in the tokens' dtype, on their device.
 
         Only the parameters of the layout: load it with `strict=False` where the module has more, or use `load_into`.
         """
-        tensors = self.layout.unpack(self._task(i).detach())
-        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._task(i).items()}
 
-    def load_into(self, module: nn.Module, i: int) -> None:
+    def load_into(self, module: nn.Module, i: int, prefix: str = "") -> None:
         """Copy task i's weights into the module's parameters, in place, in each parameter's dtype and device.
+
+        A parameter on the meta device (`torch.device("meta")`, accelerate's `init_empty_weights`) is replaced by one on
+        the tokens' device.
+
+        Args:
+            module: of the layout's architecture; also one that DataParallel or `torch.compile` wraps.
+            i: the task.
+            prefix: dotted name of the submodule that the layout is of, such as "fc" for a network's head.
 
         Raises:
             McdiError: i out of range; a parameter missing or of another shape. Then the module is unchanged.
         """
-        tensors = self.layout.unpack(self._task(i))
-        targets = _checked_parameters(self.layout, module)
+        tensors = self._task(i)
+        places = find(self.layout.shapes, module, prefix)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                targets[name].copy_(tensor)
+                assign(places[name], tensor)
 
-    def functional_call(self, module: nn.Module, x: Tensor) -> Tensor:
+    def functional_call(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, prefix: str = ""
+    ) -> Any:
         """The module's outputs for all B tasks at once, each with its own weights; the module is left as it is.
 
+        What `torch.vmap` cannot run (an LSTM, a branch on a value) goes task by task, and a warning names it.
+
         Args:
-            module: of the layout's architecture. Parameters outside the layout and all buffers are shared by the tasks.
-            x: [B, ...], task b's input x[b], on the module's device.
+            module: of the layout's architecture, as in `load_into`. All that is outside the layout is shared by the tasks.
+            args: the input; a tuple of inputs; or a dict of inputs by keyword. Each tensor is [B, ...], task b's at b, on
+                the module's device. Whatever is no tensor is shared.
+            kwargs: further inputs by keyword.
+            prefix: dotted name of the submodule that the layout is of; the inputs are of `module`.
 
         Returns:
-            [B, ...], what `load_into(module, b); module(x[b])` gives for each b. Differentiable in tokens and x.
+            The module's output, [B, ...] for each tensor in it (also in tuples, lists and dicts): what
+            `load_into(module, b); module(x[b])` gives for each b. Differentiable in tokens and inputs.
 
         Raises:
-            McdiError: another B; a parameter missing or of another shape; a norm that would update running statistics.
+            McdiError: another B; a parameter missing, of another shape or without values; a norm that would update
+                running statistics; an output that cannot be stacked.
         """
-        if x.ndim < 1 or len(x) != len(self):
-            raise McdiError(
-                f"x: shape {list(x.shape)}, expected [{len(self)}, ...], one input a task; stack the inputs"
-            )
+        places = find(self.layout.shapes, module, prefix)
         for name, child in module.named_modules():
-            # Running statistics are one buffer: tasks side by side cannot each update it.
+            # Each task would update them, and none of the updates would stay.
             if child.training and getattr(child, "track_running_stats", False):
                 raise McdiError(
                     f"module: {name!r} ({type(child).__name__}) would update its running statistics; "
                     "call module.eval() first"
                 )
-        targets = _checked_parameters(self.layout, module)
-        state = {name: tensor.to(targets[name]) for name, tensor in self.layout.unpack(self.tokens).items()}
-
-        def call(weights: dict[str, Tensor], inputs: Tensor) -> Any:
-            return functional_call(module, weights, (inputs,))
-
-        return vmap(call, randomness="different")(state, x)
+        tensors = []
+        for name, tensor in self._tensors(self.tokens).items():
+            target = places[name][0].tensor
+            tensors.append((places[name], tensor.to(tensor.device if target.is_meta else target.device, target.dtype)))
+        if isinstance(args, Mapping):
+            args, kwargs = (), {**args, **(kwargs or {})}
+        return call_tasks(module, tensors, len(self), args if isinstance(args, tuple) else (args,), kwargs or {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -569,8 +665,8 @@ class Normalizer:
         Args:
             targets: floating point [tasks, k, N, D], as of a bank.
             mask: bool [N, D], `layout.mask`.
-            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up to unit
-                variance, a column that hardly ever moves (a feature that is nearly dead) has entries of a hundred deviations.
+            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up to
+                unit variance, a column that hardly ever moves (a nearly dead feature) has entries of a hundred deviations.
 
         Returns:
             mean and std on the CPU: [1, D], or with padding [N, D], which is the same row but for 0 and 1 on padding.

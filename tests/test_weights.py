@@ -1,14 +1,16 @@
 import contextlib
 import copy
 import json
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mcdi_fast import weights
+from mcdi_fast import weights as weights_module
 from mcdi_fast.errors import McdiError
 from mcdi_fast.weights import GeneratedWeights, LayoutEntry, Normalizer, WeightLayout
 
@@ -80,6 +82,9 @@ def random_parameters(module):
         for parameter in module.parameters():
             parameter.normal_()
     return module
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*running_mean. is not generated")
 
 
 @pytest.fixture(params=MODULES)
@@ -298,7 +303,9 @@ def test_generated_weights_errors_and_copies():
     for i in (-1, 2, 99):
         for call in (generated.state_dict, lambda i: generated.load_into(nn.Linear(4, 3), i)):
             assert f"task {i}: out of range, expected 0 to 1" in error_of(call, i)
-    for wrong in (tokens[0], tokens[..., 1:], tokens[:, 1:], tokens.long()):
+    for i in (0.0, "0", None):
+        assert f"task {i!r}: " in error_of(generated.state_dict, i)
+    for wrong in (tokens[0], tokens[..., 1:], tokens[:, 1:], tokens.long(), [[[1.0] * 5] * 3], None):
         assert "tokens" in error_of(GeneratedWeights, layout, wrong)
     assert "expected [2, ...]" in error_of(generated.functional_call, nn.Linear(4, 3), torch.zeros(3, 4))
     assert "expected [2, ...]" in error_of(generated.functional_call, nn.Linear(4, 3), torch.tensor(0.0))
@@ -312,6 +319,75 @@ def test_generated_weights_errors_and_copies():
     generated = GeneratedWeights(layout, torch.randn(2, 2, 3))
     assert "call module.eval() first" in error_of(generated.functional_call, norm, torch.randn(2, 4, 3))
     assert generated.functional_call(norm.eval(), torch.randn(2, 4, 3)).shape == (2, 4, 3)
+
+
+def test_generated_weights_are_a_sequence_of_state_dicts():
+    layout = WeightLayout.from_module(nn.Linear(4, 3))
+    tokens = torch.randn(3, 3, 5)
+    generated = GeneratedWeights(layout, tokens)
+    for states in (list(generated), [generated[i] for i in (np.int64(0), 1, 2)], list(reversed(generated))[::-1]):
+        assert torch.equal(layout.pack_batch(states), tokens)
+    assert torch.equal(generated[-1]["bias"], tokens[2, :, 4])
+    part = generated[1:]
+    assert len(part) == 2
+    assert torch.equal(part[0]["bias"], tokens[1, :, 4])
+    for i in (3, -4, 1.0):
+        assert "task " in error_of(generated.__getitem__, i)
+    assert torch.equal(GeneratedWeights(layout, tokens.numpy()).tokens, tokens)
+
+
+def test_packing_takes_arrays_and_lists():
+    module = nn.Linear(4, 3)
+    layout = WeightLayout.from_module(module)
+    modules = [nn.Linear(4, 3) for _ in range(4)]
+    expected = torch.stack([layout.pack(each) for each in modules])
+    states = [each.state_dict() for each in modules]
+    arrays = {name: np.stack([state[name].numpy() for state in states]) for name in states[0]}
+    arrays["weight"] = arrays["weight"][::-1]
+    arrays["weight"].flags.writeable = False
+    for source in (modules, states, tuple(states), [states[0], modules[1], states[2], modules[3]]):
+        assert torch.equal(layout.pack_batch(source), expected)
+    found = layout.pack_batch(arrays)
+    assert torch.equal(found[..., :4], expected[..., :4].flip(0))
+    assert torch.equal(found[..., 4], expected[..., 4])
+    nested = layout.pack_batch([states[:2], states[2:]])  # tasks, segments
+    assert torch.equal(nested, expected.reshape(2, 2, 3, 5))
+    stacked = {name: value.expand(2, *value.shape) for name, value in states[0].items()}
+    assert torch.equal(layout.pack_batch([stacked])[0, 1], expected[0])
+    assert layout.pack({name: value.astype(np.float64)[0] for name, value in arrays.items()}).dtype == torch.float64
+    mixed = layout.pack_batch([nn.Linear(4, 3).double(), modules[0]])
+    assert mixed.dtype == torch.float64
+    for wrong in ([], [states, states[0]], [states[:2], states[:1]]):
+        assert "state dicts" in error_of(layout.pack_batch, wrong)
+    for wrong in (None, "weights", 3, [3], expected):
+        assert "expected a module or a dict" in error_of(layout.pack_batch, wrong)
+    assert "'weight' is of type list" in error_of(layout.pack, {"weight": [[1.0]], "bias": [0.0]})
+    assert "'weight' is of type ndarray" in error_of(layout.pack, {"weight": np.array("text")})
+    assert "torch.int64" in error_of(layout.pack, {"weight": np.zeros((3, 4), int)})
+
+
+def test_other_default_dtypes_and_devices():
+    layout = WeightLayout.from_module(nn.Linear(300, 600))
+    expected = layout.position(), layout.mask, layout.owner
+    state = nn.Linear(300, 600).state_dict()
+    tokens = layout.pack(state)
+    stats = Normalizer.fit(tokens[None, None], layout.mask)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        again = WeightLayout.from_dict(layout.to_dict())
+        found = again.position(), again.mask, again.owner, again.pack(state)
+        twice = Normalizer.fit(tokens[None, None], again.mask)
+        out = GeneratedWeights(again, tokens[None])
+        out.load_into(nn.Linear(300, 600), 0)
+        called = out.functional_call(nn.Linear(300, 600), torch.ones(1, 2, 300, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for one, other in zip((*expected, tokens, stats.mean, stats.std), (*found, twice.mean, twice.std), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert called.shape == (1, 2, 600)
 
 
 def test_state_dict_errors():
@@ -383,6 +459,31 @@ def test_layouts_from_strangers_are_refused():
         assert error_of(WeightLayout.from_dict, nothing).startswith("layout")
 
 
+def test_a_tensor_may_be_cut_along_another_dimension():
+    entry = LayoutEntry(3, ("a", "b", "c"), ((3, 2), (4, 3), (2, 2, 3)), (0, 1, 2))
+    layout = WeightLayout((entry, LayoutEntry(1, ("d",), ((5,),))), exchangeable=False)
+    assert (layout.num_tokens, layout.width) == (4, 2 + 4 + 4)
+    state = {name: torch.randn(7, *shape) for name, shape in layout.shapes.items()}
+    tokens = layout.pack_batch(state)
+    assert torch.equal(tokens[:, 1, 2:6], state["b"][:, :, 1])
+    assert torch.equal(tokens[:, 2, 6:], state["c"][..., 2].flatten(1))
+    found = layout.unpack(tokens)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert WeightLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    head = WeightLayout((entry,), exchangeable=True)
+    assert head.resized(5).shapes == {"a": (5, 2), "b": (4, 5), "c": (2, 2, 5)}
+    assert head.resized(5).resized(3) == head
+    plain = WeightLayout.from_module(nn.Linear(2, 3))
+    assert "axes" not in plain.to_dict()["entries"][0]  # files stay as they were
+    for axes in ((0, 0, 0), (0, 1), (0, 1, 3), (0, 1, -1), (0, True, 2), (0, 1.0, 2), ("0", 1, 2)):
+        data = head.to_dict()
+        data["entries"][0]["axes"] = list(axes)
+        assert error_of(WeightLayout.from_dict, data).startswith("layout")
+    for axes in (None, 1, "012", {}):
+        data["entries"][0]["axes"] = axes
+        assert "malformed" in error_of(WeightLayout.from_dict, data)
+
+
 def test_a_huge_layout_is_refused_before_anything_is_allocated():
     wide = LayoutEntry(1, ("a",), ((2**20,),))
     long = LayoutEntry(2**20, ("b",), ((2**20, 1),))
@@ -407,6 +508,121 @@ def test_any_json_gives_a_layout_or_our_error(entries, num_tokens, width):
     with contextlib.suppress(McdiError):
         layout = WeightLayout.from_dict({"entries": entries, "num_tokens": num_tokens, "width": width})
         layout.unpack(torch.zeros(layout.num_tokens, layout.width))
+
+
+# --- buffers ---
+
+
+def small_cnn():
+    """Two blocks of convolution and batch norm, for images of two kinds."""
+    blocks = [[nn.Conv2d(i, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for i in (1, 8)]
+    return nn.Sequential(*blocks[0], *blocks[1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.fixture(scope="module")
+def trained_cnns():
+    """Networks of six tasks that differ in brightness and contrast: (networks, images, labels)."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(2, 1, 8, 8, generator=generator)
+    start, networks = small_cnn().state_dict(), []
+    brightness, contrast = 6 * torch.rand(6, generator=generator), 1 + 4 * torch.rand(6, generator=generator)
+    y = torch.randint(2, (6, 256), generator=generator)
+    x = kinds[y] * contrast[:, None, None, None, None] + brightness[:, None, None, None, None]
+    x += 0.3 * torch.randn(x.shape, generator=generator)
+    for task in range(6):
+        network = small_cnn()
+        network.load_state_dict(start)
+        optimizer = torch.optim.Adam(network.parameters(), 0.005)
+        for step in range(60):
+            rows = slice(32 * (step % 4), 32 * (step % 4) + 32)
+            torch.nn.functional.cross_entropy(network(x[task, rows]), y[task, rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        networks.append(network.eval())
+    return networks, x, y
+
+
+def accuracies(networks, x, y):
+    with torch.no_grad():
+        return [
+            float((net.eval()(x[i, 128:]).argmax(1) == y[i, 128:]).float().mean()) for i, net in enumerate(networks)
+        ]
+
+
+def loaded(layout, networks):
+    weights, fresh = GeneratedWeights(layout, layout.pack_batch(networks).detach()), [small_cnn() for _ in networks]
+    for i, network in enumerate(fresh):
+        weights.load_into(network, i)
+    return weights, fresh
+
+
+def test_batch_norm_statistics_are_generated_or_estimated(trained_cnns):
+    networks, x, y = trained_cnns
+    own = accuracies(networks, x, y)
+    assert min(own) > 0.95
+    _, without = loaded(WeightLayout.from_module(small_cnn(), buffers=False), networks)
+    assert sum(accuracies(without, x, y)) / 6 < 0.8  # the statistics of a fresh network
+    for i, network in enumerate(without):
+        torch.optim.swa_utils.update_bn([x[i, :128]], network)
+    assert min(accuracies(without, x, y)) > 0.95
+    layout = WeightLayout.from_module(small_cnn(), buffers=True)
+    assert {name for name in layout.names if "running" in name} == {
+        f"{block}.running_{kind}" for block in (1, 4) for kind in ("mean", "var")
+    }
+    weights, fresh = loaded(layout, networks)
+    assert accuracies(fresh, x, y) == own
+    together = weights.functional_call(small_cnn().eval(), x)
+    torch.testing.assert_close(list(together), [net(x[i]) for i, net in enumerate(networks)])
+    again = small_cnn()
+    again.load_state_dict(weights[0], strict=False)
+    torch.testing.assert_close(again.eval()(x[0]), together[0])
+    assert WeightLayout.from_dict(layout.to_dict()) == layout
+
+
+def test_a_generated_variance_is_not_negative():
+    norm = nn.BatchNorm1d(2).eval()
+    layout = WeightLayout.from_module(norm, buffers=True)
+    tokens = torch.ones(1, 4, 2)
+    tokens[0, 3] = torch.tensor([-0.5, 1.0])
+    weights = GeneratedWeights(layout, tokens)
+    assert torch.equal(weights[0]["running_var"], torch.tensor([0.0, 1.0]))
+    assert weights.functional_call(norm, torch.ones(1, 3, 2)).isfinite().all()
+    weights.load_into(norm, 0)
+    assert norm(torch.ones(3, 2)).isfinite().all()
+
+
+def test_a_layout_without_the_statistics_of_its_norms_warns():
+    def warned(module, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            WeightLayout.from_module(module, **options)
+        return [str(warning.message) for warning in caught]
+
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    (message,) = warned(module)
+    assert "'1.running_mean'" in message
+    assert "buffers=True" in message
+    assert "update_bn" in message
+    for select in (["0"], ["1"], ["1.bias", "2"]):
+        assert warned(module, select=select)
+    assert not warned(module, select=["2"])  # a head on frozen features
+    assert not warned(module, buffers=True)
+    assert not warned(module, buffers=False)
+    assert not warned(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+    assert WeightLayout.from_module(module, select=["1.running_mean"], buffers=True).num_tokens == 1
+    assert "matches no parameter" in error_of(WeightLayout.from_module, module, ["1.running_mean"])
+
+
+def test_buffers_that_no_state_dict_holds_or_that_count_are_left_out():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kept", torch.zeros(3))
+            self.register_buffer("cache", torch.zeros(3), persistent=False)
+            self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+            self.register_buffer("none", None)
+
+    assert WeightLayout.from_module(Net(), buffers=True).names == ("kept",)
 
 
 # --- positions, exchangeable tokens ---
@@ -462,7 +678,7 @@ def test_resized_is_the_layout_of_another_number_of_classes():
 
     for ways in (1, 3, 20):
         assert of(5).resized(ways) == of(ways)
-        assert of(ways).resized(5) == of(5)
+        assert of(ways).resized(np.int64(5)) == of(5)
     assert of(5, select=["bias"]).exchangeable
     for layout in (
         WeightLayout.from_module(nn.Linear(4, 5)),
@@ -484,7 +700,7 @@ def test_normalizer_statistics(monkeypatch):
     targets = torch.randn(11, 2, 5, 5) * torch.tensor([1e-3, 1.0, 1e4, 2.0, 3.0]) + torch.tensor([5.0, 0.1, 1e5, -1, 0])
     targets[..., ~layout.mask] = 99  # padding counts for nothing
     whole = Normalizer.fit(targets, layout.mask)
-    monkeypatch.setattr(weights, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(weights_module, "_CHUNK_ENTRIES", 1)
     by_one = Normalizer.fit(targets, layout.mask)
     torch.testing.assert_close(whole.mean, by_one.mean)
     torch.testing.assert_close(whole.std, by_one.std)
@@ -530,7 +746,7 @@ def test_constant_columns_get_deviation_one():
 def test_normalizer_errors(monkeypatch):
     mask = torch.ones(3, 4, dtype=torch.bool)
     targets = torch.randn(9, 2, 3, 4)
-    monkeypatch.setattr(weights, "_CHUNK_ENTRIES", 4 * targets[0].numel())
+    monkeypatch.setattr(weights_module, "_CHUNK_ENTRIES", 4 * targets[0].numel())
     for value in (float("nan"), float("inf")):
         bad = targets.clone()
         bad[7, 1, 2, 3] = value
