@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -73,7 +73,7 @@ def resolve(impl: str, device: torch.device | str, missing: str | None = None) -
         raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     device = torch.device(device)
     if impl == "auto":
-        return "triton" if device.type == "cuda" and not missing else "torch"
+        return "triton" if device.type == "cuda" and not missing and _triton() else "torch"
     if impl == "triton":
         if missing:
             raise McdiError(f"{source} = 'triton' cannot run: {missing}; use impl='torch'")
@@ -83,13 +83,25 @@ def resolve(impl: str, device: torch.device | str, missing: str | None = None) -
 
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run in Python, on any device."""
-    import triton
+    triton = _triton()
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
-    return bool(triton.knobs.runtime.interpret)
+
+def _triton() -> Any:
+    """The module; None where it is not installed, as on macOS, for which there are no wheels."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton
 
 
 def check_runs(device: torch.device, what: str) -> None:
     """Raise McdiError, saying why, where kernels cannot run on `device`. what: who asks, for the message."""
+    if _triton() is None:
+        raise McdiError(
+            f"{what} cannot run: triton is not installed (it runs on Linux); use impl='torch', or install it there"
+        )
     if interpreted():
         return
     if not torch.cuda.is_available():

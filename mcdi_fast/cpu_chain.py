@@ -156,16 +156,19 @@ def _chain(
 
 
 class PackedChain:
-    """The matrices of a generator as the compiled chain reads them."""
+    """The matrices of a generator as the compiled chain reads them: copies of its own.
+
+    A view would not do: torch moves a tensor's memory when the tensor is sent to another process, and frees the old.
+    """
 
     def __init__(self, folded: FoldedDenoiser):
         """folded: on the CPU, float32."""
-        self.folded = folded
+        self.width = folded.width
         pairs = zip(folded.token, folded.sample, strict=True)
         parts = [matrix.flatten() for pair in pairs for matrix in pair] + [folded.last.flatten()]
-        by_condition = folded.condition_token.numpy(), folded.condition_mean.numpy()
-        self._matrices = *by_condition, torch.cat(parts).numpy()
-        self._step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy()
+        by_condition = folded.condition_token, folded.condition_mean
+        self._matrices = tuple(matrix.numpy().copy() for matrix in (*by_condition, torch.cat(parts)))
+        self._step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy().copy()
 
     def run(self, x: Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor, mask: Tensor | None) -> Tensor:
         """The end of the chain from x.
@@ -175,7 +178,8 @@ class PackedChain:
             mask: float32 [N, D], 0 where a token is padded.
         """
         tasks, tokens, d = x.shape
-        rows, width, hidden = tasks * tokens, len(self.folded.last), self.folded.width
+        rows, hidden, depth = tasks * tokens, self.width, len(self._step_rows)
+        width = d + depth * hidden
         end = x.reshape(rows, d).clone()
         allowed = np.ones((tokens, d), np.float32) if mask is None else mask.numpy()
         given = condition.reshape(rows, -1).contiguous().numpy()

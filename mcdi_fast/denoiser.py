@@ -12,6 +12,11 @@ some rows, which is what lets the inner loop treat all of them alike (inner.py).
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +24,24 @@ from torch import Tensor
 from mcdi_fast.errors import McdiError
 
 Parameters = dict[str, Tensor]
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def full_precision(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Inside `torch.autocast` the function computes as outside of it, in the precision of its tensors."""
+
+    @functools.wraps(function)
+    def call(*args: _Args.args, **options: _Args.kwargs) -> _Result:
+        on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        if not on:
+            return function(*args, **options)
+        with contextlib.ExitStack() as stack:
+            for device in on:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **options)
+
+    return call
 
 
 def parameter_shapes(
@@ -57,10 +80,11 @@ def init_parameters(
     generator = torch.Generator().manual_seed(seed)
     phi = {}
     for name, (rows, columns) in parameter_shapes(token_width, condition_width, num_steps, width, depth).items():
-        phi[name] = torch.zeros(rows, columns, dtype=dtype)
+        phi[name] = torch.zeros(rows, columns, dtype=dtype, device="cpu")
         if not name.endswith(".out") and name != "out.token":
             drawn = width if name.endswith(".sample") else rows
-            phi[name][:drawn] = torch.randn(drawn, columns, generator=generator, dtype=torch.float64) / drawn**0.5
+            normal = torch.randn(drawn, columns, generator=generator, dtype=torch.float64, device="cpu")
+            phi[name][:drawn] = normal / drawn**0.5
     return phi
 
 
@@ -107,6 +131,7 @@ class FoldedDenoiser:
     square of the depth: four blocks cost as much as unfolded ones, more of them more.
     """
 
+    @full_precision
     @torch.no_grad()
     def __init__(self, phi: Parameters):
         """phi: as `init_parameters` makes it."""
@@ -135,7 +160,7 @@ class FoldedDenoiser:
         return rows.flatten(0, 1)
 
     def is_of(self, phi: Parameters) -> bool:
-        """Whether phi still holds the tensors this was made of, none of them written to since."""
+        """Whether phi still holds the tensors this was made of, none of them moved or written to since (by this process)."""
         made_of = self._made_of
         return len(phi) == len(made_of) and all(
             value is tensor and _version(value) == version
@@ -143,8 +168,9 @@ class FoldedDenoiser:
         )
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors are not counted
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Another one after a write in place or an assignment to `.data`; of inference tensors torch counts no writes."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 _FEW_TASKS = 8  # up to which sums over tokens are cheaper as products with zeros and ones
@@ -160,6 +186,7 @@ class ChainDenoiser:
     It keeps scratch rows, so one object serves one thread at a time; what it returns is never written again.
     """
 
+    @full_precision
     @torch.no_grad()
     def __init__(
         self,
@@ -201,6 +228,7 @@ class ChainDenoiser:
         else:
             torch.sum(rows.unflatten(0, (-1, self._tokens)), 1, out=out)
 
+    @full_precision
     @torch.no_grad()
     def advance(self, x: Tensor, t: int, a: float, b: float) -> Tensor:
         """a x + b f(x, t), what a sampler's step is, in the calls of f alone."""

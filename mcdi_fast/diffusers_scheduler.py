@@ -33,6 +33,7 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,  # diffusers counts what is given by position as left at its default, and `from_config` then drops it
         num_train_timesteps: int = 20,
         segments: int = 3,
         beta_start: float = 0.8,
@@ -41,7 +42,7 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         carry: str = "scaled",
         clip_sample: bool = False,
     ):
-        """What the generator's `DiffusionConfig` says of its chain; `from_generator` copies it."""
+        """What the generator's `DiffusionConfig` says of its chain; `from_generator` copies it. Its window and residual only matter to f."""
         if clip_sample:
             raise McdiError("clip_sample = True: weights have no range to clip to; set it to False")
         config = DiffusionConfig(num_train_timesteps, segments, objective, beta_start, beta_end, carry=carry)  # type: ignore[arg-type]
@@ -52,7 +53,14 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
     def from_generator(cls, generator: WeightGenerator) -> McdiScheduler:
         """The scheduler of a generator's chain."""
         d = generator.diffusion
-        return cls(d.steps, d.segments, d.beta_start, d.beta_end, d.objective, d.carry)
+        return cls(
+            num_train_timesteps=d.steps,
+            segments=d.segments,
+            beta_start=d.beta_start,
+            beta_end=d.beta_end,
+            objective=d.objective,
+            carry=d.carry,
+        )
 
     def set_timesteps(
         self,
@@ -63,7 +71,7 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         """Choose the steps of the next chain, one a segment at least; T by default. ends: as `sample_chain`, the objective's by default."""
         steps = sampling_steps(self.schedule, self.objective.ends if ends is None else ends, num_inference_steps)
         self.num_inference_steps = len(steps) - 1
-        self.timesteps = torch.tensor(steps[:-1], device=device)
+        self.timesteps = torch.tensor(steps[:-1], device=device or "cpu")
         self._coefficients = dict(zip(steps, sampler_coefficients(self.schedule, steps).tolist(), strict=False))
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -97,7 +105,9 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         after = torch.add(a * sample, model_output, alpha=b)
         if eta > 0:
             if variance_noise is None:
-                variance_noise = torch.randn(sample.shape, generator=generator, dtype=sample.dtype).to(sample.device)
+                place = generator.device if generator is not None else "cpu"
+                drawn = torch.randn(sample.shape, generator=generator, dtype=sample.dtype, device=place)
+                variance_noise = drawn.to(sample.device)
             after = after + eta * sigma * variance_noise
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
 

@@ -5,12 +5,14 @@ Time runs from noise (t = 0) to weights (t = T), the paper's convention and the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import prod, sqrt
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ class Schedule:
 
     def next_segment(self) -> Tensor:
         """int64 [T]: the segment a chain is in at step t, that is the first i with t < e_i (0-based)."""
-        return torch.bucketize(torch.arange(self.num_steps), torch.tensor(self.ends), right=True)
+        return torch.bucketize(_range(self.num_steps), torch.tensor(self.ends, device="cpu"), right=True)
 
 
 def make_schedule(
@@ -83,19 +85,23 @@ def make_schedule(
     if not 0 < beta_end < beta_start < 1:
         raise McdiError(f"beta_start = {beta_start}, beta_end = {beta_end}: expected 0 < beta_end < beta_start < 1")
     if num_steps == 1:
-        beta = torch.tensor([beta_start], dtype=torch.float64)
+        beta = torch.tensor([beta_start], dtype=torch.float64, device="cpu")
     else:
-        beta = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        beta = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64, device="cpu")
     alpha = 1 - beta
     ends = tuple(round(Fraction(i * num_steps, num_segments)) for i in range(1, num_segments + 1))
-    abar_segment = torch.ones(num_segments, num_steps + 1, dtype=torch.float64)
+    abar_segment = torch.ones(num_segments, num_steps + 1, dtype=torch.float64, device="cpu")
     for i, end in enumerate(ends):
         abar_segment[i, :end] = alpha[:end].flip(0).cumprod(0).flip(0)
-    carry = torch.ones(num_steps + 1, dtype=torch.float64)
+    carry = torch.ones(num_steps + 1, dtype=torch.float64, device="cpu")
     if carry_scaled:
         for i, end in enumerate(ends[:-1]):
             carry[end] = abar_segment[i + 1, end].sqrt()
     return Schedule(alpha, ends, abar_segment[-1].clone(), abar_segment, carry)
+
+
+def _range(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def residual_tables(schedule: Schedule, name: str, residual: str = "scaled") -> 
     whole = 1 - schedule.abar[:-1]
     a = schedule.abar[:-1]
     if name == "local-consistency":
-        a = schedule.abar_segment[schedule.next_segment(), torch.arange(schedule.num_steps)]
+        a = schedule.abar_segment[schedule.next_segment(), _range(schedule.num_steps)]
     if residual == "none":
         return torch.zeros_like(whole), (whole / (1 - a)).sqrt()
     if residual == "unscaled":
@@ -162,10 +168,10 @@ def make_objective(schedule: Schedule, name: str, window: str = "whole", residua
         raise McdiError(f"window {window!r}: expected whole or segment")
     k, steps = schedule.num_segments, schedule.num_steps
     if name == "local-consistency":
-        ends, a = torch.tensor(schedule.ends), schedule.abar_segment[:, :-1]
+        ends, a = torch.tensor(schedule.ends, device="cpu"), schedule.abar_segment[:, :-1]
         weights = (1 - a).sqrt(), (1 - schedule.abar[:-1]).sqrt().expand(k, -1)
     elif name in ("vanilla", "naive-local"):
-        ends, a = torch.full((k,), steps), schedule.abar[:-1].expand(k, -1)
+        ends, a = torch.full((k,), steps, device="cpu"), schedule.abar[:-1].expand(k, -1)
         weights = torch.ones_like(a), torch.ones_like(a)
     else:
         raise McdiError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
@@ -313,7 +319,7 @@ def draw_steps(
     objective: Objective, segment: Tensor, inner_steps: int, samples: int, generator: torch.Generator
 ) -> Tensor:
     """t uniform in [starts[segment], ends[segment]): int64 [B, inner_steps, samples]."""
-    uniform = torch.rand(len(segment), inner_steps, samples, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(len(segment), inner_steps, samples, generator=generator, dtype=torch.float64, device="cpu")
     first, end = objective.starts[segment][:, None, None], objective.ends[segment][:, None, None]
     return first + (uniform * (end - first)).long()
 
@@ -325,8 +331,9 @@ def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps
     composition of the single noise-free steps for a fixed target, so the ends are kept and the rest is spread evenly.
 
     Raises:
-        McdiError: num_steps outside [number of distinct ends, T].
+        McdiError: num_steps that is no integer, or outside [number of distinct ends, T].
     """
+    num_steps = check_num_steps(num_steps)
     total = schedule.num_steps
     stops = sorted({int(end) for end in ends})
     count = total if num_steps is None else num_steps
@@ -345,6 +352,14 @@ def sampling_steps(schedule: Schedule, ends: Tensor | tuple[int, ...], num_steps
     return [*kept, total]
 
 
+def check_num_steps(num_steps: Any) -> int | None:
+    """The number of steps as an int; None stays None. Raises McdiError, naming the value, for text, fractions and the like."""
+    try:
+        return None if num_steps is None else operator.index(num_steps)
+    except TypeError as error:
+        raise McdiError(f"sampling steps = {num_steps!r:.40}: expected an integer, or None for all of them") from error
+
+
 def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
     """float64 [len(steps) - 1, 3]: x' = a x + b f + eta_noise * sigma * z for the jump from steps[j] to steps[j + 1] (method, section 2)."""
     alphas, abar, carry = schedule.alpha.tolist(), schedule.abar.tolist(), schedule.carry.tolist()
@@ -354,7 +369,7 @@ def sampler_coefficients(schedule: Schedule, steps: list[int]) -> Tensor:
         a = carry[then] / sqrt(alpha)
         sigma = carry[then] * sqrt((1 - alpha) * (1 - abar[then]) / (1 - abar[now]))
         rows.append((a, -(1 - alpha) / sqrt(1 - abar[now]) * a, sigma))
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def chain_table(schedule: Schedule, objective: Objective, num_steps: int | None = None) -> tuple[Tensor, Tensor]:
@@ -364,7 +379,7 @@ def chain_table(schedule: Schedule, objective: Objective, num_steps: int | None 
     """
     steps = sampling_steps(schedule, objective.ends, num_steps)
     a, b, _ = sampler_coefficients(schedule, steps).unbind(1)
-    now = torch.tensor(steps[:-1])
+    now = torch.tensor(steps[:-1], device="cpu")
     return now, torch.stack([a, b * objective.skip[now], b * objective.scale[now]], 1)
 
 
@@ -393,8 +408,8 @@ def sample_chain(
     Raises:
         McdiError: eta_noise outside [0, 1], or positive without `noise`; a bad num_steps.
     """
-    if not 0 <= eta_noise <= 1:
-        raise McdiError(f"eta_noise = {eta_noise}: expected 0 (noise-free) to 1 (full noise)")
+    if not isinstance(eta_noise, Real) or not 0 <= eta_noise <= 1:
+        raise McdiError(f"eta_noise = {eta_noise!r:.40}: expected 0 (noise-free) to 1 (full noise)")
     if eta_noise > 0 and noise is None:
         raise McdiError(f"eta_noise = {eta_noise} needs noise: pass noise=lambda t: torch.randn_like(x)")
     steps = sampling_steps(schedule, schedule.ends if ends is None else ends, num_steps)

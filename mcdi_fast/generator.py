@@ -31,19 +31,23 @@ from mcdi_fast.store import (
 from mcdi_fast.weights import Normalizer, WeightLayout
 
 FILES = ("config.json", "model.safetensors")
+_NORMALIZERS = ("normalizer", "condition_normalizer")
 
 _KIND = "generator"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightGenerator:
     """The denoiser with its schedule, normalisers and the layout of what it generates.
+
+    Two are equal that write the same weights: all of their parts but the provenance.
 
     Attributes:
         phi: parameters of the denoiser (denoiser.py), float32.
         layout: of the generated weights: N tokens of width D.
-        normalizer: of weights. condition_normalizer: of conditions [B, N, C]; both [N, …] or [1, …].
+        normalizer: of weights. condition_normalizer: of conditions [B, N, C]; both [N, …] or [1, …], the latter where tokens are exchangeable
+            and all rows are alike: it then fits any N.
         diffusion: schedule and objective it was trained with.
         provenance: free JSON: data, backbone fingerprint, git sha, configuration.
     """
@@ -63,6 +67,10 @@ class WeightGenerator:
         object.__setattr__(self, "_objective", objective)
         tables = self.objective.skip.tolist(), self.objective.scale.tolist()
         object.__setattr__(self, "_skip_and_scale", tables)
+        for name in _NORMALIZERS:
+            n = getattr(self, name)
+            if self.layout.exchangeable and bool((n.mean == n.mean[:1]).all() and (n.std == n.std[:1]).all()):
+                object.__setattr__(self, name, Normalizer(n.mean[:1], n.std[:1]))
         out = self.phi.get("out.token")
         width = out.shape[0] if out is not None and out.ndim == 2 else 1
         # shapes alone: what a file declares must not decide how much is allocated
@@ -87,6 +95,32 @@ class WeightGenerator:
                     f"generator: {name} of shape {rows}, expected [1 or {tokens}, {wide}]; its parts belong to different generators"
                 )
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both write the same weights."""
+        if not isinstance(other, WeightGenerator):
+            return NotImplemented
+        same = self.layout == other.layout and self.diffusion == other.diffusion
+        mine, theirs = self._tensors(), other._tensors()
+        return (
+            same
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(mine[name], theirs[name].to(mine[name])) for name in mine)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """One line."""
+        d, count = self.diffusion, sum(value.numel() for value in self.phi.values())
+        return (
+            f"WeightGenerator({self.layout.num_tokens} tokens of width {self.layout.width} from conditions of width {self.condition_width}: "
+            f"{d.objective}, T = {d.steps}, k = {d.segments}, {count:,} parameters)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is made of phi when needed."""
+        return {name: value for name, value in vars(self).items() if name != "_folded"}
+
     @property
     def schedule(self) -> Schedule:
         """Tables of the schedule."""
@@ -104,9 +138,18 @@ class WeightGenerator:
 
     def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
-        normalized = self.condition_normalizer.normalize(condition)
         skip, scale = self._skip_and_scale  # type: ignore[attr-defined]
-        return ChainDenoiser(self.phi, normalized, skip, scale, self.folded())
+        return ChainDenoiser(self.phi, self.network_condition(condition), skip, scale, self.folded())
+
+    def network_condition(self, condition: Tensor) -> Tensor:
+        """What the network is given of each token, of raw conditions float32 [B, N, C]: normalised."""
+        return self.condition_normalizer.normalize(condition)
+
+    @property
+    def any_number_of_tokens(self) -> bool:
+        """Whether it writes any number of tokens: exchangeable ones, all normalised alike."""
+        alike = len(self.normalizer.mean) == len(self.condition_normalizer.mean) == 1
+        return alike and self.layout.exchangeable and len(self.layout.entries) == 1
 
     def folded(self) -> FoldedDenoiser:
         """Phi as a chain uses it, made again when phi has changed."""
@@ -117,7 +160,11 @@ class WeightGenerator:
         return folded
 
     def to(self, device: torch.device | str) -> WeightGenerator:
-        """The same with its tensors on another device."""
+        """The same with its tensors on another device; itself where all of them are there."""
+        device = torch.device(device)
+        parts = *self.phi.values(), self.normalizer.mean, self.condition_normalizer.mean
+        if all(value.device == device for value in parts):
+            return self
         phi = {name: value.to(device) for name, value in self.phi.items()}
         normalizer, condition_normalizer = (
             Normalizer(n.mean.to(device), n.std.to(device)) for n in (self.normalizer, self.condition_normalizer)
@@ -131,10 +178,7 @@ class WeightGenerator:
             McdiError: naming the path, when it cannot be written.
         """
         folder = make_folder(folder)
-        here = self.to("cpu")
-        tensors = {f"phi.{name}": value for name, value in here.phi.items()}
-        for name in ("normalizer", "condition_normalizer"):
-            tensors |= {f"{name}.mean": getattr(here, name).mean, f"{name}.std": getattr(here, name).std}
+        tensors = {name: value.cpu() for name, value in self._tensors().items()}
         config = {
             "format": FORMAT_VERSION,
             "kind": _KIND,
@@ -146,6 +190,13 @@ class WeightGenerator:
         dumps(config, folder / "config.json")  # complains before anything is written
         save_tensors(folder / "model.safetensors", tensors, {"config": _digest(config)}, _KIND)
         write_json(folder / "config.json", config)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All of them, by their names in a file."""
+        tensors = {f"phi.{name}": value for name, value in self.phi.items()}
+        for name in _NORMALIZERS:
+            tensors |= {f"{name}.mean": getattr(self, name).mean, f"{name}.std": getattr(self, name).std}
+        return tensors
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> WeightGenerator:
@@ -159,7 +210,7 @@ class WeightGenerator:
         Raises:
             McdiError: naming the file: missing, damaged, of another format or kind, or parts that do not fit; a hub that does not answer.
         """
-        folder = Path(path_or_hub_id)
+        folder = Path(path_or_hub_id).expanduser()
         if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not folder.parent.exists():
             from mcdi_fast.hub import fetch
 
@@ -175,7 +226,7 @@ class WeightGenerator:
                 f"{where}: made by format {config.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; use the version that made it"
             )
         tensors, meta = load_tensors(folder / "model.safetensors", _KIND)
-        for name in ("normalizer.mean", "normalizer.std", "condition_normalizer.mean", "condition_normalizer.std"):
+        for name in [f"{normalizer}.{part}" for normalizer in _NORMALIZERS for part in ("mean", "std")]:
             if name not in tensors:
                 raise McdiError(f"{model}: tensor {name} is missing; the file is damaged or from another version")
         try:
@@ -190,8 +241,7 @@ class WeightGenerator:
                     "edited: save or copy both again"
                 )
             normalizer, condition_normalizer = (
-                Normalizer(tensors[f"{name}.mean"], tensors[f"{name}.std"])
-                for name in ("normalizer", "condition_normalizer")
+                Normalizer(tensors[f"{name}.mean"], tensors[f"{name}.std"]) for name in _NORMALIZERS
             )
             phi = {name.removeprefix("phi."): value for name, value in tensors.items() if name.startswith("phi.")}
             return cls(

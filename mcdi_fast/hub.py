@@ -9,13 +9,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import FILES, WeightGenerator
+from mcdi_fast.noise import Seeds
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import GeneratedWeights
 
@@ -70,9 +73,10 @@ class HubGenerator(
         super().__init__()
         self.generator = generator
 
-    def forward(self, condition: Tensor, seeds: Tensor) -> GeneratedWeights:
+    def forward(self, condition: Tensor | np.ndarray | Sequence, seeds: Seeds) -> GeneratedWeights:
         """`Sampler(generator).sample(condition, seeds)`, where the condition is."""
-        return Sampler(self.generator, condition.device).sample(condition, seeds)
+        device = condition.device if isinstance(condition, Tensor) else "cpu"
+        return Sampler(self.generator, device).sample(condition, seeds)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.generator.save_pretrained(save_directory)

@@ -19,11 +19,14 @@ from mcdi_fast.errors import McdiError
 PER_BLOCK = 8  # normals a call of Philox: four words of 64 bits, two uniforms each
 
 
-def philox_normal(seeds: Sequence[int] | np.ndarray | Tensor, count: int, stream: int | Sequence[int] = 0) -> Tensor:
+Seeds = int | Sequence[int] | np.ndarray | Tensor
+
+
+def philox_normal(seeds: Seeds, count: int, stream: int | Sequence[int] = 0) -> Tensor:
     """Draw `count` standard normals for each seed.
 
     Args:
-        seeds: B integers in [0, 2^64); an int64 tensor stands for their bits.
+        seeds: B integers in [0, 2^64), or one; an int64 tensor stands for their bits.
         stream: in [0, 2^64), one or one a seed: an independent sequence of the same seed (sampling: 0 the start of a chain, t + 1 its
             noise at t).
 
@@ -47,14 +50,20 @@ def philox_normal(seeds: Sequence[int] | np.ndarray | Tensor, count: int, stream
     return normal.view(len(keys), 2 * pairs)[:, :count]
 
 
-def seed_numbers(seeds: Sequence[int] | np.ndarray | Tensor) -> list[int]:
-    """The seeds as integers in [0, 2^64). Raises McdiError, naming the value, for anything else."""
+def seed_numbers(seeds: Seeds) -> list[int]:
+    """The seeds as integers in [0, 2^64); one alone makes a list of one. Raises McdiError, naming the value, for anything else."""
     if isinstance(seeds, Tensor) and seeds.dtype == torch.int64:
-        return [seed % 2**64 for seed in seeds.tolist()]
-    return [_seed(seed) for seed in seeds]
+        if seeds.ndim > 1:
+            raise McdiError(f"seeds: shape {list(seeds.shape)}, expected [B], one a task")
+        return [seed % 2**64 for seed in seeds.view(-1).tolist()]
+    try:
+        given = list(seeds)  # type: ignore[arg-type]
+    except TypeError:
+        given = [seeds]  # type: ignore[list-item]
+    return [_seed(seed) for seed in given]
 
 
-def seed_bits(seeds: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+def seed_bits(seeds: Seeds) -> Tensor:
     """int64 [B], the same 64 bits, as the kernels take seeds. Raises as `seed_numbers`."""
     return torch.from_numpy(np.array(seed_numbers(seeds), np.uint64).view(np.int64))
 

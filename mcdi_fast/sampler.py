@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
-from mcdi_fast.diffusion import chain_table, sample_chain
+from mcdi_fast.denoiser import FoldedDenoiser
+from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.noise import philox_normal, seed_bits
+from mcdi_fast.noise import Seeds, philox_normal, seed_bits, seed_numbers
 from mcdi_fast.weights import GeneratedWeights
 
 if TYPE_CHECKING:
     from mcdi_fast.cpu_chain import PackedChain
+    from mcdi_fast.kernels.sample_chain import ChainWeights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
@@ -59,17 +64,17 @@ def _outside_compiled_code(method: _Method) -> _Method:
 class Sampler:
     """Draws weights from a generator.
 
-    >>> generator = WeightGenerator.from_pretrained("runs/omniglot/generator")  # doctest: +SKIP
-    >>> weights = Sampler(generator).sample(condition, seeds=range(len(condition)))  # doctest: +SKIP
+    >>> sampler = Sampler("runs/omniglot/generator")  # doctest: +SKIP
+    >>> weights = sampler.sample(condition, seeds=range(len(condition)))  # doctest: +SKIP
     >>> weights.load_into(head, 0)  # doctest: +SKIP
 
     On a GPU, `Sampler(generator, "cuda")`, a chain is one launch of a kernel (backend.py); with `seeds` as a tensor there, nothing in `sample` waits
-    for the host, and a CUDA graph can hold the call.
+    for the host, and a CUDA graph can hold the call. It may be sent to other processes: each makes its own caches.
     """
 
     def __init__(
         self,
-        generator: WeightGenerator,
+        generator: WeightGenerator | str | os.PathLike[str],
         device: torch.device | str = "cpu",
         *,
         impl: str = "auto",
@@ -78,43 +83,41 @@ class Sampler:
         """Take the generator to `device`.
 
         Args:
+            generator: or what `WeightGenerator.from_pretrained` takes, a folder or a hub id.
             impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products: "ieee", "tf32" or "bf16".
 
         Raises:
-            McdiError: an unknown or absent device; an implementation that cannot run there.
+            McdiError: an unknown or absent device; an implementation that cannot run there; as `from_pretrained`.
         """
         self.device = check_device(device)
         check_precision(precision)
-        self.generator = generator.to(self.device)
         self.impl, self.precision = impl, precision
+        kernels = resolve(impl, self.device) == "triton"
+        if not isinstance(generator, WeightGenerator):
+            generator = WeightGenerator.from_pretrained(generator)
+        self.generator = generator.to(self.device)
         mask = generator.layout.mask
         # padding is no weight: its noise would only pollute the token's other columns
-        self._mask = None if mask.all() else mask.float().to(self.device)
+        self._mask = None if mask.all() else mask.to(self.device, torch.float32)
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self._weights = None
-        self._packed: PackedChain | None = None
-        if resolve(impl, self.device, self._missing()) == "triton":
-            from mcdi_fast.kernels.sample_chain import pack_weights
+        self._packed: tuple[FoldedDenoiser, Any] | None = None
+        if kernels:
+            self._kernel_weights()
 
-            self._weights = pack_weights(
-                self.generator.phi, torch.bfloat16 if precision == "bf16" else torch.float32
-            )  # fmt: skip
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; its caches it makes itself."""
+        return {name: vars(self)[name] for name in ("generator", "device", "impl", "precision")}
 
-    def _missing(self, eta_noise: float = 0.0, callback: Callable | None = None) -> str | None:
-        """Why the kernel cannot run such a chain; None where it can."""
-        tokens = self.generator.layout.num_tokens
-        if tokens > 64:
-            return f"its chain holds at most 64 tokens, this generator has {tokens}"
-        if eta_noise != 0:
-            return f"its chain is noise-free, eta_noise = {eta_noise}"
-        return "its chain is one launch, without a callback" if callback is not None else None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As made there."""
+        self.__init__(**state)  # type: ignore[misc]
 
     @_outside_compiled_code
     @torch.no_grad()
     def sample(
         self,
-        condition: Tensor,
-        seeds: Sequence[int] | Tensor,
+        condition: Tensor | np.ndarray | Sequence,
+        seeds: Seeds,
         *,
         num_steps: int | None = None,
         eta_noise: float = 0.0,
@@ -123,26 +126,39 @@ class Sampler:
         """Draw the weights of B tasks.
 
         Args:
-            condition: float32 [B, N, C], a vector a token, or [B, C], the same vector for every token, on the sampler's device.
-            seeds: B integers in [0, 2^64), or an int64 tensor of their bits. A sample depends on its own seed and condition, not on the
-                batch around it (its noise to the bit; the result to rounding, because matrix products of other sizes round differently).
+            condition: [B, N, C], a vector a token; [B, 1, C] or [B, C], the same vector for every token; [C], one task. A floating-point
+                tensor on the sampler's device, a NumPy array or lists; it is taken to float32. Where tokens are exchangeable
+                (`layout.exchangeable`) N is free: a generator of five classes writes heads of ten for a condition [B, 10, C].
+            seeds: B integers in [0, 2^64), or an int64 tensor of their bits; one integer for one task. A sample depends on its own seed and
+                condition, not on the batch around it (its noise to the bit; the result to rounding, because matrix products of other
+                sizes round differently).
             num_steps: a shorter chain, at least one step a segment; T by default.
             eta_noise: 0 noise-free (default: the chain Theorem 1 is about, and the more accurate one), 1 full noise.
             callback: callback(t, x_t), normalised x_t [B, N, D], before each step, and (T, x_T).
 
         Returns:
-            GeneratedWeights with tokens float32 [B, N, D], on the sampler's device. On a GPU a condition with NaN gives that task NaN, and a
-            chain that diverged gives what it has come to: looking would wait for the GPU.
+            GeneratedWeights with tokens float32 [B, N, D], on the sampler's device. All is computed in float32, inside `torch.autocast` too. On
+            a GPU a condition with NaN gives that task NaN, and a chain that diverged gives what it has come to: looking would wait for the GPU.
 
         Raises:
-            McdiError: a condition of another shape, dtype or device, or (on a CPU) with NaN; another number of seeds; num_steps or eta_noise
+            McdiError: a condition of another shape, kind or device, or (on a CPU) with NaN; another number of seeds; num_steps or eta_noise
                 out of range; weights that are not finite (on a CPU); impl="triton" with noise or a callback, which the kernel does not have.
         """
-        condition = self._checked(condition, seeds)
-        missing = self._missing(eta_noise, callback)
+        condition = self._condition(condition)
+        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or not seeds.ndim:
+            seeds = seed_numbers(seeds)
+        if len(seeds) != len(condition):
+            raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
+        missing = None
+        if condition.shape[1] > 64:
+            missing = f"its chain holds at most 64 tokens, here are {condition.shape[1]}"
+        elif eta_noise != 0:
+            missing = f"its chain is noise-free, eta_noise = {eta_noise}"
+        elif callback is not None:
+            missing = "its chain is one launch, without a callback"
         if resolve(self.impl, self.device, missing) == "triton":
             x = self._sample_in_one_launch(condition, seeds, num_steps)
-        elif self._few_tasks(len(seeds)) and eta_noise == 0 and callback is None:
+        elif self._few_rows(condition) and eta_noise == 0 and callback is None:
             x = self._sample_few_tasks(condition, seeds, num_steps)
         elif self.device.type == "cpu" and len(seeds) > CHUNK and callback is None:
             parts = zip(
@@ -152,87 +168,101 @@ class Sampler:
         else:
             x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
         tokens = self.generator.normalizer.denormalize(x)
-        if self.device.type == "cpu" and not tokens.isfinite().all():
-            task = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise McdiError(
-                f"weights of task {task} are not finite: its condition is far from those of training, or the training diverged"
+        if self.device.type == "cpu":
+            _check_finite(
+                tokens,
+                "weights of task {} are not finite: its condition is far from those of training, or the training diverged",
             )
-        return GeneratedWeights(self.generator.layout, tokens)
+        layout = self.generator.layout
+        return GeneratedWeights(
+            layout if tokens.shape[1] == layout.num_tokens else layout.resized(tokens.shape[1]), tokens
+        )
 
-    def _checked(self, condition: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
-        """condition as [B, N, C]."""
-        shape = (self.generator.layout.num_tokens, self.generator.condition_width)
-        if condition.ndim == 2 and condition.shape[1] == shape[1]:
-            condition = condition.unsqueeze(1).expand(-1, *shape)
-        if condition.ndim != 3 or tuple(condition.shape[1:]) != shape or len(condition) == 0:
+    def _condition(self, given: Any) -> Tensor:
+        """float32 [B, N, C] on the device, checked."""
+        generator, device = self.generator, self.generator.normalizer.mean.device
+        tokens, width = generator.layout.num_tokens, generator.condition_width
+        condition = given if isinstance(given, Tensor) else _tensor(given, device)
+        if not condition.is_floating_point():
+            raise McdiError(f"condition: {condition.dtype}, expected floating point; convert it by .float()")
+        if condition.device != device:
+            raise McdiError(f"condition: on {condition.device}, expected {device}, where the sampler is")
+        shape, condition = condition.shape, condition.float()
+        if condition.ndim in (1, 2):
+            condition = condition[None, None] if condition.ndim == 1 else condition.unsqueeze(1)
+        free = generator.any_number_of_tokens
+        if (
+            condition.ndim != 3
+            or condition.shape[2] != width
+            or not condition.numel()
+            or not (free or condition.shape[1] in (1, tokens))
+        ):
+            many = f"any N, such as {tokens}" if free else tokens
             raise McdiError(
-                f"condition: shape {list(condition.shape)}, expected [B, {shape[0]}, {shape[1]}] or [B, {shape[1]}] with B >= 1"
+                f"condition: shape {list(shape)}, expected [B, {many}, {width}], [B, {width}] or, for one task, [{width}], with B >= 1"
             )
-        if condition.dtype != torch.float32:
-            raise McdiError(f"condition: {condition.dtype}, expected torch.float32; convert it by .float()")
-        if condition.device != self.generator.normalizer.mean.device:
-            raise McdiError(
-                f"condition: on {condition.device}, expected {self.generator.normalizer.mean.device}, where the sampler is"
-            )
-        if condition.device.type == "cpu" and not condition.isfinite().all():
-            task = int((~condition.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise McdiError(f"condition: task {task} has NaN or infinity, expected finite numbers")
-        if len(seeds) != len(condition):
-            raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
-        return condition
+        if device.type == "cpu":
+            _check_finite(condition, "condition: task {} has NaN or infinity, expected finite numbers")
+        return condition.expand(-1, tokens, -1) if condition.shape[1] == 1 else condition
 
     def _table(self, num_steps: int | None) -> tuple[Tensor, Tensor]:
         """Steps and coefficients of a chain, on the device."""
+        num_steps = check_num_steps(num_steps)
         if num_steps not in self._tables:
             steps, coefficients = chain_table(self.generator.schedule, self.generator.objective, num_steps)
-            self._tables[num_steps] = steps.to(self.device), coefficients.float().to(self.device)
+            self._tables[num_steps] = steps.to(self.device), coefficients.to(self.device, torch.float32)
         return self._tables[num_steps]
 
-    def _few_tasks(self, tasks: int) -> bool:
+    def _few_rows(self, condition: Tensor) -> bool:
         """Whether the compiled chain for a handful of rows is there and is the faster way."""
-        rows = tasks * self.generator.layout.num_tokens
-        asked = self.device.type == "cpu" and requested(self.impl) == "auto"
-        return asked and rows <= FEW_ROWS and _packed_chain() is not None
+        few = len(condition) * condition.shape[1] <= FEW_ROWS
+        return few and self.device.type == "cpu" and requested(self.impl) == "auto" and _packed_chain() is not None
 
-    def _sample_few_tasks(self, condition: Tensor, seeds: Sequence[int] | Tensor, num_steps: int | None) -> Tensor:
-        generator, folded, packed = self.generator, self.generator.folded(), self._packed
-        if packed is None or packed.folded is not folded:
-            make = _packed_chain()
-            assert make is not None
-            packed = self._packed = make(folded)
-        normalized = generator.condition_normalizer.normalize(condition)
-        return packed.run(self._noise(seeds, 0), normalized, *self._table(num_steps), self._mask)
+    def _packed_as(self, make: Callable[[FoldedDenoiser], Any]) -> Any:
+        """What `make` makes of the folded phi, made again when phi has changed."""
+        folded, packed = self.generator.folded(), self._packed
+        if packed is None or packed[0] is not folded:
+            packed = self._packed = folded, make(folded)
+        return packed[1]
 
-    def _noise(self, seeds: Sequence[int] | Tensor, stream: int) -> Tensor:
-        layout = self.generator.layout
-        z = philox_normal(seeds, layout.num_tokens * layout.width, stream)
-        z = z.view(len(seeds), layout.num_tokens, layout.width).to(self.device)
+    def _kernel_weights(self) -> ChainWeights:
+        from mcdi_fast.kernels.sample_chain import pack_weights
+
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return self._packed_as(lambda folded: pack_weights(self.generator.phi, dtype))
+
+    def _sample_few_tasks(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
+        make = _packed_chain()
+        assert make is not None
+        noise, told = self._noise(seeds, 0, condition.shape[1]), self.generator.network_condition(condition)
+        return self._packed_as(make).run(noise, told, *self._table(num_steps), self._mask)
+
+    def _noise(self, seeds: list[int] | Tensor, stream: int, tokens: int) -> Tensor:
+        width = self.generator.layout.width
+        z = philox_normal(seeds, tokens * width, stream).view(len(seeds), tokens, width).to(self.device)
         return z if self._mask is None else z * self._mask
 
-    def _sample_in_one_launch(self, condition: Tensor, seeds: Sequence[int] | Tensor, num_steps: int | None) -> Tensor:
+    def _sample_in_one_launch(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
         from mcdi_fast.kernels.normal_noise import normal_noise
         from mcdi_fast.kernels.sample_chain import sample_chain
 
-        generator = self.generator
-        bits = seeds if isinstance(seeds, Tensor) and seeds.dtype == torch.int64 else seed_bits(seeds)
-        x = normal_noise(
-            bits.to(self.device, non_blocking=True), (generator.layout.num_tokens, generator.layout.width), 0, self._mask
-        )  # fmt: skip
-        normalized = generator.condition_normalizer.normalize(condition)
-        assert self._weights is not None
+        bits = seeds if isinstance(seeds, Tensor) else seed_bits(seeds)
+        shape = condition.shape[1], self.generator.layout.width
+        x = normal_noise(bits.to(self.device, non_blocking=True), shape, 0, self._mask)
+        told = self.generator.network_condition(condition)
         return sample_chain(
-            self._weights, x, normalized, *self._table(num_steps), self._mask, out=x, precision=self.precision
+            self._kernel_weights(), x, told, *self._table(num_steps), self._mask, out=x, precision=self.precision
         )  # fmt: skip
 
     def _sample_by_steps(
         self,
         condition: Tensor,
-        seeds: Sequence[int] | Tensor,
+        seeds: list[int] | Tensor,
         num_steps: int | None,
         eta_noise: float,
         callback: Callable[[int, Tensor], None] | None,
     ) -> Tensor:
-        mask, f_full = self._mask, self.generator.f(condition)
+        mask, f_full, tokens = self._mask, self.generator.f(condition), condition.shape[1]
         f: Callable[[Tensor, int], Tensor] = f_full
         if mask is not None:
 
@@ -241,14 +271,36 @@ class Sampler:
 
         return sample_chain(
             f,
-            self._noise(seeds, 0),
+            self._noise(seeds, 0, tokens),
             self.generator.schedule,
             ends=self.generator.objective.ends,
             num_steps=num_steps,
             eta_noise=eta_noise,
-            noise=lambda t: self._noise(seeds, t + 1),
+            noise=lambda t: self._noise(seeds, t + 1, tokens),
             callback=callback,
         )
+
+
+def _tensor(condition: Any, device: torch.device) -> Tensor:
+    """A NumPy array or (lists of) numbers, arrays or tensors, as float32 on `device`."""
+    try:
+        if isinstance(condition, (list, tuple)) and condition and isinstance(condition[0], Tensor):
+            return torch.stack(list(condition))
+        array = np.asarray(condition)
+        if isinstance(condition, np.ndarray) and array.dtype.kind != "f":
+            raise McdiError(f"condition: {array.dtype}, expected floating point; convert it by .astype(np.float32)")
+        return torch.from_numpy(np.array(array, np.float32, order="C")).to(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise McdiError(
+            f"condition: {type(condition).__name__} that makes no array of numbers ({' '.join(str(error).split())[:80]}); "
+            "give a tensor, an array or lists of numbers of one length"
+        ) from error
+
+
+def _check_finite(x: Tensor, message: str) -> None:
+    """x [B, ...]. Raise McdiError with the first task that is not finite in place of {}. The sum alone is quick, and may overflow."""
+    if not math.isfinite(x.sum()) and not (finite := x.isfinite().flatten(1).all(1)).all():
+        raise McdiError(message.format(int((~finite).nonzero()[0])))
 
 
 class StaticSampler:
@@ -276,14 +328,22 @@ class StaticSampler:
         Raises:
             McdiError: B < 1; num_steps out of range.
         """
-        if tasks < 1:
-            raise McdiError(f"tasks = {tasks}: expected at least 1")
+        if not isinstance(tasks, int) or tasks < 1:
+            raise McdiError(f"tasks = {tasks!r:.40}: expected an integer, at least 1")
         layout, device = sampler.generator.layout, sampler.device
         self._sampler, self._num_steps = sampler, num_steps
-        self.condition = torch.zeros(tasks, layout.num_tokens, sampler.generator.condition_width, device=device)
-        self.seeds = torch.zeros(tasks, dtype=torch.int64, device=device)
-        self.weights = GeneratedWeights(layout, torch.empty(tasks, layout.num_tokens, layout.width, device=device))
+        with torch.inference_mode(False):  # memory made there could not be written to outside
+            shape = tasks, layout.num_tokens, sampler.generator.condition_width
+            self.condition = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.seeds = torch.zeros(tasks, dtype=torch.int64, device=device)
+            tokens = torch.zeros(tasks, layout.num_tokens, layout.width, dtype=torch.float32, device=device)
+            self.weights = GeneratedWeights(layout, tokens)
         self()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies: sent to another process, this one's memory would move, and both would write to it."""
+        weights = GeneratedWeights(self.weights.layout, self.weights.tokens.clone())
+        return vars(self) | {"condition": self.condition.clone(), "seeds": self.seeds.clone(), "weights": weights}
 
     @_outside_compiled_code
     @torch.no_grad()

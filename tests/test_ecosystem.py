@@ -1,5 +1,6 @@
 """Other people's ways in: the hub (offline), diffusers, compiled code, the examples."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,6 +14,8 @@ import torch
 from test_sampler import PADDED, PLAIN, conditions, error_of, make
 
 from mcdi_fast import Sampler, StaticSampler, WeightGenerator
+from mcdi_fast.config import DiffusionConfig
+from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.diffusion import sample_chain
 from mcdi_fast.errors import McdiError
 
@@ -125,6 +128,26 @@ def test_the_scheduler_is_the_native_sampler(tmp_path, num_steps, eta, chain):
         torch.testing.assert_close(x, seen[-1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["from_config", "save_pretrained"])
+def test_the_scheduler_keeps_its_settings(tmp_path, how):
+    module = pytest.importorskip("mcdi_fast.diffusers_scheduler", exc_type=McdiError)
+    settings = {"steps": 12, "segments": 2, "objective": "vanilla", "beta_start": 0.7, "beta_end": 0.1, "carry": "full"}
+    generator = replace(make(PLAIN), phi=init_parameters(5, 6, 12, 16, 2, 0), diffusion=DiffusionConfig(**settings))
+    one = module.McdiScheduler.from_generator(generator)
+    if how == "from_config":
+        two = module.McdiScheduler.from_config(one.config)
+    else:
+        one.save_pretrained(tmp_path)
+        two = module.McdiScheduler.from_pretrained(tmp_path)
+    for name, value in settings.items():
+        assert two.config["num_train_timesteps" if name == "steps" else name] == value
+    for table in ("alpha", "abar", "abar_segment", "carry"):
+        assert torch.equal(getattr(two.schedule, table), getattr(one.schedule, table))
+    assert torch.equal(two.objective.ends, one.objective.ends)
+    with pytest.raises(TypeError, match="positional"):  # which diffusers would take for defaults
+        module.McdiScheduler(12)
+
+
 def test_the_scheduler_s_noise_and_errors():
     module = pytest.importorskip("mcdi_fast.diffusers_scheduler", exc_type=McdiError)
     generator = make(PLAIN)
@@ -204,14 +227,22 @@ def example(name, monkeypatch):
 
 
 def test_example_training_loop(tmp_path, monkeypatch):
-    history = example("training_loop", monkeypatch).main(["--folder", str(tmp_path), "--episodes", "60"])
+    main = example("training_loop", monkeypatch).main
+    history = main(["--folder", str(tmp_path), "--episodes", "60"])
     assert sum(history[-20:]) > sum(history[:20]) + 1  # the features learn through generated heads; chance is 4
+    bank = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["--folder", str(tmp_path), "--episodes", "5"]) == history[:5]  # again, on the bank that is there
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == bank
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_example_lightning(tmp_path, monkeypatch):
-    pytest.importorskip("lightning")
-    module = example("lightning_module", monkeypatch).main(["--folder", str(tmp_path), "--steps", "60"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_example_lightning(tmp_path_factory, monkeypatch, precision):
+    """In one folder, one after the other: the second finds the trajectories of the first."""
+    lightning = pytest.importorskip("lightning")
+    folder = tmp_path_factory.getbasetemp() / "lightning"
+    monkeypatch.setattr(lightning, "Trainer", functools.partial(lightning.Trainer, precision=precision))
+    module = example("lightning_module", monkeypatch).main(["--folder", str(folder), "--steps", "60"])
     assert sum(module.history[-20:]) > sum(module.history[:20]) + 1
     assert not any(name.startswith("generator") for name in module.state_dict())
 

@@ -380,3 +380,32 @@ def test_parameters_changed_in_place_are_seen():
     after = generator.f(condition)(x, 1)
     assert not torch.equal(after, before)
     assert torch.equal(copy.deepcopy(generator).f(condition)(x, 1), after)
+
+
+def test_repr_is_one_line():
+    text = repr(make())
+    assert text == (
+        "WeightGenerator(3 tokens of width 5 from conditions of width 6: local-consistency, T = 7, k = 3, 624 parameters)"
+    )
+
+
+def test_equal_are_those_that_write_the_same():
+    one = make()
+    assert one == make()
+    assert one == make(provenance={})
+    assert one == copy.deepcopy(one)
+    assert one != "generator"
+    nudged = make()
+    nudged.phi["out.token"].view(-1)[0] += 1e-6
+    others = (
+        nudged,
+        make(seed=1),
+        make(DiffusionConfig(steps=7, beta_end=0.02)),
+        make(layout=WeightLayout.from_module(nn.Linear(4, 2))),
+        make(normalizer=Normalizer(torch.zeros(3, 5), torch.ones(3, 5))),
+        make(phi=init_parameters(5, C, 7, H, 1, 0)),
+    )
+    for other in others:
+        assert one != other
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(one)

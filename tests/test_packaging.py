@@ -125,6 +125,60 @@ print(json.dumps([list(weights.functional_call(net.eval(), torch.zeros(2, 1, 1, 
     assert names == ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"]
 
 
+NO_TRITON = """
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_without_triton_everything_but_its_kernels_works(tmp_path):
+    """As on macOS, for which there are no wheels of it."""
+    code = f"""{NO_TRITON}
+import torch
+from mcdi_fast import *
+from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.prepare import prepare_bank
+import mcdi_fast.train
+features = torch.randn(1, 12, 8, 4)
+bank = prepare_bank("bank", features, TaskConfig(3, 1, 2), PrepareConfig(tasks=20, steps=6), 3, seed=0)
+settings = bank, MetaConfig(steps=3, meta_batch=4), DiffusionConfig(6), DenoiserConfig(8, 1)
+fit(*settings).save_pretrained("generator")
+shapes = [list(Sampler("generator").sample(torch.zeros(tasks, 5), range(tasks)).tokens.shape) for tasks in (1, 40)]
+messages = []
+for call in (lambda: Sampler("generator", impl="triton"), lambda: fit(*settings, impl="triton")):
+    try:
+        call()
+    except McdiError as error:
+        messages.append(str(error))
+print(json.dumps([shapes, messages, "triton" in sys.modules]))
+"""
+    shapes, messages, loaded = run(code, "-P", cwd=tmp_path, path=[ROOT])
+    assert shapes == [[1, 3, 5], [40, 3, 5]]
+    assert not loaded
+    assert len(messages) == 2
+    for message in messages:
+        assert "impl = 'triton' cannot run: triton is not installed" in message
+        assert "\n" not in message
+
+
+def test_the_command_without_triton_says_so(tmp_path):
+    code = f"""{NO_TRITON}
+import contextlib, io
+from mcdi_fast.train import main
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    status = main(["--impl", "triton", "--run-dir", "run"])
+print(json.dumps([status, said.getvalue()]))
+"""
+    status, said = run(code, "-P", cwd=tmp_path, path=[ROOT])
+    assert status == 2
+    assert said.startswith("error: impl = 'triton' cannot run: triton is not installed")
+    assert said.count("\n") == 1
+
+
 def test_the_import_takes_under_half_a_second_beyond_torch(tmp_path):
     """Processor time, least of three, so that a busy machine does not count."""
     code = """
