@@ -1,10 +1,12 @@
-"""Weight preparation in one launch: all M steps of Adam + SAM of N linear heads, one program a task, only the local targets written.
+"""Weight preparation in one launch, all M steps of Adam + SAM of N linear heads: `heads.head_trajectory`.
 
-A task's features are read again every step and stay in the multiprocessor's L1 (100 rows x 64 are 26 kB a copy); heads, moments and
-gradients stay in registers for the whole training.
+One program a task, and only the local targets are written. A task's features are read again every step and stay in the multiprocessor's L1
+(100 rows x 64 are 26 kB a copy); heads, moments and gradients stay in registers for the whole training.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast import heads
-from mcdi_fast.backend import check_precision, check_runs
+from mcdi_fast.backend import check_precision
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, dot, on_device, output, pinned
+from mcdi_fast.kernels.launch import all_registers, check_rank, check_tensor, chip, dot, launch, output
 from mcdi_fast.kernels.sam_adam import adam_update
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
@@ -29,7 +31,7 @@ head_trajectory_ref = heads.head_trajectory
 @triton.jit
 def head_gradient_block(
     weight, bias, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
-    HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the mean cross-entropy of one head: weight [WAYS, WIDTH], bias [WAYS]. Where used: pick, this step's [B, R]; sample_weight [R]."""
     column, way = tl.arange(0, WIDTH), tl.arange(0, WAYS)
@@ -39,7 +41,7 @@ def head_gradient_block(
         inside = row < rows
         at = task * rows + row
         label = tl.load(labels + at, mask=inside, other=-1)
-        if HAS_PICK:
+        if pick is not None:
             copy = tl.load(pick + at, mask=inside, other=0).to(tl.int64)
             source = copy * num_tasks * rows + at
         else:
@@ -53,7 +55,7 @@ def head_gradient_block(
         logits = tl.where((way < ways)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None] - tl.where(way[None, :] == label[:, None], 1.0, 0.0)
-        if HAS_WEIGHT:
+        if sample_weight is not None:
             share = tl.load(sample_weight + row, mask=inside, other=0.0)
         else:
             share = tl.where(inside, 1.0 / rows, 0.0)
@@ -67,7 +69,7 @@ def head_gradient_block(
 def head_trajectory_kernel(
     start, features, labels, pick, sample_weight, scalars, out,
     rho, weight_decay, keep_first, keep_second, eps, num_tasks, rows, width, ways, segments, per_segment,
-    SAM: tl.constexpr, HAS_PICK: tl.constexpr, HAS_WEIGHT: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    SAM: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, WAYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a task; WAYS, WIDTH: ways and features padded to powers of two. The padding's gradient and thus its head stay 0."""
@@ -79,25 +81,26 @@ def head_trajectory_kernel(
     head = ways * (width + 1)
     w = tl.load(start + task * head + weight_at, mask=weight_inside, other=0.0)
     b = tl.load(start + task * head + bias_at, mask=way < ways, other=0.0)
-    w_first, w_second = tl.zeros_like(w), tl.zeros_like(w)
-    b_first, b_second = tl.zeros_like(b), tl.zeros_like(b)
+    w_avg, w_avg_sq = tl.zeros_like(w), tl.zeros_like(w)
+    b_avg, b_avg_sq = tl.zeros_like(b), tl.zeros_like(b)
     for segment in range(0, segments):  # `pick` walks along, a step at a time
         for step in range(segment * per_segment, (segment + 1) * per_segment):
             gw, gb = head_gradient_block(
                 w, b, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
-                HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+                PRECISION, BLOCK_ROWS, WAYS, WIDTH,
             )  # fmt: skip
             if SAM:
                 norm = tl.sqrt(tl.sum(tl.sum(gw * gw, 1), 0) + tl.sum(gb * gb, 0))
                 factor = rho / tl.maximum(norm, TINY)
                 gw, gb = head_gradient_block(
                     w + factor * gw, b + factor * gb, features, labels, pick, sample_weight, task, num_tasks, rows, width, ways, weight_decay,
-                    HAS_PICK, HAS_WEIGHT, PRECISION, BLOCK_ROWS, WAYS, WIDTH,
+                    PRECISION, BLOCK_ROWS, WAYS, WIDTH,
                 )  # fmt: skip
             rate, root = tl.load(scalars + 2 * step), tl.load(scalars + 2 * step + 1)
-            w, w_first, w_second = adam_update(w, gw, w_first, w_second, rate, root, keep_first, keep_second, eps)
-            b, b_first, b_second = adam_update(b, gb, b_first, b_second, rate, root, keep_first, keep_second, eps)
-            pick += num_tasks * rows
+            w, w_avg, w_avg_sq = adam_update(w, gw, w_avg, w_avg_sq, rate, root, keep_first, keep_second, eps)
+            b, b_avg, b_avg_sq = adam_update(b, gb, b_avg, b_avg_sq, rate, root, keep_first, keep_second, eps)
+            if pick is not None:
+                pick += num_tasks * rows
         kept = out + (task * segments + segment) * head
         tl.store(kept + weight_at, w, mask=weight_inside)
         tl.store(kept + bias_at, b, mask=way < ways)
@@ -118,9 +121,17 @@ def fits(ways: int, columns: int) -> bool:
     return padded_ways * padded_width <= MAX_STATE
 
 
-def head_options() -> dict[str, int]:
-    """One stage: features come from the L1."""
-    return {"num_warps": 8, "num_stages": 1, **all_registers()}
+def head_options(device: torch.device, precision: str) -> dict[str, int]:
+    """One stage: features come from the L1. On tensor cores 4 warps of 168 registers, so that three programs share a multiprocessor."""
+    if precision == "ieee" or not chip(device).nvidia:
+        return {"num_warps": 8, "num_stages": 1, **all_registers(device)}
+    return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+
+
+@lru_cache(maxsize=8)
+def _scalars(steps: int, learning_rate: float, device: torch.device) -> Tensor:
+    """Adam's scalars of every step, float32 [M, 2]. They stay on the device: a CUDA graph of the launch reads them at every replay."""
+    return torch.tensor([adam_scalars(step, learning_rate) for step in range(1, steps + 1)]).to(device)
 
 
 def head_trajectory(
@@ -173,14 +184,12 @@ def head_trajectory(
             "which a program can hold; use prepare.head_trajectory"
         )
     out = output("out", out, (b, segments, ways, width + 1), device)
-    check_runs(device, "head_trajectory")
-    scalars = [adam_scalars(step, config.learning_rate) for step in range(1, config.steps + 1)]
-    with on_device(device):
-        head_trajectory_kernel[(b,)](
-            start, features, labels, labels if pick is None else pick, start if sample_weight is None else sample_weight,
-            pinned(torch.tensor(scalars), device).to(device, non_blocking=True), out,
-            config.rho, config.weight_decay, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, b, rows, width, ways, segments, config.steps // segments,
-            config.rho > 0, pick is not None, sample_weight is not None, SAM_TINY, precision,
-            block_rows, padded_ways, padded_width, **head_options(),
-        )  # fmt: skip
+    launch(
+        "head_trajectory", head_trajectory_kernel, (b,), device, head_options(device, precision),
+        start=start, features=features, labels=labels, pick=pick, sample_weight=sample_weight,
+        scalars=_scalars(config.steps, config.learning_rate, device), out=out,
+        rho=config.rho, weight_decay=config.weight_decay, keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS,
+        num_tasks=b, rows=rows, width=width, ways=ways, segments=segments, per_segment=config.steps // segments,
+        SAM=config.rho > 0, TINY=SAM_TINY, PRECISION=precision, BLOCK_ROWS=block_rows, WAYS=padded_ways, WIDTH=padded_width,
+    )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The inner loops of meta-training through the kernels: the same (delta, losses) as mcdi_fast.inner.inner_loop."""
+"""The inner loops of meta-training through the kernels: `inner.inner_loop`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,44 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mcdi_fast.backend import check_precision, check_runs
+from mcdi_fast.backend import check_precision
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import inner_loop, prefer_stacked
-from mcdi_fast.kernels.consistency_loss import consistency_loss
-from mcdi_fast.kernels.denoiser import Broadcast, task_linear
-from mcdi_fast.kernels.inner_update import reptile_delta, sgd_step_
+from mcdi_fast.kernels.launch import padded
+from mcdi_fast.kernels.residual_loss import residual_loss
+from mcdi_fast.kernels.task_linear import Broadcast, task_linear
+from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, sgd_step_
+from mcdi_fast.outer import named_views
 
-inner_loop_triton_ref = inner_loop
+
+def inner_loop_ref(phi: Parameters, batch: InnerBatch, inner_lr: float, *, stacked: bool | None = None) -> tuple[Parameters, Tensor]:  # fmt: skip
+    """As `inner_loop_triton`, in any dtype: autograd, a task at a time."""
+    return inner_loop(phi, batch, inner_lr, "reference", stacked)
 
 
 class _Linear:
-    """A linear map of every task, low rank or stacked (inner.py); the caller fills `inputs[r]` and `gradients[r]`."""
+    """A linear map of every task, low rank or stacked (inner.py); the caller fills `inputs[r]` and `gradients[r]`.
 
-    def __init__(self, weight: Tensor, shape: tuple[int, int, int], stacked: bool, precision: str):
-        """shape: K, B, rows of a task."""
-        self.inputs, self.gradients = (weight.new_empty(*shape, width) for width in weight.shape)
-        self.shared, self.stacked, self.precision = weight, stacked, precision
-        self.weight = weight.new_empty(shape[1], *weight.shape) if stacked else weight
+    Both are padded to multiples of launch.PAD; so is a copy of the weights where a product reads them along a width that is not.
+    """
+
+    def __init__(self, weight: Tensor, inputs: Tensor, gradients: Tensor, back: int, stacked: bool, precision: str):
+        """inputs, gradients: [K, B, rows, padded], zeros. back: width of the input's gradient; 0 where nobody asks for it."""
+        self.shared, self.inputs, self.gradients = weight, inputs, gradients
+        self.stacked, self.precision, self.back = stacked, precision, back
+        i, o = weight.shape
+        self.weight = weight
+        if stacked or o != padded(o) or back > i:
+            tasks = (inputs.shape[1],) if stacked else ()
+            self.weight = weight.new_zeros(*tasks, max(i, back), padded(o))
 
     def start(self, inner_lr: float) -> None:
         """Before the first inner step."""
         self.inner_lr = inner_lr
-        if self.stacked:
-            self.weight.copy_(self.shared)
+        if self.weight is not self.shared:
+            self.weight[..., : self.shared.shape[0], : self.shared.shape[1]].copy_(self.shared)
 
     def forward(self, r: int, **fused) -> None:
         """`inputs[r]` times the task's weights, and what task_linear fuses behind it."""
@@ -39,9 +51,10 @@ class _Linear:
         task_linear(self.inputs[r], self.weight, earlier, self.inner_lr, precision=self.precision, **fused)
 
     def backward(self, r: int, **fused) -> None:
-        """The gradient of `inputs[r]`, from `gradients[r]`."""
+        """The gradient of the first `back` columns of `inputs[r]`, from `gradients[r]`."""
         earlier = None if self.stacked else (self.gradients[:r], self.inputs[:r])
-        task_linear(self.gradients[r], self.weight.mT, earlier, self.inner_lr, precision=self.precision, **fused)
+        weight = self.weight[..., : self.back, :].mT
+        task_linear(self.gradients[r], weight, earlier, self.inner_lr, precision=self.precision, **fused)
 
     def update(self, r: int) -> None:
         """The SGD step; the last one is not needed, for delta comes from the rows."""
@@ -58,27 +71,60 @@ class InnerLoop:
     """
 
     def __init__(
-        self, phi: Parameters, batch: InnerBatch, *, stacked: bool, precision: str, delta: Parameters | None = None
+        self,
+        phi: Parameters,
+        batch: InnerBatch,
+        *,
+        stacked: bool,
+        precision: str,
+        delta: Tensor | None = None,
+        real: int | None = None,
     ):
-        """phi: contiguous, read at every run. batch: whose shapes the runs will have. delta: where to put it."""
+        """Make the buffers.
+
+        Args:
+            phi: contiguous, read at every run. batch: whose shapes and mask the runs will have. delta: float32 [P] in phi's order, where to put it.
+            real: how many ones the mask has, where it has one.
+        """
         b, k, s, n, d = self.shape = batch.x.shape
         self.depth, self.width = depth_of(phi), phi["out.token"].shape[0]
-        self.linear = {}
+        self.wide = wide = padded(self.width)
+        flat = (
+            torch.empty(sum(value.numel() for value in phi.values()), device=batch.x.device) if delta is None else delta
+        )
+        self.delta = named_views(flat, {name: tuple(value.shape) for name, value in phi.items()})
+        self.precision, self.linear = precision, {}
+        rows = {name: n if name == "in.condition" else s if name.endswith(".sample") else s * n for name in phi}
+        # one storage for what goes into all layers, one for the gradients: the deltas are one launch
+        inputs, gradients = (
+            flat.new_zeros(sum(k * b * rows[name] * padded(value.shape[side]) for name, value in phi.items()))
+            for side in (0, 1)
+        )
+        starts = [0, 0]
         for name, value in phi.items():
-            rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-            self.linear[name] = _Linear(value, (k, b, rows), stacked, precision)
-        self.precision = precision
-        new = phi["out.token"].new_empty
+            parts = []
+            for side, storage in enumerate((inputs, gradients)):
+                shape = (k, b, rows[name], padded(value.shape[side]))
+                parts.append(storage.narrow(0, starts[side], k * b * shape[2] * shape[3]).view(shape))
+                starts[side] += parts[-1].numel()
+            back = 0 if name.startswith("in.") else self.width if name.endswith(".sample") else wide
+            self.linear[name] = _Linear(value, *parts, back, stacked, precision)
+        self.table = delta_table(self._layers())
+        new = flat.new_empty
+        self.real = real
         self.gain, self.target, self.losses = new(k, b, s), new(k, b, s, n, d), new(k, b)
-        self.from_condition, self.from_sample = new(b, n, self.width), new(b, s, self.width)
-        self.to_sample, self.to_mean = new(b, s, phi["block0.sample"].shape[0]), new(b, s, self.width)
-        self.before = [new(b, s * n, self.width) for _ in range(self.depth)]
-        self.net = new(b, s * n, d)
-        self.delta = {name: torch.empty_like(value) for name, value in phi.items()} if delta is None else delta
+        self.from_condition, self.from_sample = new(b, n, wide), new(b, s, wide)
+        self.to_mean = flat.new_zeros(b, s, wide)
+        self.to_sample = self.to_mean if wide == self.width else new(b, s, self.width)
+        self.pre_activation = [new(b, s * n, wide) for _ in range(self.depth)]
+        self.net = new(b, s * n, padded(d))
+
+    def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(member.inputs, member.gradients, self.delta[name]) for name, member in self.linear.items()]
 
     def run(self, batch: InnerBatch, inner_lr: float) -> None:
         """Fill `delta` and `losses`."""
-        b, k, s, n, _ = self.shape
+        b, k, s, n, d = self.shape
         width, linear = self.width, self.linear
         blocks = [
             tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(self.depth)
@@ -86,10 +132,11 @@ class InnerLoop:
         tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
         for member in linear.values():
             member.start(inner_lr)
-        tokens.inputs.copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
-        conditions.inputs.copy_(batch.condition.expand(k, b, n, -1))
+        tokens.inputs[..., :d].copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
+        conditions.inputs[..., : batch.condition.shape[-1]].copy_(batch.condition.expand(k, b, n, -1))
         for _, sample, _ in blocks:  # not F.one_hot, which looks at its values on the host
-            sample.inputs[..., width:].zero_().scatter_(-1, batch.step.transpose(0, 1).unsqueeze(-1), 1.0)
+            one_hot = sample.inputs[..., width : len(sample.shared)]
+            one_hot.zero_().scatter_(-1, batch.step.transpose(0, 1).unsqueeze(-1), 1.0)
         self.gain.copy_(batch.gain.transpose(0, 1))
         self.target.copy_(batch.target.transpose(0, 1))
 
@@ -101,18 +148,18 @@ class InnerLoop:
             h = blocks[0][0].inputs[r]
             tokens.forward(r, broadcast=Broadcast(self.from_condition), out=h)
             for layer, (token, sample, out) in enumerate(blocks):
-                torch.mean(per_token(h), 2, out=sample.inputs[r][..., :width])
+                torch.mean(per_token(h)[..., :width], 2, out=sample.inputs[r][..., :width])
                 sample.forward(r, out=self.from_sample)
                 token.forward(
                     r, broadcast=Broadcast(self.from_sample, divide=n), activation="silu",
-                    before=self.before[layer], out=out.inputs[r],
+                    pre_activation=self.pre_activation[layer], out=out.inputs[r],
                 )  # fmt: skip
                 above = (last if layer + 1 == self.depth else blocks[layer + 1][0]).inputs[r]
                 out.forward(r, add_to=h, out=above)
                 h = above
             last.forward(r, out=self.net)
-            consistency_loss(
-                per_token(self.net), self.gain[r], self.target[r],
+            residual_loss(
+                per_token(self.net), self.gain[r], self.target[r], batch.mask, self.real,
                 loss=self.losses[r], gradient=per_token(last.gradients[r]),
             )  # fmt: skip
 
@@ -120,20 +167,20 @@ class InnerLoop:
             last.backward(r, out=g)
             for layer in reversed(range(self.depth)):
                 token, sample, out = blocks[layer]
-                out.backward(r, activation="silu_backward", before=self.before[layer], out=token.gradients[r])
+                out.backward(
+                    r, activation="silu_backward", pre_activation=self.pre_activation[layer], out=token.gradients[r]
+                )
                 torch.sum(per_token(token.gradients[r]), 2, out=sample.gradients[r])
                 sample.backward(r, out=self.to_sample)
-                self.to_mean.copy_(self.to_sample[..., :width])
+                if self.to_sample is not self.to_mean:
+                    self.to_mean[..., :width].copy_(self.to_sample)
                 below = (blocks[layer - 1][2] if layer else tokens).gradients[r]
                 token.backward(r, add_to=g, broadcast=Broadcast(self.to_mean, divide=n, scale=1 / n), out=below)
                 g = below
             torch.sum(per_token(g), 1, out=conditions.gradients[r])
             for member in linear.values():
                 member.update(r)
-        for name, member in linear.items():
-            reptile_delta(
-                member.inputs, member.gradients, inner_lr, out=self.delta[name], precision=self.precision
-            )  # fmt: skip
+        reptile_delta_(self._layers(), inner_lr, self.table, precision=self.precision)
 
 
 @torch.no_grad()
@@ -156,10 +203,9 @@ def inner_loop_triton(
     check_precision(precision)
     if batch.x.dtype != torch.float32:
         raise McdiError(f"phi: {batch.x.dtype}, expected torch.float32 for the kernels; impl='torch' takes others")
-    check_runs(batch.x.device, "inner_loop_triton")
     stacked = prefer_stacked(batch, phi) if stacked is None else stacked
-    loop = InnerLoop(
-        {name: value.contiguous() for name, value in phi.items()}, batch, stacked=stacked, precision=precision
-    )
+    phi = {name: value.contiguous() for name, value in phi.items()}
+    real = None if batch.mask is None else int(batch.mask.sum())
+    loop = InnerLoop(phi, batch, stacked=stacked, precision=precision, real=real)
     loop.run(batch, inner_lr)
     return loop.delta, loop.losses.T

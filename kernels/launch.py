@@ -1,4 +1,4 @@
-"""What every kernel shares: the checks of a launcher, block sizes, and the one `dot`. Whether kernels run at all: mcdi_fast/backend.py.
+"""What every kernel shares: the one launch, the checks of a launcher, block sizes, and the one `dot`. Whether kernels run at all: backend.py.
 
 The folder has no `__init__.py`: a namespace package gives way to the package `kernels` that others publish, should this one be found at
 the top level.
@@ -7,19 +7,91 @@ the top level.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.backend import interpreted
+from mcdi_fast.backend import check_runs, interpreted
 from mcdi_fast.errors import McdiError
 
 FLOATS = (torch.float32, torch.bfloat16)
 """What a kernel reads. It computes and writes float32."""
 
 _INTERPRETED = tl.constexpr(interpreted())
+
+
+class Chip(NamedTuple):
+    """What launchers ask of a GPU. shared: bytes of shared memory a program can have."""
+
+    nvidia: bool
+    multiprocessors: int
+    shared: int
+
+
+HOPPER = Chip(True, 132, 227 * 1024)
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recording: ContextVar[tuple[list[Launch], Chip] | None] = ContextVar("recording", default=None)
+
+
+@contextlib.contextmanager
+def recording(chip: Chip = HOPPER) -> Iterator[list[Launch]]:
+    """Launchers only list what they would launch on `chip`: for ahead-of-time compilation, counts and tests. Needs no GPU."""
+    launches: list[Launch] = []
+    token = _recording.set((launches, chip))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def launch(
+    what: str, kernel: Any, grid: tuple[int, ...], device: torch.device, options: dict[str, Any] | None = None, **arguments
+) -> None:  # fmt: skip
+    """Launch where the tensors are, which need not be the current device; an absent tensor is None.
+
+    Raises:
+        McdiError: saying why `what` cannot run on `device`.
+    """
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded[0].append(Launch(kernel, grid, arguments, options or {}))
+        return
+    check_runs(device, what)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **(options or {}))
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip's facts, asked of the chip once; Hopper's where the interpreter runs."""
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded[1]
+    if device.type != "cuda":
+        return HOPPER
+    return _chip(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _chip(index: int) -> Chip:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 64 * 1024)
+    return Chip(torch.version.hip is None, found.multi_processor_count, shared)
 
 
 def check_tensor(
@@ -56,11 +128,6 @@ def output(name: str, given: Tensor | None, shape: tuple[int, ...], device: torc
     return given
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launch where the tensors are, which need not be the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor from where a copy to `device` need not wait; torch keeps the memory until the copy is done."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
@@ -71,6 +138,13 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
 # - a product has the weights' columns as its M, for Hopper's wgmma takes M = 64 only, and a task's rows, often fewer than 64, as its N;
 # - 4 warps, Triton's default, are one group of Hopper's tensor cores.
 BLOCK_COLUMNS = 64
+PAD = 32
+"""Rows that a product sums over end on a multiple of this, filled with zeros: no mask, and every copy is 16 bytes."""
+
+
+def padded(width: int) -> int:
+    """The next multiple of `PAD`."""
+    return PAD * triton.cdiv(width, PAD)
 
 
 def element_block(count: int) -> int:
@@ -93,9 +167,9 @@ def stages(precision: str) -> int:
     return 2 if precision == "ieee" else 3
 
 
-def all_registers() -> dict[str, int]:
+def all_registers(device: torch.device) -> dict[str, int]:
     """Launch option: NVIDIA's assembler may use every register. On its own it aims for more programs a multiprocessor, and spills."""
-    return {} if torch.version.hip else {"maxnreg": 255}
+    return {"maxnreg": 255} if chip(device).nvidia else {}
 
 
 @triton.jit
@@ -106,13 +180,25 @@ def _round_to_bf16(x):
 
 
 @triton.jit
+def across(x, PRECISION: tl.constexpr):
+    """An operand whose memory runs across the sum: for tf32, rounded to its 10 bits.
+
+    The rounding takes it through registers, and so the copy from global memory 16 bytes at a time: Hopper's tensor cores read tf32 from shared
+    memory only along the sum, and without this the copy itself would turn the tile, 4 bytes at a time.
+    """
+    x = x.to(tl.float32)
+    if PRECISION == "tf32":
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """`acc + a @ b` in float32, with operands as PRECISION says: float32 ("ieee"), "tf32" or "bf16"."""
     if PRECISION != "bf16":
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    elif (
-        _INTERPRETED
-    ):  # the interpreter computes with raw bf16 bits; round by hand and multiply in float32, which is exact
+    elif _INTERPRETED:  # it computes with raw bf16 bits; round by hand and multiply in float32, which is exact
         a, b = _round_to_bf16(a.to(tl.float32)), _round_to_bf16(b.to(tl.float32))
         acc = tl.dot(a, b, acc, input_precision="ieee")
     else:

@@ -1,4 +1,6 @@
-"""One meta-step on a GPU, from the drawn indices to the new phi: noising, inner loops, outer step. One CUDA graph after a few steps.
+"""One meta-step on a GPU, from the drawn indices to the new phi: noise, inner loops, outer step. One CUDA graph after a few steps.
+
+The reference is `meta.MetaTrainer.outer_step` through torch.
 
 Everything that changes from step to step comes in as one small int64 tensor; nothing waits for the GPU. A loss or difference that is not
 finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then on, and `failure` asks for it;
@@ -15,14 +17,14 @@ import math
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import check_precision, check_runs
+from mcdi_fast.backend import check_precision
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.denoiser import Parameters
 from mcdi_fast.diffusion import Draws, InnerBatch
 from mcdi_fast.inner import prefer_stacked
 from mcdi_fast.kernels.inner_loop import InnerLoop
-from mcdi_fast.kernels.launch import on_device, pinned
-from mcdi_fast.kernels.noising import noising
+from mcdi_fast.kernels.launch import pinned
+from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.outer_update import outer_update_
 from mcdi_fast.outer import OuterScalars, OuterState, named_views
 from mcdi_fast.ranks import ALONE, Ranks
@@ -63,12 +65,11 @@ class MetaStep:
         """Make the buffers.
 
         Args:
-            draws: for its shapes; this process's. tables: float64, of noising_tables. mask: float32 [N, D], 0 at padding, None without.
+            draws: for its shapes; this process's. tables: float64, of noise_tables. mask: float32 [N, D], 0 at padding, None without.
             shapes: of phi. skip: go on after a step that is not finite. meta_batch: B of all `ranks` together.
         """
         device = state.phi.device
         check_precision(precision)
-        check_runs(device, "impl = 'triton'")
         self.state, self.bank, self.device = state, bank, device
         self.seed, self.inner_lr, self.outer = seed, inner_lr, outer
         (b, k, s), (n, d) = draws.step.shape, bank.layout.mask.shape
@@ -88,10 +89,15 @@ class MetaStep:
             to_device(condition_normalizer.mean), to_device(condition_normalizer.std)
         )  # fmt: skip
         new = state.phi.new_empty
-        self._target, self._condition = new(b, n, d), new(b, n, bank.condition_width)
+        self._target, self._condition = new(b, n, d), new(b, bank.condition_rows, bank.condition_width)
         self._resident = self._move_bank()
+        condition = new(b, n, shapes["in.condition"][0])
+        if (
+            condition.shape[-1] > bank.condition_width
+        ):  # which token is which stands behind the condition, the same for all tasks
+            condition[..., bank.condition_width :] = to_device(bank.layout.position())
         self._batch = InnerBatch(
-            new(b, k, s, n, d), self._step, new(self._condition.shape), new(b, k, s), new(b, k, s, n, d)
+            new(b, k, s, n, d), self._step, condition, new(b, k, s), new(b, k, s, n, d), self._mask
         )
         phi: Parameters = named_views(state.phi, shapes)
         self._skip, self._ranks, meta_batch = skip, ranks, meta_batch or b
@@ -102,7 +108,7 @@ class MetaStep:
         self._batch.check(phi)
         self._loop = InnerLoop(
             phi, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
-            delta=named_views(self._delta, shapes),
+            delta=self._delta, real=None if mask is None else int(mask.sum()),
         )  # fmt: skip
         self.loss = new(())
         self._failed = torch.full((1,), -1, dtype=torch.int64, device=device)
@@ -148,7 +154,8 @@ class MetaStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with on_device(self.device), torch.cuda.graph(graph):
+        # "thread_local": other threads of the process may allocate and wait meanwhile
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._run()
         return graph
 
@@ -157,8 +164,9 @@ class MetaStep:
         """From `_inbox`, `_target` and `_condition` on: launches alone, nothing is read back."""
         batch, losses = self._batch, self._losses
         self._target.sub_(self._mean).div_(self._std)
-        torch.sub(self._condition, self._condition_mean, out=batch.condition).div_(self._condition_std)
-        noising(
+        self._condition.sub_(self._condition_mean).div_(self._condition_std)
+        batch.condition[..., : self._condition.shape[-1]].copy_(self._condition)
+        noise_batch(
             self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
             x=batch.x, loss_target=batch.target, gain=batch.gain,
         )  # fmt: skip
@@ -181,6 +189,11 @@ class MetaStep:
         first_failure = finite.logical_not() & well
         self._failed_losses.copy_(torch.where(first_failure, losses, self._failed_losses))
         self._failed.copy_(torch.where(first_failure, self._number, self._failed))
+
+    def reset(self) -> None:
+        """Forget failed and skipped steps: the state is another one, of a checkpoint."""
+        self._failed.fill_(-1)
+        self._skipped.zero_()
 
     def failure(self) -> tuple[int, Tensor] | None:
         """Waits for the GPU. None, or the number of the first step that was not finite and its losses [B, K]; phi is as before it."""

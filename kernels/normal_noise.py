@@ -1,4 +1,4 @@
-"""Standard normals from seeds, drawn where they are needed: the numbers of mcdi_fast.noise.philox_normal."""
+"""Standard normals from seeds, drawn where they are needed: the numbers of `noise.philox_normal`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.backend import check_runs
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch, output
 from mcdi_fast.noise import philox_normal
 
 
 def normal_noise_ref(
     seeds: Sequence[int] | Tensor, shape: tuple[int, ...], stream: int = 0, mask: Tensor | None = None
 ) -> Tensor:
-    """As `normal_noise`, on the CPU."""
-    noise = philox_normal(seeds, math.prod(shape), stream).view(-1, *shape)
+    """As `normal_noise`; drawn on the CPU."""
+    device = seeds.device if isinstance(seeds, Tensor) else None
+    noise = philox_normal(seeds, math.prod(shape), stream).view(-1, *shape).to(device)
     return noise if mask is None else noise * mask
+
+
+def noise_options(block: int) -> dict[str, int]:
+    """A thread a call of Philox, which makes 8 normals: with more threads than calls some would repeat what others do."""
+    return {"num_warps": max(1, min(4, block // (8 * 32)))}
 
 
 @triton.jit
@@ -47,14 +52,14 @@ def philox_normal_block(seed, stream, first, BLOCK: tl.constexpr):
     return tl.interleave(even, odd)
 
 
-@triton.jit(do_not_specialize=["stream"])
-def normal_noise_kernel(seeds, mask, out, stream, count, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (task, block): BLOCK normals of the task."""
-    task, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+@triton.jit(do_not_specialize=["number"])
+def normal_noise_kernel(seeds, mask, out, number, count, blocks, BLOCK: tl.constexpr):
+    """Program task * blocks + block: BLOCK normals of the task. number: of the stream (Triton takes that word for itself)."""
+    task, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
     entry = first + tl.arange(0, BLOCK)
     inside = entry < count
-    noise = philox_normal_block(tl.load(seeds + task), stream, first, BLOCK)
-    if HAS_MASK:
+    noise = philox_normal_block(tl.load(seeds + task), number, first, BLOCK)
+    if mask is not None:
         noise *= tl.load(mask + entry, mask=inside, other=0.0)
     tl.store(out + task * count + entry, noise, mask=inside)
 
@@ -84,10 +89,10 @@ def normal_noise(
     if mask is not None:
         check_tensor("mask", mask, tuple(shape), (torch.float32,), device)
     out = output("out", out, (b, *shape), device)
-    check_runs(device, "normal_noise")
     block = element_block(count)
-    with on_device(device):
-        normal_noise_kernel[(b, triton.cdiv(count, block))](
-            seeds, out if mask is None else mask, out, stream, count, mask is not None, block
-        )
+    blocks = triton.cdiv(count, block)
+    launch(
+        "normal_noise", normal_noise_kernel, (b * blocks,), device, noise_options(block),
+        seeds=seeds, mask=mask, out=out, number=stream, count=count, blocks=blocks, BLOCK=block,
+    )  # fmt: skip
     return out

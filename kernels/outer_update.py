@@ -1,4 +1,4 @@
-"""The outer step in one pass: Adam or plain Reptile, and the average, unless this or an earlier step has failed."""
+"""The outer step in one pass, unless this or an earlier step has failed: `outer.outer_update`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.backend import check_runs
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch
 from mcdi_fast.kernels.sam_adam import adam_update
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS
-from mcdi_fast.outer import OuterState, outer_update
+from mcdi_fast.outer import OuterScalars, OuterState, outer_update
 
-outer_update_ref = outer_update
+
+def outer_update_ref(state: OuterState, delta: Tensor, scalars: Tensor, good: Tensor, outer: str) -> None:
+    """As `outer_update_`, in any dtype; waits for the device."""
+    if int(good):
+        outer_update(state, delta.clone(), OuterScalars(*scalars.tolist()), outer)
 
 
 @triton.jit
 def outer_update_kernel(
-    phi, average, first, second, delta, scalars, good, keep_first, keep_second, eps, count,
+    phi, average, exp_avg, exp_avg_sq, delta, scalars, good, keep_first, keep_second, eps, count,
     ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place, every element read and written once; nothing is written where `good` is 0."""
@@ -28,10 +31,10 @@ def outer_update_kernel(
     gain, mix = tl.load(scalars + 2), tl.load(scalars + 3)
     p, d = tl.load(phi + at, mask=inside), tl.load(delta + at, mask=inside)
     if ADAM:
-        m, v = tl.load(first + at, mask=inside), tl.load(second + at, mask=inside)
+        m, v = tl.load(exp_avg + at, mask=inside), tl.load(exp_avg_sq + at, mask=inside)
         p, m, v = adam_update(p, gain * d, m, v, rate, root, keep_first, keep_second, eps)
-        tl.store(first + at, m, mask=inside)
-        tl.store(second + at, v, mask=inside)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
     else:
         p += rate * d
     a = tl.load(average + at, mask=inside)
@@ -56,10 +59,9 @@ def outer_update_(state: OuterState, delta: Tensor, scalars: Tensor, good: Tenso
     check_tensor("delta", delta, (count,), (torch.float32,), device)
     check_tensor("scalars", scalars, (4,), (torch.float32,), device)
     check_tensor("good", good, (1,), (torch.int32,), device)
-    check_runs(device, "outer_update_")
     block = element_block(count)
-    with on_device(device):
-        outer_update_kernel[(triton.cdiv(count, block),)](
-            state.phi, state.average, state.exp_avg, state.exp_avg_sq, delta, scalars, good,
-            1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, count, outer == "adam", block,
-        )  # fmt: skip
+    launch(
+        "outer_update_", outer_update_kernel, (triton.cdiv(count, block),), device, None,
+        phi=state.phi, average=state.average, exp_avg=state.exp_avg, exp_avg_sq=state.exp_avg_sq, delta=delta, scalars=scalars, good=good,
+        keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS, count=count, ADAM=outer == "adam", BLOCK=block,
+    )  # fmt: skip

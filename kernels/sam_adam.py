@@ -1,4 +1,4 @@
-"""SAM's ascent and Adam's step for the parameters of B tasks, [B, P]. Same arithmetic as prepare.py, which is their reference."""
+"""SAM's ascent and Adam's step for the parameters of B tasks, [B, P]: `optim.sam_perturbation` and `optim.adam_step`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.backend import check_runs
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_tensor, element_block, on_device, output
+from mcdi_fast.kernels.launch import check_tensor, element_block, launch, output
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation
-adam_step_ref = adam_step
 
 _FLOAT32 = (torch.float32,)
+
+
+def adam_step_ref(
+    theta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: float, root: float
+) -> None:
+    """`optim.adam_step`, which uses the gradient up, on a copy of it."""
+    adam_step(theta, gradient.clone(), exp_avg, exp_avg_sq, rate, root)
 
 
 @triton.jit
@@ -36,27 +41,27 @@ def sam_kernel(theta, gradient, out, rho, count, TINY: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def adam_update(theta, gradient, first, second, rate, root, KEEP_FIRST, KEEP_SECOND, EPS):
-    """Adam on blocks: returns (theta, first, second). rate: rate / (1 - beta1^t). root: sqrt(1 - beta2^t). The others are 1 - beta."""
-    first += KEEP_FIRST * (gradient - first)
-    second += KEEP_SECOND * (gradient * gradient - second)
-    return theta - rate * first / (tl.sqrt(second) / root + EPS), first, second
+def adam_update(theta, gradient, exp_avg, exp_avg_sq, rate, root, KEEP_FIRST, KEEP_SECOND, EPS):
+    """Adam on blocks: returns (theta, exp_avg, exp_avg_sq). rate: rate / (1 - beta1^t). root: sqrt(1 - beta2^t). The others are 1 - beta."""
+    exp_avg += KEEP_FIRST * (gradient - exp_avg)
+    exp_avg_sq += KEEP_SECOND * (gradient * gradient - exp_avg_sq)
+    return theta - rate * exp_avg / (tl.sqrt(exp_avg_sq) / root + EPS), exp_avg, exp_avg_sq
 
 
 @triton.jit
 def adam_kernel(
-    theta, gradient, first, second, rate, root, keep_first, keep_second, eps, count, BLOCK: tl.constexpr
+    theta, gradient, exp_avg, exp_avg_sq, rate, root, keep_first, keep_second, eps, count, BLOCK: tl.constexpr
 ):  # fmt: skip
     """In place, every element read and written once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gradient + at, mask=inside)
-    m, v = tl.load(first + at, mask=inside), tl.load(second + at, mask=inside)
+    m, v = tl.load(exp_avg + at, mask=inside), tl.load(exp_avg_sq + at, mask=inside)
     p = tl.load(theta + at, mask=inside)
     p, m, v = adam_update(p, g, m, v, rate, root, keep_first, keep_second, eps)
     tl.store(theta + at, p, mask=inside)
-    tl.store(first + at, m, mask=inside)
-    tl.store(second + at, v, mask=inside)
+    tl.store(exp_avg + at, m, mask=inside)
+    tl.store(exp_avg_sq + at, v, mask=inside)
 
 
 def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | None = None) -> Tensor:
@@ -77,29 +82,29 @@ def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | Non
     check_tensor("theta", theta, shape, _FLOAT32)
     check_tensor("gradient", gradient, shape, _FLOAT32, theta.device)
     out = output("out", out, shape, theta.device)
-    check_runs(theta.device, "sam_ascent")
     count = theta[0].numel()
-    with on_device(theta.device):
-        sam_kernel[(shape[0],)](theta, gradient, out, rho, count, SAM_TINY, element_block(count))
+    launch(
+        "sam_ascent", sam_kernel, (shape[0],), theta.device, None,
+        theta=theta, gradient=gradient, out=out, rho=rho, count=count, TINY=SAM_TINY, BLOCK=element_block(count),
+    )  # fmt: skip
     return out
 
 
-def adam_step_(theta: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: float, root: float) -> None:
+def adam_step_(theta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: float, root: float) -> None:
     """One Adam step in place, with bias correction.
 
     Args:
-        theta, gradient, first, second: float32, contiguous, of one shape. rate, root: of prepare.adam_scalars.
+        theta, gradient, exp_avg, exp_avg_sq: float32, contiguous, of one shape. rate, root: of `optim.adam_scalars`.
 
     Raises:
         McdiError: naming the tensor.
     """
-    names = {"theta": theta, "gradient": gradient, "first": first, "second": second}
+    names = {"theta": theta, "gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in names.items():
         check_tensor(name, tensor, tuple(theta.shape), _FLOAT32, theta.device)
-    check_runs(theta.device, "adam_step_")
     count = theta.numel()
     block = element_block(count)
-    with on_device(theta.device):
-        adam_kernel[(triton.cdiv(count, block),)](
-            theta, gradient, first, second, rate, root, 1 - ADAM_BETAS[0], 1 - ADAM_BETAS[1], ADAM_EPS, count, block
-        )
+    launch(
+        "adam_step_", adam_kernel, (triton.cdiv(count, block),), theta.device, None,
+        **names, rate=rate, root=root, keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS, count=count, BLOCK=block,
+    )  # fmt: skip

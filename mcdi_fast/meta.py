@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
@@ -37,15 +36,6 @@ _FIT_TASKS = (
 _RECIPE = 4  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
-
-
-def _kernels_lack(bank: TrajectoryBank) -> str | None:
-    """Why this bank cannot be meta-trained through the kernels; None where it can."""
-    if not bank.layout.mask.all():
-        return "their loss counts padding"
-    if bank.condition_rows != bank.layout.num_tokens:
-        return "they take conditions of each token alone"
-    return None
 
 
 class MetaTrainer:
@@ -74,10 +64,7 @@ class MetaTrainer:
         self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
-        missing = _kernels_lack(bank)
-        self.impl = impl if impl in ORACLES else resolve(impl, self.device, missing)
-        if missing and self.impl == "torch" and self.device.type == "cuda" and requested(impl) == "auto":
-            warnings.warn(f"meta-training through torch: the kernels cannot run, {missing}", stacklevel=2)
+        self.impl = impl if impl in ORACLES else resolve(impl, self.device)
         self.meta, self.diffusion, self.denoiser = (
             meta or MetaConfig(),
             diffusion or DiffusionConfig(),
@@ -111,13 +98,13 @@ class MetaTrainer:
 
     def _meta_step(self) -> MetaStep:
         from mcdi_fast.kernels.meta_step import MetaStep
-        from mcdi_fast.kernels.noising import noising_tables
+        from mcdi_fast.kernels.noise_batch import noise_tables
 
         return MetaStep(
             self.state,
             self.bank,
             self._share(self.draws(0)),
-            noising_tables(self.objective),
+            noise_tables(self.objective),
             self.normalizer,
             self.condition_normalizer,
             self._mask,
@@ -304,6 +291,8 @@ class MetaTrainer:
                 )
         for name, value in vars(self.state).items():
             value.copy_(tensors[name])
+        if self._kernels is not None:
+            self._kernels.reset()
         self.step, self._skipped = found["step"], found["skipped"]
         self._skipped_before = self._skipped
         self._saved = path, self.step

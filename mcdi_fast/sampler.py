@@ -25,7 +25,7 @@ from mcdi_fast.weights import GeneratedWeights
 
 if TYPE_CHECKING:
     from mcdi_fast.cpu_chain import PackedChain
-    from mcdi_fast.kernels.sample_chain import ChainWeights
+    from mcdi_fast.kernels.run_chain import ChainWeights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
@@ -226,10 +226,10 @@ class Sampler:
         return packed[1]
 
     def _kernel_weights(self) -> ChainWeights:
-        from mcdi_fast.kernels.sample_chain import pack_weights
+        from mcdi_fast.kernels.run_chain import pack_weights
 
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return self._packed_as(lambda folded: pack_weights(self.generator.phi, dtype))
+        return self._packed_as(lambda folded: pack_weights(folded, dtype))
 
     def _sample_few_tasks(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
         make = _packed_chain()
@@ -244,13 +244,13 @@ class Sampler:
 
     def _sample_in_one_launch(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
         from mcdi_fast.kernels.normal_noise import normal_noise
-        from mcdi_fast.kernels.sample_chain import sample_chain
+        from mcdi_fast.kernels.run_chain import run_chain
 
         bits = seeds if isinstance(seeds, Tensor) else seed_bits(seeds)
         shape = condition.shape[1], self.generator.layout.width
         x = normal_noise(bits.to(self.device, non_blocking=True), shape, 0, self._mask)
         told = self.generator.network_condition(condition)
-        return sample_chain(
+        return run_chain(
             self._kernel_weights(), x, told, *self._table(num_steps), self._mask, out=x, precision=self.precision
         )  # fmt: skip
 

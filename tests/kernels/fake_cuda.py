@@ -10,18 +10,21 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from triton.runtime.jit import JITFunction
 
+from mcdi_fast import heads
+from mcdi_fast.backend import Backend
 from mcdi_fast.config import DiffusionConfig, MetaConfig, PrepareConfig
-from mcdi_fast.denoiser import parameter_shapes
+from mcdi_fast.denoiser import FoldedDenoiser, parameter_shapes
 from mcdi_fast.diffusion import Draws, chain_table, make_objective, make_schedule
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
+from mcdi_fast.kernels.head_trajectory import fits, head_trajectory
+from mcdi_fast.kernels.launch import recording
 from mcdi_fast.kernels.meta_step import MetaStep
-from mcdi_fast.kernels.sample_chain import pack_weights
+from mcdi_fast.kernels.run_chain import pack_weights
 from mcdi_fast.outer import OuterState, outer_scalars
-from mcdi_fast.prepare import head_trajectory
 from mcdi_fast.sampler import Sampler
+from mcdi_fast.tasks import optimizer_steps
 
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
@@ -31,16 +34,17 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.mem_get_info = lambda device=None: (2**36, 2**36)
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.Tensor.pin_memory = lambda self: self
-launched = []
 
 
-def record(self, *arguments, grid, warmup, **options):
-    for argument in arguments:
-        assert not isinstance(argument, torch.Tensor) or argument.device.type == "cuda", (self.__name__, argument)
-    launched.append(self.__name__)
-
-
-JITFunction.run = record
+def names(launched):
+    """Of the kernels since the last call, all of whose tensors are on the GPU."""
+    found = []
+    for launch in launched:
+        for name, argument in launch.arguments.items():
+            assert not isinstance(argument, torch.Tensor) or argument.device.type == "cuda", (launch.kernel, name)
+        found.append(launch.kernel.__name__)
+    launched.clear()
+    return found
 
 
 class Transfers(TorchFunctionMode):
@@ -62,6 +66,8 @@ class Transfers(TorchFunctionMode):
             assert options.get("non_blocking"), "a copy that waits"
             assert arguments[0].shape == arguments[1].shape
             return arguments[0]
+        if function is torch.Tensor.__int__ and arguments[0].device.type == "cpu":
+            return 1  # how many numbers are real
         if function is torch.Tensor.__getitem__ and arguments[0].device.type == "cuda":
             return taken(*arguments)
         return function(*arguments, **options)
@@ -85,7 +91,7 @@ def taken(tensor, index):
 class Bank:
     """What a MetaStep asks of a bank."""
 
-    condition_width, num_segments = 65, 3
+    condition_rows, condition_width, num_segments = 5, 65, 3
 
     def __init__(self):
         self.layout = SimpleNamespace(mask=torch.ones(5, 65))
@@ -105,7 +111,7 @@ chain = chain_table(schedule, objective)
 layout = head_layout(5, 64)
 shapes = parameter_shapes(d, c, steps, width, depth)
 transfers = Transfers()
-with FakeTensorMode(), transfers, torch.no_grad():
+with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
     there, here = torch.empty(2, device=cuda), torch.empty(2)
     for wrong in (
         lambda: float(there.sum()),
@@ -141,7 +147,7 @@ with FakeTensorMode(), transfers, torch.no_grad():
                 loss = step.step(draws, number, outer_scalars(meta, number))
             assert loss.device == cuda
             print(
-                f"meta-step, {outer}, bank {'resident' if resident else 'on the host'}: {len(launched) // 3} launches"
+                f"meta-step, {outer}, bank {'resident' if resident else 'on the host'}: {len(names(launched)) // 3} launches"
             )
 
     for mask in (None, torch.ones(n, d, device=cuda)):
@@ -160,7 +166,9 @@ with FakeTensorMode(), transfers, torch.no_grad():
         object.__setattr__(generator, "_objective", objective)
         sampler = object.__new__(Sampler)
         sampler.device, sampler.generator, sampler.impl, sampler.precision = cuda, generator, "auto", "tf32"
-        sampler._mask, sampler._weights = mask, pack_weights(phi)
+        folded = FoldedDenoiser(phi)
+        object.__setattr__(generator, "_folded", folded)
+        sampler._mask, sampler._packed = mask, (folded, pack_weights(folded))
         sampler._tables = {
             None: (torch.empty(steps, dtype=torch.int64, device=cuda), torch.empty(steps, 3, device=cuda))
         }
@@ -168,8 +176,9 @@ with FakeTensorMode(), transfers, torch.no_grad():
         launched.clear()
         found = sampler.sample(torch.empty(7, n, c, device=cuda), torch.zeros(7, dtype=torch.int64, device=cuda))
         assert found.tokens.device == cuda
-        assert launched == ["normal_noise_kernel", "sample_chain_kernel"], launched
-        print(f"sampler, {'with' if mask is not None else 'no'} padding: {len(launched)} launches")
+        found = names(launched)
+        assert found == ["normal_noise_kernel", "run_chain_kernel"], found
+        print(f"sampler, {'with' if mask is not None else 'no'} padding: {len(found)} launches")
 
     for ways, features in ((5, 64), (200, 300)):
         launched.clear()
@@ -177,7 +186,15 @@ with FakeTensorMode(), transfers, torch.no_grad():
         labels = torch.zeros(9, 30, dtype=torch.int64, device=cuda)
         pick = torch.zeros(6, 9, 30, dtype=torch.int32, device=cuda)
         weight = torch.empty(30, device=cuda)
-        kept = head_trajectory(start, rows, labels, PrepareConfig(steps=6), 3, pick, weight)
+        given = (start, rows, labels, PrepareConfig(steps=6), 3, pick, weight)
+        if fits(ways, features + 1):
+            transfers.waits = True  # Adam's scalars go to the device once and stay: a graph reads them at every replay
+            head_trajectory(*given)
+            transfers.waits = False
+            launched.clear()
+            kept = head_trajectory(*given)
+        else:
+            kept = heads.head_trajectory(*given, **optimizer_steps(Backend(cuda, True)))
         assert kept.shape == (9, 3, ways, features + 1)
         assert kept.device == cuda
-        print(f"heads of {ways} x {features}: {len(launched)} launches")
+        print(f"heads of {ways} x {features}: {len(names(launched))} launches")

@@ -10,9 +10,15 @@ from torch import nn
 from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
+from mcdi_fast.denoiser import init_parameters, parameter_shapes, token_condition
+from mcdi_fast.diffusion import make_inner_batch
 from mcdi_fast.errors import McdiError
+from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels import meta_step
+from mcdi_fast.kernels.noise_batch import noise_tables
 from mcdi_fast.meta import MetaTrainer, fit
+from mcdi_fast.noise import philox_normal
+from mcdi_fast.outer import OuterState, outer_scalars, outer_update
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
@@ -20,10 +26,6 @@ from mcdi_fast.weights import WeightLayout
 
 META = MetaConfig(steps=40, meta_batch=3, inner_steps=2, samples=2, inner_lr=0.05, outer_lr=0.02)
 DIFFUSION, DENOISER = DiffusionConfig(steps=6), DenoiserConfig(width=17, depth=1)
-# until the kernels' loss leaves padding out, meta.MetaTrainer refuses them there
-PADDED = pytest.param(
-    "padded", marks=pytest.mark.xfail(raises=McdiError, reason="the kernels' loss counts padding", strict=True)
-)
 MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wide
     "plain": nn.Linear(4, 3),
     "padded": nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
@@ -55,7 +57,7 @@ def states(*trainers):
 
 
 @pytest.mark.parametrize("outer", ["adam", "reptile"])
-@pytest.mark.parametrize("module", ["plain", PADDED])
+@pytest.mark.parametrize("module", MODULES)
 def test_meta_steps(tmp_path, module, outer):
     bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"outer": outer})
     ours, torchs = trainer(bank, "triton", meta), trainer(bank, "torch", meta)
@@ -65,6 +67,56 @@ def test_meta_steps(tmp_path, module, outer):
     for name, one, two in states(ours, torchs):
         assert error(one, two) < 2e-4, name
         assert name in ("exp_avg", "exp_avg_sq") or not torch.equal(two, torch.zeros_like(two))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_positions_padding_and_a_condition_for_all_tokens(tmp_path, rows):
+    """Through `MetaStep` alone, against the inner loop and outer step of torch."""
+    layout = WeightLayout.from_module(MODULES["padded"])
+    bank, g = TrajectoryBank.create(tmp_path, layout, 3, 7), torch.Generator().manual_seed(0)
+    bank.append(torch.randn(20, 3, 5, 5, generator=g) * layout.mask, torch.randn(20, rows, 7, generator=g))
+    plain, position = trainer(bank, "torch"), layout.position()
+    sizes = (5, 7 + position.shape[1], DIFFUSION.steps, DENOISER.width, DENOISER.depth)
+    phi, shapes = init_parameters(*sizes, 0), parameter_shapes(*sizes)
+    phi["out.token"].normal_(generator=g)  # 0 otherwise, and with it the gradients of what reads positions
+    ours, expected = (OuterState.start(phi, torch.device(device)) for device in (DEVICE, "cpu"))
+    draws, scalars = plain.draws(0), outer_scalars(META, 0)
+    step = meta_step.MetaStep(
+        ours, bank, draws, noise_tables(plain.objective), plain.normalizer, plain.condition_normalizer, layout.mask, shapes,
+        seed=3, inner_lr=META.inner_lr, outer="adam", precision="ieee",
+    )  # fmt: skip
+    loss = float(step.step(draws, 0, scalars))
+    targets, condition = bank.gather(draws.task)
+    target = plain.normalizer.normalize(targets[torch.arange(len(targets)), draws.segment])
+    shape = (*draws.step.shape, 5, 5)
+    eps = philox_normal([3] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape) * layout.mask
+    condition = token_condition(plain.condition_normalizer.normalize(condition), position)
+    batch = make_inner_batch(plain.objective, target, condition, draws.segment, draws.step, eps, layout.mask.float())
+    delta, losses = inner_loop(phi, batch, META.inner_lr)
+    outer_update(expected, torch.cat([value.flatten() for value in delta.values()]), scalars, "adam")
+    assert loss == pytest.approx(float(losses[:, 0].mean()), rel=1e-5)
+    for name in ("exp_avg", "exp_avg_sq", "phi"):
+        assert error(getattr(ours, name).cpu(), getattr(expected, name)) < 2e-4, name
+
+
+def test_restoring_forgets_failed_and_skipped_steps(tmp_path):
+    bank, path = make_bank(tmp_path / "bank"), tmp_path / "checkpoint.safetensors"
+    ours = trainer(bank, "triton")
+    ours.save(path)
+    targets = ours._kernels._resident[0]
+    kept = targets.clone()
+    targets.fill_(float("nan"))
+    ours.outer_step()
+    with pytest.raises(McdiError, match="not finite at outer step 0"):
+        ours.check()
+    targets.copy_(kept)
+    ours._kernels._skipped += 2
+    ours.restore(path)
+    assert ours.skipped == 0
+    before = ours.state.phi.clone()
+    ours.outer_step()
+    ours.check()
+    assert not torch.equal(ours.state.phi, before)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -149,7 +201,7 @@ def test_torch_stops_at_once(tmp_path):
     assert torch.equal(torchs.state.phi, before)
 
 
-@pytest.mark.parametrize("module", ["plain", PADDED])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_generator_fitted_and_sampled_through_the_kernels(tmp_path, module):
     bank, meta = make_bank(tmp_path, module), MetaConfig(**vars(META) | {"steps": 2, "outer_lr": 0.2})
     ours, torchs = (

@@ -4,8 +4,8 @@ from kernel_helpers import DEVICE, assert_close, normal
 
 from mcdi_fast.config import MetaConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.outer_update import outer_update_, outer_update_ref
-from mcdi_fast.outer import OuterState, outer_scalars
+from mcdi_fast.kernels.outer_update import outer_update_
+from mcdi_fast.outer import OuterState, outer_scalars, outer_update
 
 NAMES = ("phi", "average", "exp_avg", "exp_avg_sq")
 
@@ -28,7 +28,7 @@ def on_the_device(state, delta, scalars, outer, good=1):
 @pytest.mark.parametrize("count", [1, 130, 2500])
 def test_same_as_torch(count, outer):
     found = run(on_the_device, count, outer, torch.float32)
-    exact, float32 = (run(outer_update_ref, count, outer, dtype) for dtype in (torch.float64, torch.float32))
+    exact, float32 = (run(outer_update, count, outer, dtype) for dtype in (torch.float64, torch.float32))
     for name in NAMES:
         assert_close(getattr(found, name), getattr(exact, name), getattr(float32, name))
     assert not torch.equal(found.phi, found.average)
@@ -44,7 +44,7 @@ def test_is_torch_optim_s(outer):
     average = parameter.detach().clone()
     for step in range(20):
         delta = normal(70, seed=step + 1)
-        outer_update_ref(state, delta.clone(), outer_scalars(meta, step), outer)
+        outer_update(state, delta.clone(), outer_scalars(meta, step), outer)
         # warm-up over the first 1 % (here none), then linearly to 0
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 50)
         parameter.grad = -delta / 0.1 if outer == "adam" else -delta

@@ -36,14 +36,14 @@ def test_ascent_per_task():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adam(shape):
     def run(step_of, dtype):
-        theta, first, second = (
+        theta, exp_avg, exp_avg_sq = (
             normal(*shape).to(dtype),
             torch.zeros(shape, dtype=dtype, device=DEVICE),
             torch.zeros(shape, dtype=dtype, device=DEVICE),
         )
         for step in range(1, 4):
-            step_of(theta, normal(*shape, seed=step).to(dtype), first, second, *adam_scalars(step, 0.05))
-        return theta, first, second
+            step_of(theta, normal(*shape, seed=step).to(dtype), exp_avg, exp_avg_sq, *adam_scalars(step, 0.05))
+        return theta, exp_avg, exp_avg_sq
 
     found = run(adam_step_, torch.float32)
     for value, exact, baseline in zip(
@@ -55,11 +55,11 @@ def test_adam(shape):
 def test_adam_agrees_with_torch_optim():
     value = normal(4, 33)
     theta, parameter = value.clone(), value.clone().requires_grad_()
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    exp_avg, exp_avg_sq = torch.zeros_like(theta), torch.zeros_like(theta)
     optimizer = torch.optim.Adam([parameter], lr=0.01)
     for step in range(1, 4):
         parameter.grad = normal(4, 33, seed=step)
-        adam_step_(theta, parameter.grad, first, second, *adam_scalars(step, 0.01))
+        adam_step_(theta, parameter.grad, exp_avg, exp_avg_sq, *adam_scalars(step, 0.01))
         optimizer.step()
     assert torch.allclose(theta, parameter, rtol=1e-6, atol=1e-7)
 
@@ -83,5 +83,5 @@ def test_bad_gradient_and_moment():
     a = normal(4, 6)
     with pytest.raises(McdiError, match="gradient: shape"):
         sam_ascent(a, normal(4, 5), 0.1)
-    with pytest.raises(McdiError, match="second: shape"):
+    with pytest.raises(McdiError, match="exp_avg_sq: shape"):
         adam_step_(a, a, a, normal(4, 5), 0.1, 0.1)

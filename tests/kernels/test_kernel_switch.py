@@ -55,7 +55,7 @@ def test_unknown_names(monkeypatch):
 def test_triton_that_cannot_run_says_why():
     code = """
 import torch
-from mcdi_fast.kernels.api import sam_ascent
+from mcdi_fast.kernels.sam_adam import sam_ascent
 from mcdi_fast import backend as impl
 from mcdi_fast.errors import McdiError
 from mcdi_fast.backend import resolve
@@ -88,24 +88,56 @@ def inspect(*arguments):
     return [line for line in done.stdout.splitlines() if line.startswith("| ") and ":" in line]
 
 
+def table(target, *options):
+    """Rows of the table by kernel: dicts by column."""
+    names = ("registers", "spills", "shared", "kind", "copies")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in inspect("--target", target, *options)]
+    return {row[0]: dict(zip(names, row[2:], strict=True)) for row in rows}
+
+
 def test_compiles_for_hopper():
-    """One configuration of every kernel; the rest is slow."""
-    rows = inspect("--target", "cuda:90", "--only", "tf32")
-    assert len(rows) == 14
-    for row in rows:  # the products really use Hopper's own instruction
-        assert "wgmma tf32" in row
+    """The products of the default precision, wide copies and no spills (inspect exits with 1 otherwise); the rest is slow."""
+    rows = table("cuda:90", "--only", "tf32")
+    assert len(rows) == 15
+    for name, row in rows.items():
+        # the deltas take both operands as they lie, across the sum: not wgmma's way
+        wanted = "mma tf32" if name.startswith(("reptile", "sgd")) else "wgmma tf32"
+        assert wanted in row["kind"], name
+        assert "async 16" in row["copies"] or name.startswith("head_trajectory"), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
-    rows = inspect("--target", target)
-    assert len(rows) == 51
-    wanted = {"cuda:80": "mma ", "cuda:90": "wgmma ", "hip:gfx942": "v_mfma_"}[target]
-    products = [row for row in rows if re.match(r"\| (?!.* from ).* (tf32|bf16) \|", row)]
-    assert len(products) == 28
-    for row in products:  # every product of low precision is on the matrix units
-        assert wanted in row
+    rows = table(target)
+    assert len(rows) == 54
+    wanted = {"cuda:80": "mma ", "cuda:90": "mma ", "hip:gfx942": "v_mfma_"}[target]
+    products = {name: row for name, row in rows.items() if re.search(r" (tf32|bf16)\b", name)}
+    assert len(products) == 32
+    for name, row in products.items():  # every product of low precision is on the matrix units
+        assert wanted in row["kind"], name
+
+
+def test_narrow_copies_are_seen():
+    from mcdi_fast.kernels.inspect import copies, faults
+
+    loop = """
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+	st.shared.b32 [ %r3 ], %r4;
+	st.shared.v4.b32 [ %r3 ], { %r4, %r5, %r6, %r7 };
+	@%p1 bra $L__BB0_1;
+	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
+"""
+    assert copies(loop) == {"async 4": 1, "async 16": 1, "turned 4": 1, "turned 16": 1}
+    good = {"spills": 0, "shared": 0, "copies": "2 x async 16, 1 x turned 8"}
+    assert not faults(good, "cuda:90")
+    for change, message in [
+        ({"copies": "1 x async 4"}, "narrow copies"), ({"copies": "1 x turned 4"}, "narrow copies"), ({"spills": 4}, "spills"),
+        ({"shared": 2**18}, "more shared memory than the chip has"),
+    ]:  # fmt: skip
+        assert faults(good | change, "cuda:90") == message
 
 
 def test_hot_paths_neither_wait_nor_mix_devices():
@@ -163,7 +195,7 @@ def test_the_main_job_through_the_kernels(tmp_path):
 def test_launchers_compile():
     done = python(f"import runpy; runpy.run_path({str(Path(__file__).with_name('compile_launches.py'))!r})")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("compiled 10 kernels")
+    assert done.stdout.startswith("compiled 11 kernels")
 
 
 def test_inspect_refuses_the_interpreter():

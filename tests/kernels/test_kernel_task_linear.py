@@ -3,7 +3,7 @@ import torch
 from kernel_helpers import assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.denoiser import Broadcast, task_linear, task_linear_ref
+from mcdi_fast.kernels.task_linear import Broadcast, task_linear, task_linear_ref
 
 SHAPES = [  # tasks, rows, in, out, earlier steps
     (1, 1, 1, 1, 0),
@@ -67,26 +67,28 @@ def test_fused(divide, dtype):
     b, s, n, i, o = 3, 4, 5, 13, 33
     rows, weight, earlier = case(b, s * n, i, o, 2, dtype)
     add_to, more = normal(b, s * n, o, seed=5, dtype=dtype), normal(b, n if divide == 1 else s, o, seed=6, dtype=dtype)
-    before, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7, dtype=dtype)
+    pre_activation, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7, dtype=dtype)
     options = dict(add_to=add_to, broadcast=Broadcast(more, divide, 0.3), activation="silu")
-    found, found_before = task_linear(rows, weight, earlier, RATE, **options, before=before, out=poisoned(b, s * n, o))
-    assert found_before is before
+    found, found_pre_activation = task_linear(
+        rows, weight, earlier, RATE, **options, pre_activation=pre_activation, out=poisoned(b, s * n, o)
+    )
+    assert found_pre_activation is pre_activation
 
     def exact(kind):
         leaf = rows.to(kind).requires_grad_()
         options = dict(add_to=add_to.to(kind), broadcast=Broadcast(more.to(kind), divide, 0.3), activation="silu")
-        out, before = task_linear_ref(leaf, *to(kind, weight, earlier), RATE, **options)
-        return out.detach(), before.detach()
+        out, pre_activation = task_linear_ref(leaf, *to(kind, weight, earlier), RATE, **options)
+        return out.detach(), pre_activation.detach()
 
     assert_close(found, exact(torch.float64)[0], exact(torch.float32)[0])
-    assert_close(before, exact(torch.float64)[1], exact(torch.float32)[1])
+    assert_close(pre_activation, exact(torch.float64)[1], exact(torch.float32)[1])
 
-    before = before.to(dtype)
+    pre_activation = pre_activation.to(dtype)
     # the backward of silu behind another product, against autograd
-    found, _ = task_linear(gradient, weight, activation="silu_backward", before=before)
+    found, _ = task_linear(gradient, weight, activation="silu_backward", pre_activation=pre_activation)
     results = []
     for kind in (torch.float64, torch.float32):
-        leaf = before.to(kind).requires_grad_()
+        leaf = pre_activation.to(kind).requires_grad_()
         upstream = gradient.to(kind) @ weight.to(kind)
         results.append(torch.autograd.grad(torch.nn.functional.silu(leaf), leaf, upstream)[0])
     assert_close(found, *results)
@@ -123,7 +125,7 @@ def test_bad_input():
         ((rows, weight), {"add_to": rows}, "add_to: shape"),
         ((rows, weight), {"broadcast": Broadcast(normal(3, 4, 5))}, "broadcast: shape"),
         ((rows, weight), {"activation": "relu"}, "activation = 'relu'"),
-        ((rows, weight), {"activation": "silu_backward"}, "before: None"),
+        ((rows, weight), {"activation": "silu_backward"}, "pre_activation: None"),
         ((rows, weight), {"precision": "fp8"}, "precision = 'fp8'"),
     ]:
         with pytest.raises(McdiError, match=message):

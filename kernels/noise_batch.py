@@ -1,4 +1,5 @@
-"""Noised weights and everything their loss needs, from the targets and a seed: eps is drawn in the kernel and never stored."""
+"""Noised weights and everything their loss needs, from the targets and a seed: `diffusion.make_inner_batch` with eps drawn in the kernel,
+never stored."""
 
 from __future__ import annotations
 
@@ -9,15 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.backend import check_runs
 from mcdi_fast.diffusion import Objective
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, on_device, output
-from mcdi_fast.kernels.normal_noise import philox_normal_block
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch, output
+from mcdi_fast.kernels.normal_noise import noise_options, philox_normal_block
 from mcdi_fast.noise import philox_normal
 
 
-def noising_tables(objective: Objective, device: torch.device | str = "cpu") -> Tensor:
+def noise_tables(objective: Objective, device: torch.device | str = "cpu") -> Tensor:
     """float64 [k, T, 5]: signal, noise, eps_weight, f_weight * skip, f_weight * scale (gain). Build once, then `.float().to(device)`."""
     k = len(objective.f_weight)
     skip, scale = objective.skip.expand(k, -1), objective.scale.expand(k, -1)
@@ -25,10 +25,10 @@ def noising_tables(objective: Objective, device: torch.device | str = "cpu") -> 
     return torch.stack([objective.signal, objective.noise, objective.eps_weight, f * skip, f * scale], -1).to(device)
 
 
-def noising_ref(
+def noise_batch_ref(
     target: Tensor, segment: Tensor, step: Tensor, seed: int, streams: Tensor, tables: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `noising`, in any dtype; the noise itself is float32 on every path."""
+    """As `noise_batch`, in any dtype; the noise itself is float32 on every path."""
     shape = (*step.shape, *target.shape[1:])
     eps = philox_normal([seed] * len(target), math.prod(shape[1:]), streams.tolist()).view(shape).to(target)
     if mask is not None:
@@ -40,19 +40,19 @@ def noising_ref(
 
 
 @triton.jit(do_not_specialize=["seed"])
-def noising_kernel(
+def noise_batch_kernel(
     target, segment, step, streams, tables, mask, x, loss_target, gain,
-    seed, rows, per_row, num_steps, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    seed, rows, per_row, num_steps, blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (task, block): BLOCK normals of the task, BLOCK / 8 calls of Philox."""
-    task, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Program task * blocks + block: BLOCK normals of the task, BLOCK / 8 calls of Philox."""
+    task, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     count = rows * per_row
     first = block * BLOCK
     flat = first + tl.arange(0, BLOCK)
     inside = flat < count
     row, entry = flat // per_row, flat % per_row
     eps = philox_normal_block(seed, tl.load(streams + task), first, BLOCK)
-    if HAS_MASK:
+    if mask is not None:
         eps *= tl.load(mask + entry, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(step + task * rows + row, mask=inside, other=0)
     at = tables + (tl.load(segment + task) * num_steps + t) * 5
@@ -65,7 +65,7 @@ def noising_kernel(
     tl.store(gain + task * rows + row, tl.load(at + 4, mask=inside, other=0.0), mask=inside & (entry == 0))
 
 
-def noising(
+def noise_batch(
     target: Tensor,
     segment: Tensor,
     step: Tensor,
@@ -83,7 +83,7 @@ def noising(
     Args:
         target: [B, N, D], normalised local targets, float32 or bfloat16. segment: int64 [B]. step: int64 [B, K, S].
         seed: in [0, 2^63). streams: int64 [B], not negative: eps of task b is `philox_normal([seed], K S N D, streams[b])`.
-        tables: float32 [k, T, 5] of `noising_tables`. mask: [N, D], 0 at padding, whose noise is 0 then.
+        tables: float32 [k, T, 5] of `noise_tables`. mask: [N, D], 0 at padding, whose noise is 0 then.
 
     Segments and steps are not range-checked: that would wait for the GPU.
 
@@ -111,11 +111,11 @@ def noising(
     x = output("x", x, (b, k, s, n, d), device)
     loss_target = output("loss_target", loss_target, (b, k, s, n, d), device)
     gain = output("gain", gain, (b, k, s), device)
-    check_runs(device, "noising")
     block = element_block(k * s * n * d)
-    with on_device(device):
-        noising_kernel[(b, triton.cdiv(k * s * n * d, block))](
-            target, segment, step, streams, tables, target if mask is None else mask, x, loss_target, gain,
-            seed, k * s, n * d, steps, mask is not None, block,
-        )  # fmt: skip
+    blocks = triton.cdiv(k * s * n * d, block)
+    launch(
+        "noise_batch", noise_batch_kernel, (b * blocks,), device, noise_options(block),
+        target=target, segment=segment, step=step, streams=streams, tables=tables, mask=mask, x=x, loss_target=loss_target, gain=gain,
+        seed=seed, rows=k * s, per_row=n * d, num_steps=steps, blocks=blocks, BLOCK=block,
+    )  # fmt: skip
     return x, loss_target, gain

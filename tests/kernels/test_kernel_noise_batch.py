@@ -4,7 +4,7 @@ from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.diffusion import OBJECTIVES, make_inner_batch, make_objective, make_schedule
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.noising import noising, noising_ref, noising_tables
+from mcdi_fast.kernels.noise_batch import noise_batch, noise_batch_ref, noise_tables
 from mcdi_fast.noise import philox_normal
 
 SEED = 2**40 + 3
@@ -21,8 +21,8 @@ def case(b, k, s, n, d, objective="local-consistency", dtype=torch.float32):
 
 
 def run(schedule, objective, target, segment, step, streams, seed=SEED, **options):
-    tables = noising_tables(objective).float().to(DEVICE)
-    return noising(target, segment.to(DEVICE), step.to(DEVICE), seed, streams.to(DEVICE), tables, **options)
+    tables = noise_tables(objective).float().to(DEVICE)
+    return noise_batch(target, segment.to(DEVICE), step.to(DEVICE), seed, streams.to(DEVICE), tables, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,9 +43,9 @@ def test_same_as_make_inner_batch(shape, name, dtype):
     for kind in (torch.float64, torch.float32):
         batch = make_inner_batch(objective, target.cpu().to(kind), torch.zeros(b, n, 1), segment, step, eps.to(kind))
         results.append((batch.x, batch.target, batch.gain))
-    tables = noising_tables(objective)
+    tables = noise_tables(objective)
     for value, exact, float32, ref in zip(
-        found, *results, noising_ref(target.cpu().double(), segment, step, SEED, streams, tables), strict=True
+        found, *results, noise_batch_ref(target.cpu().double(), segment, step, SEED, streams, tables), strict=True
     ):
         assert_close(value.cpu(), exact, float32)
         assert torch.allclose(ref, exact, rtol=1e-12, atol=1e-13)
