@@ -30,6 +30,7 @@ MORE = {
     "mcdi_fast.store": ["save_tensors", "load_tensors", "write_json", "read_json", "atomic_write"],
     "mcdi_fast.hub": ["HubGenerator", "fetch"],
     "mcdi_fast.diffusers_scheduler": ["McdiScheduler"],
+    "mcdi_fast.peft_files": ["adapter_state_dict"],
 }
 
 
@@ -51,7 +52,7 @@ def entry(name: str, thing: object) -> list[str]:
         return lines
     for attribute, value in vars(thing).items():
         plain = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        if attribute.startswith("_") and attribute not in ("__call__", "__len__"):
+        if attribute.startswith("_") and attribute not in ("__call__", "__len__", "__getitem__"):
             continue
         if isinstance(plain, property):
             lines += ["", f"**`.{attribute}`** {inspect.cleandoc(plain.__doc__ or '')}"]

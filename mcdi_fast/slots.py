@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -257,7 +258,7 @@ def call_tasks(
     except Exception as error:
         if count == 0:
             raise
-        where, reason = _culprit(module, error), str(error).split("\n")[0][:120]
+        where, reason = _culprit(module, error), re.split(r"\n|(?<=\.) ", str(error))[0][:150]
     # Whatever vmap stumbled over. If it is the caller's mistake, the first task raises it again in plain words.
     result = _one_by_one(call, values, inputs, count)
     warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.peft_files import adapter_name, is_adapted, partner, save_adapter
 from mcdi_fast.slots import advice, assign, call_tasks, checked_shape, find, joined, listed, slots, tensor_of
 
 # Entries of one task's tokens, N * D: 1 GiB in float32. A layout from a stranger's file must not make us allocate more.
@@ -133,32 +135,43 @@ class WeightLayout:
             McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
                 point, not yet initialised (lazy) or empty.
         """
-        if not isinstance(module, nn.Module):
-            raise McdiError(
-                f"module: {type(module).__name__}, expected a torch.nn.Module, which says what belongs to one unit and what is "
-                "tied; build the network and give that"
-            )
-        found = {
-            name: slot
-            for name, slot in slots(module).items()
-            if not slot.is_buffer or (buffers and slot.is_saved and slot.tensor.is_floating_point())
-        }
-        wanted = _selector(list(found), select)
-        # A tied parameter may be selected by any of its names; the first that is selected stands in the layout.
-        taken: dict[str, dict[str, tuple[int, ...]]] = {}  # by the module they stand in
-        seen: set[int] = set()
-        for name, slot in found.items():
-            if wanted(name) and id(slot.tensor) not in seen:
-                seen.add(id(slot.tensor))
-                taken.setdefault(name.rpartition(".")[0], {})[name] = checked_shape(name, slot.tensor)
-        if not taken:
-            raise McdiError(
-                f"select: no parameter selected, expected at least one of {listed(list(found))}; "
-                "select a parameter or module"
-            )
+        found = _selected(module, select, bool(buffers))
         if buffers is None:
-            _warn_of_statistics(module, seen)
-        return cls(tuple(entry for tensors in taken.values() for entry in _group(tensors)), exchangeable)
+            _warn_of_statistics(module, found)
+        return cls(_grouped(found), exchangeable)
+
+    @classmethod
+    def lora(cls, module: nn.Module, select: Callable[[str], bool] | Sequence[str] | None = None) -> WeightLayout:
+        """The layout of LoRA matrices, a token a rank component: row j of lora_A [r, in] beside column j of lora_B [out, r].
+
+        A token an output unit, as `from_module` makes, would pad all of lora_B [out, r] to the width of lora_A [r, in].
+
+        Args:
+            module: one that peft has wrapped, or any with parameters so named.
+            select: as of `from_module`; None takes what an adapter file holds, that is every LoRA matrix and the modules in
+                `modules_to_save`, which lie as in `from_module`.
+
+        Raises:
+            McdiError: as `from_module`; no LoRA matrix; a lora_A without its lora_B.
+        """
+        found = _selected(module, is_adapted if select is None else select, buffers=False)
+        pairs = {name: partner(name) for name in found}
+        entries = []
+        for name, other in pairs.items():
+            if other is None:
+                continue
+            shapes = found.get(name, ()), found.get(other, ())
+            if len(shapes[1]) < 2 or shapes[0][0] != shapes[1][1]:
+                raise McdiError(
+                    f"module: {name!r} of shape {list(shapes[0])} has no {other!r} of shape [out, {shapes[0][0]}] beside it "
+                    f"(found {list(shapes[1])}); select both"
+                )
+            entries.append(LayoutEntry(shapes[0][0], (name, other), shapes, (0, 1)))
+        if not entries:
+            raise McdiError(f"module: no lora_A among {listed(list(found))}; wrap it by peft.get_peft_model first")
+        paired = {name for entry in entries for name in entry.names}
+        rest = {name: shape for name, shape in found.items() if name not in paired}
+        return cls((*entries, *_grouped(rest)))
 
     @property
     def num_tokens(self) -> int:
@@ -238,7 +251,7 @@ class WeightLayout:
         """Tokens [N, D] of a module or a state dict (further names in it are ignored). Differentiable; always a copy.
 
         Args:
-            source: where the tensors are; a state dict may hold NumPy arrays, and names as wrappers make them.
+            source: where the tensors are; a state dict may hold NumPy arrays, and names as wrappers or peft's files have them.
             dtype: of the result; default: the one all tensors promote to, so the round trip is bit-exact.
             prefix: dotted name of the submodule of `source` that the layout is of.
 
@@ -275,11 +288,12 @@ class WeightLayout:
         lead: tuple[int, ...] | None = None if batched else ()
         tensors: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
-            tensor = tensor_of(state.get(joined(prefix, name)))
+            where = joined(prefix, name)
+            tensor = tensor_of(state.get(where, state.get(adapter_name(where))))
             if not isinstance(tensor, Tensor):
                 what = "missing" if tensor is None else f"of type {type(tensor).__name__}"
                 raise McdiError(
-                    f"state dict: {joined(prefix, name)!r} is {what}, expected a tensor of shape {list(shape)}; "
+                    f"state dict: {where!r} is {what}, expected a tensor of shape {list(shape)}; "
                     f"{advice(self.shapes, state)}"
                 )
             if not tensor.is_floating_point():
@@ -428,6 +442,42 @@ def _check_entry(entry: LayoutEntry) -> None:
             )
 
 
+def _selected(module: nn.Module, select: Any, buffers: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of what is selected of a module's parameters, and of the buffers that a state dict holds."""
+    if not isinstance(module, nn.Module):
+        raise McdiError(
+            f"module: {type(module).__name__}, expected a torch.nn.Module, which says what belongs to one unit and what is "
+            "tied; build the network and give that"
+        )
+    found = {
+        name: slot.tensor
+        for name, slot in slots(module).items()
+        if not slot.is_buffer or (buffers and slot.is_saved and slot.tensor.is_floating_point())
+    }
+    wanted = _selector(list(found), select)
+    # A tied parameter may be selected by any of its names; the first that is selected stands in the layout.
+    seen: set[int] = set()
+    taken: dict[str, tuple[int, ...]] = {}
+    for name, tensor in found.items():
+        if wanted(name) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            taken[name] = checked_shape(name, tensor)
+    if not taken:
+        raise McdiError(
+            f"select: no parameter selected, expected at least one of {listed(list(found))}; "
+            "select a parameter or module"
+        )
+    return taken
+
+
+def _grouped(found: Mapping[str, tuple[int, ...]]) -> tuple[LayoutEntry, ...]:
+    """Entries of tensors (name -> shape), module by module."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in found.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = shape
+    return tuple(entry for tensors in modules.values() for entry in _group(tensors))
+
+
 def _group(tensors: dict[str, tuple[int, ...]]) -> list[LayoutEntry]:
     """Entries of one module's tensors (name -> shape)."""
     units = {shape[0] for shape in tensors.values() if len(shape) >= 2}
@@ -484,11 +534,11 @@ def _tensors_of(source: Any) -> Mapping[str, Any]:
     return {**plain, **source}
 
 
-def _warn_of_statistics(module: nn.Module, taken: set[int]) -> None:
+def _warn_of_statistics(module: nn.Module, taken: Mapping[str, Any]) -> None:
     """Running statistics belong to the weights in front of them: say so where those are generated without them."""
     after_taken = False
     for name, slot in slots(module).items():
-        after_taken |= id(slot.tensor) in taken
+        after_taken |= name in taken
         if after_taken and slot.is_buffer and getattr(slot.owner, "track_running_stats", False):
             warnings.warn(
                 f"layout: {name!r} is not generated, and a network with generated weights keeps statistics of others; pass "
@@ -567,6 +617,20 @@ class GeneratedWeights:
         Only the parameters of the layout: load it with `strict=False` where the module has more, or use `load_into`.
         """
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._task(i).items()}
+
+    def save_peft(self, folder: str | os.PathLike[str], i: int, config: Any) -> None:
+        """Write task i's adapter as peft does: `peft.PeftModel.from_pretrained(base_model, folder)` loads it.
+
+        Args:
+            folder: made with those above it; gets `adapter_model.safetensors` and `adapter_config.json`.
+            i: the task.
+            config: the `peft.LoraConfig` that the layout's module was made with (`model.peft_config["default"]`), or the dict
+                of another adapter's `adapter_config.json`.
+
+        Raises:
+            McdiError: i out of range; another config; a file that cannot be written.
+        """
+        save_adapter(folder, self._task(i), config)
 
     def load_into(self, module: nn.Module, i: int, prefix: str = "") -> None:
         """Copy task i's weights into the module's parameters, in place, in each parameter's dtype and device.

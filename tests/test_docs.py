@@ -15,7 +15,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """Every ```python block that is not marked `notest` (needs a network), a page's in one namespace; twice, as people do."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    for extra, package in (("diffusers_scheduler", "diffusers"), ("mcdi_fast.hub", "huggingface_hub")):
+    for extra, package in (
+        ("diffusers_scheduler", "diffusers"),
+        ("mcdi_fast.hub", "huggingface_hub"),
+        ("import peft", "peft"),
+    ):
         if any(extra in block for block in blocks):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
