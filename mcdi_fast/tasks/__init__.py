@@ -30,7 +30,7 @@ Data = dict[str, Tensor]
 """Tensors by name, the task first: [B, ...]. What they mean is the family's business."""
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
-BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot")}
+BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot", "waves")}
 """Families that come with the package, by the module that registers each."""
 _CHUNK = 128  # tasks scored at a time: a network's activations of all tasks at once would not fit
 
