@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
-from mcdi_fast import DiffusionConfig, WeightGenerator
+from mcdi_fast import DiffusionConfig, WeightGenerator, train
 from mcdi_fast.backbone import conv4, weights_digest
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.heads import head_layout
+from mcdi_fast.noise import draw_generator
 from mcdi_fast.store import make_folder, save_tensors
+from mcdi_fast.tasks import TaskBatch, check_family
 from mcdi_fast.weights import Normalizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -29,10 +31,20 @@ def finished_run(place):
         "support_features": torch.randn(3, 5, 1, 64),
         "query_features": torch.randn(3, 15, 64),
         "head": torch.nn.Linear(64, 5),
+        "draw_tasks": draw_tasks,
         "condition": torch.randn(2, 5, 65),
         "x": torch.randn(2, 7, 64),
         "images": torch.randint(256, (2, 5, 1, 28, 28), dtype=torch.uint8),
     }
+
+
+def draw_tasks(split, start, count, seed):
+    """Of the family that the README has a network for."""
+    keys = [draw_generator(seed, len(split), number) for number in range(start, start + count)]
+    a = torch.stack([torch.randn(1, generator=g) for g in keys])
+    x = torch.linspace(-1, 1, 8)[:, None].expand(count, -1, -1)
+    data = {"x": x, "y": a[:, None] * x}
+    return TaskBatch(a[:, None], data, data, data)
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -40,11 +52,13 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     names = finished_run(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
+    trained = []
+    monkeypatch.setattr(train, "train", lambda config, family: trained.append((config, family)))
     for block in blocks * 2:  # people run things again
         exec(block, names)
-    assert len(names["bank"]) == 64
+    assert trained[0][0].dataset == "mine"
+    check_family(trained[0][1])
     assert names["logits"].shape == (3, 15, 5)
-    assert all(p.isfinite().all() for p in names["net"].parameters())
 
 
 def test_files_it_names_exist():

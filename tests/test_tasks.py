@@ -1,6 +1,7 @@
 """Families: episodes, the door, check_family, networks of one's own."""
 
 import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mcdi_fast import bounds
+from mcdi_fast import bounds, cli, train
+from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, find_family
+from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, find_family, register
 from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions, draw_episodes
 from mcdi_fast.tasks.modules import ModuleFamily
+from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
+
+FEW = PrepareConfig(steps=10, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
 
 
 def error_of(call, *args, **options):
@@ -198,8 +203,6 @@ def test_any_module(select, norm):
 
 def test_trajectories_of_a_module_are_torch_s():
     """Adam + SAM + decay of every task for itself, by torch.optim."""
-    from mcdi_fast.config import PrepareConfig
-
     net = network(norm=True).double()
     family = ModuleFamily(net, draw, mse)
     family._initial = family._initial.double()
@@ -314,3 +317,87 @@ def test_built_in_families_have_options_with_defaults():
 def test_class_images():
     images = ClassImages(np.zeros((3, 4, 28, 28), np.uint8))
     assert (images.num_classes, images.images_per_class) == (3, 4)
+
+
+def test_help_shows_the_options_of_that_family_alone(capsys, monkeypatch):
+    for name, own, others in (
+        ("waves", "--task.points", "--task.ways"),
+        ("glyphs", "--task.backbone.views", "--task.points"),
+        (f"{__name__}:lines", "--task.slope", "--task.ways"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--dataset", name, "--help"])
+        text = capsys.readouterr().out
+        assert own in text
+        assert others not in text
+        assert "--meta.steps" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class LineOptions:
+    """Of the family below."""
+
+    slope: float = 1.0
+    """What the condition is multiplied by."""
+
+
+@register(lambda config: dataclasses.replace(config, seed=3))
+def lines(options: LineOptions):
+    """A family of one's own."""
+
+    def scaled(*which):
+        tasks = draw(*which)
+        return dataclasses.replace(tasks, condition=options.slope * tasks.condition)
+
+    return ModuleFamily(network(), scaled, mse, fingerprint=str(options.slope))
+
+
+SMALL = (
+    "--prepare.tasks 30 --prepare.steps 6 --prepare.learning-rate 0.02 --meta.steps 20 --meta.meta-batch 4 --meta.checkpoint-every 10 --denoiser.width 8 "
+    "--evaluate.tasks 8 --evaluate.validation-tasks 6 --evaluate.finetune-steps 2 4"
+).split()
+
+
+def test_a_family_of_one_s_own_through_the_door(tmp_path, capsys):
+    """By name from the command and handed over: the same bank, resume, report and pictures."""
+    options = [*SMALL, "--dataset", f"{__name__}:lines", "--task.slope", "2", "--run-dir", str(tmp_path / "a")]
+    assert train.main(options) == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["config"]["seed"] == 3
+    assert set(report["methods"]) == {
+        "local-consistency",
+        "finetune",
+        "finetune-decay",
+        "bank-mean",
+        "nearest-task",
+        "trained-target",
+    }
+    assert report["metric"] == {"name": "loss", "unit": "", "higher_is_better": False, "factor": 1.0}
+    assert report["methods"]["finetune"]["steps"] in (2, 4)
+    assert report["methods"]["trained-target"]["mean"] < report["methods"]["bank-mean"]["mean"]
+    for plot in ("learning", "methods", "steps", "norms", "chains"):
+        assert (tmp_path / "a" / f"{plot}.png").stat().st_size > 1000
+    shards = [path.read_bytes() for path in sorted((tmp_path / "a" / "bank").glob("shard*"))]
+    assert train.main(options) == 0  # again: nothing changes
+    assert train.main([*options, "--task.slope", "3"]) == 2
+    assert "task.slope (2.0, now 3.0)" in capsys.readouterr().err
+
+    entry = find_family(f"{__name__}:lines")
+    config = cli.parse(lambda _: (TrainConfig[LineOptions], entry.config()), "x", options)
+    config = dataclasses.replace(config, run_dir=tmp_path / "b")
+    train.train(config, family=lines(LineOptions(2.0)))
+    assert [path.read_bytes() for path in sorted((tmp_path / "b" / "bank").glob("shard*"))] == shards
+    other = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert other["methods"]["local-consistency"]["mean"] == report["methods"]["local-consistency"]["mean"]
+
+
+def test_waves():
+    for options in (WaveOptions(), WaveOptions(5, 4, 3, 2, 0.1, "gaussian"), WaveOptions(width=1, start="random")):
+        check_family(WaveFamily(options))
+    family = WaveFamily(WaveOptions(width=8, start_steps=20))
+    tasks = family.tasks("val", 0, 50, 0)
+    before = family.trajectories(tasks.support, FEW, 1, torch.Generator())[:, -1]
+    family.meta_learn(Setup())
+    after = family.trajectories(tasks.support, FEW, 1, torch.Generator())[:, -1]
+    assert family.scores(after, tasks.query).mean() < 0.9 * family.scores(before, tasks.query).mean()
+    check_family(family)
