@@ -353,8 +353,8 @@ def lines(options: LineOptions):
 
 
 SMALL = (
-    "--prepare.tasks 30 --prepare.steps 6 --prepare.learning-rate 0.02 --meta.steps 20 --meta.meta-batch 4 --meta.checkpoint-every 10 --denoiser.width 8 "
-    "--evaluate.tasks 8 --evaluate.validation-tasks 6 --evaluate.finetune-steps 2 4"
+    "--prepare.tasks 30 --prepare.steps 6 --prepare.learning-rate 0.02 --meta.steps 20 --meta.meta-batch 4 "
+    "--meta.checkpoint-every 10 --denoiser.width 8 --evaluate.tasks 8 --evaluate.validation-tasks 6 --evaluate.finetune-steps 2 4"
 ).split()
 
 
