@@ -7,24 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mcdi_fast import backbone, prepare, store
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.errors import McdiError
-from mcdi_fast.evaluate import FeatureTasks
-from mcdi_fast.heads import prototype_head, support_condition
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.study import __main__ as command
-from mcdi_fast.study.baselines import ReptileNet
-from mcdi_fast.study.cells import scored_heads
+from mcdi_fast.study import cells as study_cells
+from mcdi_fast.study.cells import scored
 from mcdi_fast.study.plan import CHANGES, METHODS, Cell, StudyConfig, plan, train_config
 from mcdi_fast.study.report import accuracy, joint_config, load_records, paired, pooled_interval, read_record, render
-from mcdi_fast.study.workshop import other_condition
 from mcdi_fast.tasks import glyphs
 
 SMALL = (
-    "--dataset glyphs --settings 5way1shot --seeds 0 --queries 5 --backbone.steps 3 --backbone.ways 6 --backbone.images-per-class 3 "
+    "--dataset glyphs --settings 5way1shot --seeds 0 --task.queries 5 --task.backbone.steps 3 --task.backbone.ways 6 "
+    "--task.backbone.images-per-class 3 "
     "--prepare.tasks 20 --prepare.steps 6 --diffusion.steps 6 --denoiser.width 8 --denoiser.depth 1 --meta.steps 6 --meta.meta-batch 2 "
     "--meta.checkpoint-every 2 --evaluate.tasks 4 --evaluate.validation-tasks 4 --evaluate.finetune-steps 3 --selection-tasks 4 "
     "--reptile.head-steps 3 --reptile.head-batch 2 --reptile.net-steps 3 --reptile.net-batch 1 --reptile.inner-steps 2 "
@@ -180,31 +177,28 @@ def test_rows_on_another_backbone_are_refused(options, tmp_path, capsys):
 def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
     common = [*ROWS, "--methods", "prototype", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "docs")]
     assert command.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
-    assert command.main([*common, "--run-dir", str(tmp_path / "b"), "--backbone.views", "3"]) == 0
+    assert command.main([*common, "--run-dir", str(tmp_path / "b"), "--task.backbone.views", "3"]) == 0
     assert [table["name"] for table in load_records(tmp_path / "docs", "glyphs")] == ["5way1shot", "5way1shot-views3"]
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "## glyphs, 5-way 1-shot\n" in text
     assert "## glyphs, 5-way 1-shot, 3 views\n" in text
-    assert text.count("--backbone.views 3") == 1
+    assert text.count("--task.backbone.views 3") == 1
     assert len(list((tmp_path / "cache" / "backbones").iterdir())) == 1  # one backbone serves both
 
 
 def test_reptile_s_settings_for_the_whole_network_bind_only_who_ran_it():
-    def one(method, rate=1, steps=1, net=1):
-        config = {"meta": {"steps": steps}, "reptile": {"head_rate": rate, "net_rate": net}}
+    def one(method, lr=1, steps=1, net=1):
+        config = {"meta.steps": steps, "reptile.head_lrs": lr, "reptile.net_lrs": net}
         return {"config": config, "cells": [{"cell": {"method": method}}]}
 
-    def joint(*records):
-        return joint_config(*records)
-
     plain = one("mc-di")
-    assert joint(plain, one("ocd")) == plain["config"]
-    for other in (one("ocd", steps=2), one("ocd", rate=2)):
-        assert joint(plain, other) is None
+    assert joint_config(plain, one("ocd")) == plain["config"]
+    for other in (one("ocd", steps=2), one("ocd", lr=2)):
+        assert joint_config(plain, other) is None
     ran = one("reptile-net", net=2)
-    assert joint(plain, ran) == joint(ran, plain) == ran["config"]
-    assert joint(plain, one("ocd", net=2)) == plain["config"]
-    assert joint(ran, one("reptile-net", net=3)) is None
+    assert joint_config(plain, ran) == joint_config(ran, plain) == ran["config"]
+    assert joint_config(plain, one("ocd", net=2)) == plain["config"]
+    assert joint_config(ran, one("reptile-net", net=3)) is None
 
 
 class Stop(Exception):
@@ -214,8 +208,8 @@ class Stop(Exception):
 STOPS = {
     "bank": (TrajectoryBank, "append", 2),
     "meta": (MetaTrainer, "outer_step", 9),
-    "reptile": (ReptileNet, "outer_step", 2),
-    "reptile evaluation": (ReptileNet, "adapt", 3),
+    "reptile": (study_cells, "reptile_step", 4),
+    "reptile evaluation": (study_cells, "adapt", 9),
     "record": (command, "write_json", 5),
     "backbone": (backbone, "augment", 1),
 }
@@ -286,16 +280,17 @@ def test_time_limit_goes_on_to_the_same_records(options, tmp_path, whole):
 
 
 BAD = {
-    "--seeds -1": "--seeds -1",
+    "--seeds -1": "--seeds = -1",
     "--seeds 1 1": "--seeds 1 1: one stands twice",
     "--changes nonsense": "--changes 'nonsense': expected some of default",
     "--time-limit 0": "--time-limit = 0.0",
-    "--threads 0": "--threads = 0",
     "--segment-numbers 7": "segments k = 7 exceed the steps T = 6",
     "--settings 20way1shot": "--task.ways = 20: more than the 12 classes",
-    "--queries 20": "more than the 20 images",
+    "--task.queries 20": "more than the 20 images",
+    "--task.ways 3": "choose by --settings",
     "--meta.inner-lr 0": "--meta.inner-lr = 0.0",
-    "--reptile.net-rates -1": "--reptile.net-rates",
+    "--reptile.net-lrs -1": "--reptile.net-lrs = -1.0",
+    "--reptile.outer-lr 1.5": "--reptile.outer-lr = 1.5",
     "--prepare.rho -1": "--prepare.rho = -1.0",
     "--selection-tasks 1": "--selection-tasks = 1",
     "--parts variants --variants sam-augment": "no cell to make",
@@ -339,8 +334,8 @@ def test_a_cells_settings():
     paper = of(method="mc-di-paper", segments=3).diffusion
     assert (paper.window, paper.carry) == ("whole", "full")
     assert (mc.diffusion.window, mc.diffusion.carry) == ("segment", "scaled")
-    plain = of(method="mc-di", segments=3, variant="plain").prepare
-    assert (plain.rho, plain.copies) == (0, 1)
+    plain = of(method="mc-di", segments=3, variant="plain")
+    assert (plain.prepare.rho, plain.task.augmentation) == (0, 0)
     assert of(method="mc-di", segments=3, variant="sam").prepare.rho == config.prepare.rho
     assert [of(method="mc-di", segments=k).prepare.steps for k in (1, 7, 8)] == [60, 63, 64]
     assert of(method="mc-di", segments=3, change="T-6").diffusion.steps == 6
@@ -351,22 +346,10 @@ def test_a_cells_settings():
         of(method="mc-di", segments=3, change=change)
 
 
-def test_other_conditions():
-    support = torch.randn(2, 5, 3, 4)
-    torch.testing.assert_close(other_condition("prototypes", support), support_condition(support)[..., :-1])
-    spread = other_condition("spread", support)
-    assert spread.shape == (2, 5, 9)
-    torch.testing.assert_close(spread[..., 5:], support.std(2, unbiased=False))
-    assert other_condition("support", support).shape == (2, 5, 17)
-    with pytest.raises(McdiError, match="expected prototypes"):
-        other_condition("other", support)
-
-
-def test_counts_are_whole_numbers():
-    support, query = torch.randn(6, 5, 1, 4), torch.randn(6, 5, 15, 4)
-    record = scored_heads(prototype_head(support), FeatureTasks(support, query, query))
-    assert record["queries"] == 75
-    assert all(isinstance(c, int) for c in record["correct"])
+def test_scored():
+    record = scored([75, 60, 45], 75)
+    assert (record["correct"], record["queries"], record["accuracy_mean"]) == ([75, 60, 45], 75, 80.0)
+    assert record["accuracy_ci95"] == pytest.approx(1.96 * 20 / 3**0.5, abs=1e-3)
 
 
 def entry(seed, correct, queries=75):
@@ -453,12 +436,24 @@ def test_older_records_are_read_under_todays_names(tmp_path):
     path = tmp_path / "old.json"
     made = cell("mc-di")
     made["cell"]["change"] = "inner-rate-0.02"
-    store.write_json(path, record(config={"meta": {"inner_rate": 0.02, "steps": 7}, "queries": 9}, cells=[made]))
+    config = {
+        "meta": {"inner_rate": 0.02, "steps": 7},
+        "queries": 9,
+        "backbone": {"views": 3},
+        "prepare": {"copies": 2},
+    }
+    config |= {"evaluate": {"finetune_steps": 50}}
+    store.write_json(path, record(config=config, cells=[made]))
     found = read_record(path)
     assert found["cells"][0]["cell"]["change"] == "inner-lr-0.02"
-    assert found["config"]["meta"]["inner_lr"] == 0.02
-    assert found["config"]["meta"]["ema"] == 0.999  # not said: as it is today
-    assert (found["config"]["meta"]["steps"], found["config"]["queries"]) == (7, 9)
+    today = found["config"]
+    assert (today["meta.inner_lr"], today["meta.steps"], today["task.queries"]) == (0.02, 7, 9)
+    assert (today["task.backbone.views"], today["task.augmentation"]) == (3, 1)
+    assert today["evaluate.finetune_steps"] == [50]
+    assert today["meta.ema"] == 0.999  # not said: as it is today
+    again = tmp_path / "again.json"
+    store.write_json(again, found)
+    assert read_record(again) == found
     store.write_json(path, record(config={"meta": {"nonsense": 1}}))
     with pytest.raises(McdiError, match=r"unknown setting meta\.nonsense"):
         read_record(path)

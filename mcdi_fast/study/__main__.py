@@ -1,8 +1,8 @@
 """The paper's comparison, `python -m mcdi_fast.study --dataset omniglot`: every method on the same tasks, cell by cell, resumable.
 
-A cell is one method in one setting with one seed and one preparation; it becomes one JSON record in `<run-dir>/cells`, and cells that are
-there are never computed again. Stop it at any moment and give the same command again. From the records come the tables
-(report.py); `--out docs` puts them where the repository keeps them.
+A cell is one method in one setting with one seed and one preparation. It becomes one JSON record in `<run-dir>/cells`, and cells that are
+there are never computed again. Stop it at any moment and give the same command again. From the records come the tables (report.py);
+`--out docs` puts them where the repository keeps them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -20,109 +19,80 @@ from mcdi_fast import environment  # noqa: F401
 
 import torch
 
-from mcdi_fast.cli import StoppedError, open_run, parse, run_command
+from mcdi_fast.cli import open_run, parse, run_command, stopped
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import (
-    make_folder,
-    read_json,
-    remove_temporaries,
-    show_path,
-    write_json,
-)
+from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.study.cells import run_cell
-from mcdi_fast.study.plan import FREE, SETTINGS, Cell, StudyConfig, check_study, default_study_config, plan
+from mcdi_fast.study.plan import FREE, StudyConfig, check_study, default_study_config, plan, train_config
 from mcdi_fast.study.report import publish, render
 from mcdi_fast.study.workshop import PausedError, Workshop
-from mcdi_fast.tasks import FewShotData, check_episodes, load_dataset
+from mcdi_fast.tasks import glyphs, omniglot
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily
 
 
 def study(config: StudyConfig) -> bool:
     """Make the cells asked for and the report; returns whether all are there (False: the time limit came first)."""
-    check_study(config)
+    config = check_study(config)
     folder = config.run_dir or Path("runs") / f"study-{config.dataset}"
-    out = config.out or folder
-    if config.report_only:
-        _report(folder, out, config.dataset)
-        return True
-    deadline = time.monotonic() + (config.time_limit or float("inf"))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    data = load_dataset(config.dataset, config.data_dir, config.cache_dir)
-    for setting in config.settings:
-        task = SETTINGS[setting]
-        for part in (data.train, data.val, data.test):
-            check_episodes(
-                part.num_classes, part.images_per_class, ways=task.ways, shots=task.shots, queries=config.queries
-            )
-    with open_run(folder, config, FREE):
-        for name in ("cells", "partial", "banks", "generators"):
-            remove_temporaries(make_folder(folder / name))
-        try:
-            complete = _make_cells(config, data, folder, deadline)
-            _report(folder, out, config.dataset)
-        except McdiError as error:
-            raise StoppedError(str(error)) from error
+    deadline, complete = time.monotonic() + (config.time_limit or float("inf")), True
+    if not config.report_only:
+        data = glyphs.load() if config.dataset == "glyphs" else omniglot.load(config.data_dir, config.cache_dir)
+        for task in {train_config(config, cell).task for cell in plan(config)}:
+            for split in ("train", "val", "test"):
+                images = getattr(data, split)
+                counts = torch.full((images.num_classes,), images.images_per_class)
+                HeadFamily.check_split(split, ClassRows(torch.zeros(1, 1), counts), task)
+        with open_run(folder, config, FREE), stopped():
+            for name in ("cells", "partial", "banks", "generators"):
+                remove_temporaries(make_folder(folder / name))
+            complete = _make_cells(config, Workshop(config, data, folder, deadline))
+    with stopped():
+        publish(folder, config.out or folder, config.dataset)
+        print(f"report: {render(config.out or folder, config.dataset)}")
     return complete
 
 
-def _make_cells(config: StudyConfig, data: FewShotData, folder: Path, deadline: float) -> bool:
+def _make_cells(config: StudyConfig, shop: Workshop) -> bool:
     from tqdm import tqdm
 
-    def path(cell: Cell) -> Path:
-        return folder / "cells" / f"{cell.name}.json"
-
-    def bar(name: str, total: int, unit: str) -> Any:
-        return tqdm(total=total, unit=f" {unit}", desc=f"  {name}", leave=False, dynamic_ncols=True, smoothing=0.05)
-
     cells = plan(config)
-    pending = [cell for cell in cells if not path(cell).exists()]
-    shop = Workshop(config, data, folder, deadline, bar)
-    with tqdm(
-        total=len(cells), initial=len(cells) - len(pending), unit=" cells", desc="cells", dynamic_ncols=True
-    ) as all_:
+    paths = {cell: shop.folder / "cells" / f"{cell.name}.json" for cell in cells}
+    pending = [cell for cell in cells if not paths[cell].exists()]
+    done = len(cells) - len(pending)
+    with tqdm(total=len(cells), initial=done, unit=" cells", desc="cells", dynamic_ncols=True) as bar:
         for i, cell in enumerate(pending):
             try:
                 if i:  # a call always makes some progress, however short its time
                     shop.pause_if_late()
                 else:
-                    _check_backbone(folder, shop)
+                    _check_backbone(shop)
                 record = run_cell(shop, cell)
             except PausedError:
-                all_.close()
-                print(
-                    f"time limit: {len(cells) - len(pending) + i} of {len(cells)} cells are there; the same command goes on"
-                )
+                bar.close()
+                print(f"time limit: {done + i} of {len(cells)} cells are there; the same command goes on")
                 return False
-            write_json(path(cell), record)
-            all_.update()
+            write_json(paths[cell], record)
+            bar.update()
             if "accuracy_mean" in record:
-                all_.write(
-                    f"{cell.name:58} {record['accuracy_mean']:6.2f} ± {record['accuracy_ci95']:.2f} %", file=sys.stderr
-                )
-            if not config.keep_banks:
-                needed = {shop.bank_name(other) for other in pending[i + 1 :]}
-                needed |= {f"{name}_last" for name in needed}
-                for bank in (folder / "banks").iterdir():
-                    if bank.name not in needed:
-                        shutil.rmtree(bank)
-                        (folder / "partial" / f"bank_{bank.name}.json").unlink(missing_ok=True)
+                score = f"{record['accuracy_mean']:6.2f} ± {record['accuracy_ci95']:.2f} %"
+                bar.write(f"{cell.name:58} {score}", file=sys.stderr)
+            needed = {shop.bank_name(other) for other in pending[i + 1 :]}
+            for path in (shop.folder / "banks").iterdir():
+                if path.is_dir() and path.name not in needed:  # up to some 100 MB
+                    shutil.rmtree(path)
+                    path.with_name(f"{path.name}.json").unlink(missing_ok=True)
     return True
 
 
-def _check_backbone(folder: Path, shop: Workshop) -> None:
+def _check_backbone(shop: Workshop) -> None:
     """Rows of other features are no comparison, and the same recipe trains another backbone on another kind of processor."""
-    for path in sorted((folder / "cells").glob("*.json")):
-        there = read_json(path).get("backbone_weights")
-        if there != shop.backbone_weights():
+    for path in sorted((shop.folder / "cells").glob("*.json")):
+        there, ours = read_json(path).get("backbone_weights"), shop.backbone_weights()
+        if there != ours:
             raise McdiError(
-                f"{show_path(path)}: made on backbone {there or 'unknown'}, {show_path(shop.config.cache_dir)} has {shop.backbone_weights()}; "
+                f"{show_path(path)}: made on backbone {there or 'unknown'}, {show_path(shop.config.cache_dir)} has {ours}; "
                 "go on with the --cache-dir it was made with, or choose another --run-dir"
             )
-
-
-def _report(folder: Path, out: Path, dataset: str) -> None:
-    publish(folder, out, dataset)
-    print(f"report: {render(out, dataset)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,11 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         nonlocal complete
-        complete = study(
-            parse(
-                lambda dataset: (StudyConfig, default_study_config(dataset)), "mcdi_fast.study", arguments, "omniglot"
-            )
-        )
+        kind = lambda name: (StudyConfig, default_study_config(name))  # noqa: E731
+        complete = study(parse(kind, "mcdi_fast.study", arguments, "omniglot"))
 
     return run_command(run) or (0 if complete else 3)
 

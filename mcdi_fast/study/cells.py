@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,47 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcdi_fast import backbone as bb
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.evaluate import FeatureTasks, chain_plane, draw_tasks, finetune, generate, interval, latency_ms
+from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, chain_plane, finetune, generate, interval, latency_ms
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.heads import head_accuracy, prototype_head
+from mcdi_fast.heads import head_gradient, prototype_head
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.store import (
-    read_json,
-    write_json,
-)
+from mcdi_fast.store import read_json
 from mcdi_fast.study.analysis import diagnose, largest_eigenvalue, novelty, target_distances, weight_error
-from mcdi_fast.study.baselines import (
-    ReptileNet,
-    adapt_head,
-    reptile_head,
-    row_shares,
-)
-from mcdi_fast.study.plan import CHANGES, OBJECTIVES, REVISION, SETTINGS, Cell, plan, train_config
+from mcdi_fast.study.baselines import Start, adapt, reptile_step
+from mcdi_fast.study.plan import CHANGES, OBJECTIVES, REVISION, Cell, plan, train_config
 from mcdi_fast.study.workshop import Workshop
-from mcdi_fast.train import TEST_SEED, VALIDATION_SEED
+from mcdi_fast.tasks import TaskBatch
 
 _CURVATURE_TASKS = 200  # whose Hessian is looked at: half a minute for 20-way heads
 FEW_STEPS = 5  # of the short chain that is reported beside the whole one
 
+Adapt = Callable[..., Tensor]
+"""A row's way to heads: tasks -> [B, ways, F + 1]."""
 
-def scored(correct: Tensor, total: int) -> dict[str, Any]:
-    """Record entries of the correct query images of each task, int64 [B], out of `total`."""
-    accuracy = correct.double() / total
+
+def scored(correct: list[int], total: int) -> dict[str, Any]:
+    """Record entries of the correct query images of each task, out of `total`."""
+    accuracy = torch.tensor(correct, dtype=torch.float64) / total
     return {
-        "correct": correct.tolist(),
+        "correct": correct,
         "queries": total,
         "accuracy_mean": round(100 * float(accuracy.mean()), 4),
         "accuracy_ci95": round(100 * interval(accuracy), 4),
     }
-
-
-def scored_heads(heads: Tensor, tasks: FeatureTasks) -> dict[str, Any]:
-    """The same of heads [B, ways, F + 1]."""
-    total = tasks.query.shape[1] * tasks.query.shape[2]
-    return scored((head_accuracy(heads, tasks.query).double() * total).round().long(), total)
 
 
 def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
@@ -60,51 +50,57 @@ def run_cell(shop: Workshop, cell: Cell) -> dict[str, Any]:
     work = {
         "analysis": _analysis,
         "latency": _latency,
-        "reptile-net": _reptile_net,
-        "reptile-head": _reptile_head,
+        "prototype": _support_only,
+        "finetune": _support_only,
+        "finetune-decay": _support_only,
+        "reptile-head": _reptile,
+        "reptile-net": _reptile,
         "ceiling": _ceiling,
     }
-    if cell.method in (*OBJECTIVES, "ocd"):
-        made = _diffusion(shop, cell)
-    elif cell.method in work:
-        made = work[cell.method](shop, cell)
-    else:
-        made = _support_only(shop, cell)
+    made = work.get(cell.method, _diffusion)(shop, cell)
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {
-        "cell": asdict(cell),
-        "revision": REVISION,
-        "date": today,
-        **made,
-        "backbone_weights": shop.backbone_weights(),
-        "machine": machine(),
-    }
+    where = {"backbone_weights": shop.backbone_weights(), "machine": machine()}
+    return {"cell": asdict(cell), "revision": REVISION, "date": today, **made, **where}
 
 
-def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Callable[..., Tensor]:
-    """How a row makes heads of support features, with what validation tasks have chosen for it."""
+def _scored(shop: Workshop, cell: Cell, heads: Tensor, tasks: TaskBatch) -> dict[str, Any]:
+    total = tasks.query["label"].shape[1]
+    scores = shop.family(cell).scores(heads, tasks.query)
+    return scored((scores.double() * total).round().long().tolist(), total)
+
+
+def _row(shop: Workshop, cell: Cell, adapt: Adapt, gradient_steps: int, **more: Any) -> dict[str, Any]:
+    """The record of a row that makes heads: its score and its time."""
+    tasks = shop.tasks(cell, "selection" if cell.change else "test")
+    made = {"adapt_ms": round(latency_ms(adapt, tasks), 4), "gradient_steps": gradient_steps}
+    return {**_scored(shop, cell, adapt(tasks), tasks), **made, "training_seconds": 0.0, **more}
+
+
+def _validation_accuracy(shop: Workshop, cell: Cell, heads: Tensor, tasks: TaskBatch) -> float:
+    return round(100 * float(shop.family(cell).scores(heads, tasks.query).double().mean()), 3)
+
+
+def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Adapt:
+    """How a row makes heads of tasks, with what validation tasks have chosen for it."""
+    family = shop.family(cell)
     if cell.method == "prototype":
-        return prototype_head
+        return lambda tasks: prototype_head(family.support_features(tasks))
     if cell.method in ("finetune", "finetune-decay"):
-        return partial(
-            finetune, steps=shop.config.evaluate.finetune_steps, rate=chosen["rate"], decay=chosen["weight_decay"]
+        return lambda tasks: finetune(
+            family, tasks, chosen["steps"], chosen["lr"], chosen["weight_decay"], shop.backend
         )
-    if cell.method == "reptile-head":
-        features, ways = shop.features()["train"][0], SETTINGS[cell.setting].ways
-        start = reptile_head(features, ways, shop.config.reptile, chosen["rate"], cell.seed)
-        return lambda support: adapt_head(start, support, (chosen["steps"],))[0]
+    if cell.method == "reptile-head":  # what it learned does not matter for its time
+        theta = torch.zeros(family.layout.num_tokens, family.layout.width, device=shop.backend.device)
+        start = Start(theta, theta, 0, chosen["lr"])
+        return lambda tasks: adapt(family, start, tasks.support, (chosen["steps"],))[0]
     generator, _ = shop.generator(cell)
     eta = chosen.get("eta_noise", shop.config.evaluate.eta_noise)
-
-    def sample(support: Tensor, **options: Any) -> Tensor:
-        return shop.sample(cell, generator, FeatureTasks(support, support, support), eta_noise=eta, **options)
-
-    return sample
+    return partial(shop.sample, cell, generator, eta_noise=eta)
 
 
 def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Every row's time for one new task, one row after the other, which rows timed hours apart in their own cells do not give."""
-    test = shop.tasks(cell.setting, cell.seed, "test")
+    tasks = shop.tasks(cell, "test")
     rows = plan(replace(shop.config, settings=(cell.setting,), seeds=(cell.seed,), parts=("comparison",)))  # type: ignore[arg-type]
     times: dict[str, dict[str, float]] = {}
     for one in rows:
@@ -113,9 +109,9 @@ def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
             continue  # the network's own cell times whole images; the ceiling is no way to adapt
         record = read_json(path)
         adapt = _adapter(shop, one, record.get("chosen", {}))
-        times[one.method] = {"all": round(latency_ms(adapt, test.support), 4)}
+        times[one.method] = {"all": round(latency_ms(adapt, tasks), 4)}
         for count in record.get("by_steps", {}):
-            times[one.method][count] = round(latency_ms(partial(adapt, num_steps=int(count)), test.support), 4)
+            times[one.method][count] = round(latency_ms(partial(adapt, num_steps=int(count)), tasks), 4)
     if not times:
         raise McdiError(
             f"--parts latency: no row of {cell.setting}, seed {cell.seed}, is there; ask for comparison too"
@@ -125,223 +121,163 @@ def _latency(shop: Workshop, cell: Cell) -> dict[str, Any]:
 
 def _support_only(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Nearest prototype and fine-tuning, which need no training."""
-    test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
-    c, chosen = shop.config.evaluate, {}
-    if cell.method != "prototype":
-        tried = []
-        for rate in c.finetune_lrs:
-            for decay in (0.0,) if cell.method == "finetune" else c.finetune_decays:
-                heads = finetune(validation.support, c.finetune_steps, rate, decay)
-                tried.append((float(head_accuracy(heads, validation.query).mean()), rate, decay))
-        accuracy, rate, decay = max(tried)
-        chosen = {"rate": rate, "weight_decay": decay, "validation_accuracy": round(100 * accuracy, 3)}
-    adapt = _adapter(shop, cell, chosen)
-    return {
-        **scored_heads(adapt(test.support), test),
-        "adapt_ms": round(latency_ms(adapt, test.support), 4),
-        "training_seconds": 0.0,
-        "gradient_steps": c.finetune_steps if chosen else 0,
-        **({"chosen": chosen} if chosen else {}),
-    }
-
-
-def _reptile_head(shop: Workshop, cell: Cell) -> dict[str, Any]:
-    test, validation = (shop.tasks(cell.setting, cell.seed, name) for name in ("test", "val"))
-    c, ways = shop.config.reptile, SETTINGS[cell.setting].ways
-    features, tried = shop.features()["train"][0], []
-    start_time = time.perf_counter()
-    with shop.bar(cell.name, c.head_steps * len(c.head_rates), "steps") as bar:
-        for rate in c.head_rates:
-            begun = time.perf_counter()
-            start = reptile_head(features, ways, c, rate, cell.seed, on_step=bar.update)
-            seconds = time.perf_counter() - begun
-            steps = sorted(c.test_steps)
-            for count, heads in zip(steps, adapt_head(start, validation.support, steps), strict=True):
-                tried.append((float(head_accuracy(heads, validation.query).mean()), -count, seconds, start))
-    accuracy, count, seconds, start = max(tried, key=lambda entry: entry[:2])
-
-    def adapt(support: Tensor) -> Tensor:
-        return adapt_head(start, support, (-count,))[0]
-
-    chosen = {"rate": start.rate, "steps": -count, "validation_accuracy": round(100 * accuracy, 3)}
-    return {
-        **scored_heads(adapt(test.support), test),
-        "adapt_ms": round(latency_ms(adapt, test.support), 4),
-        "training_seconds": round(seconds, 2),
-        "search_seconds": round(time.perf_counter() - start_time, 2),
-        "gradient_steps": -count,
-        "chosen": chosen,
-    }
-
-
-def _reptile_net(shop: Workshop, cell: Cell) -> dict[str, Any]:
-    """Resumable by outer steps and by evaluated tasks. Where Reptile starts from, the trained backbone, is tried too: validation chooses."""
-    c, task = shop.config.reptile, replace(SETTINGS[cell.setting], queries=shop.config.queries)
-    progress = shop.folder / "partial" / f"{cell.name}.json"
-    done: dict[str, Any] = read_json(progress) if progress.exists() else {}
-    network, steps = shop.network(), sorted(c.net_test_steps)
-    seconds: dict[str, float] = done.setdefault("seconds", {})
-    models = {(rate, 0): ReptileNet(network, task.ways, c, rate, cell.seed) for rate in c.net_rates}
-    with shop.bar(cell.name, c.net_steps * len(c.net_rates), "steps") as bar:
-        for rate in c.net_rates:
-            path = shop.folder / "partial" / f"{cell.name}_rate{rate}.safetensors"
-            model = models[rate, c.net_steps] = ReptileNet(network, task.ways, c, rate, cell.seed)
-            before = model.restore(path)["seconds"] if path.exists() else 0.0
-            begun = time.perf_counter()
-            bar.update(model.step)
-            while model.step < c.net_steps:
-                model.outer_step(shop.data.train)
-                bar.update()
-                if model.step % c.checkpoint_every == 0 or model.step == c.net_steps:
-                    seconds[str(rate)] = before + time.perf_counter() - begun
-                    model.save(path, {"seconds": seconds[str(rate)]})
-                    shop.pause_if_late()
-            seconds.setdefault(str(rate), before)
-
-    def count_correct(
-        model: ReptileNet, split: str, purpose: str, total: int, counts: list[list[int]], at: list[int]
-    ) -> None:
-        """Append to counts, a list a task, the correct query images after each of `at` steps."""
-        images = getattr(shop.data, split)
-        position = torch.arange(images.num_classes * images.images_per_class).view(
-            images.num_classes, images.images_per_class, 1
-        )
-        seed = {"val": VALIDATION_SEED, "test": TEST_SEED}[purpose] + cell.seed
-        tasks = draw_tasks(position, task, total, seed)
-        flat = torch.from_numpy(images.images).flatten(0, 1)
-        label = torch.arange(task.ways).repeat_interleave(task.shots)
-        truth = torch.arange(task.ways).repeat_interleave(task.queries)
-        with shop.bar(f"{cell.name} {purpose}", total, "tasks") as bar:
-            bar.update(len(counts))
-            while len(counts) < total:
-                one = tasks[slice(len(counts), len(counts) + 1)]
-                x, query = (bb.to_float(flat[part.flatten()]) for part in (one.support, one.query))
-                logits = model.adapt(x, label, query, at)
-                counts.append([int((found.argmax(-1) == truth).sum()) for found in logits])
-                bar.update()
-                if len(counts) % 20 == 0 or len(counts) == total:
-                    write_json(progress, done)
-                    shop.pause_if_late()
-
+    if cell.method == "prototype":
+        return _row(shop, cell, _adapter(shop, cell, {}), 0)
+    c, validation, family = shop.config.evaluate, shop.tasks(cell, "val"), shop.family(cell)
     tried = []
-    validation_total = min(c.net_validation_tasks, shop.config.evaluate.validation_tasks)
-    for (rate, outer), model in models.items():
-        counts = done.setdefault("validation", {}).setdefault(f"{rate}, {outer}", [])
-        count_correct(model, "val", "val", validation_total, counts, steps)
-        mean = torch.tensor(counts, dtype=torch.float64).mean(0) / (task.ways * task.queries)
-        tried += [(float(mean[i]), -steps[i], -outer, rate) for i in range(len(steps))]
-    accuracy, count, outer, rate = max(tried)
-    model = models[rate, -outer]
-    counts = done.setdefault("test", [])
-    count_correct(model, "test", "test", shop.config.evaluate.tasks, counts, [-count])
-    some = torch.from_numpy(shop.data.test.images[: task.ways])
-    x, query = bb.to_float(some[:, : task.shots]), bb.to_float(some[:, task.shots : task.shots + 1])
-    label, times = torch.arange(task.ways).repeat_interleave(task.shots), []
-    for _ in range(5):
-        begun = time.perf_counter()
-        model.adapt(x, label, query, [-count])
-        times.append(1000 * (time.perf_counter() - begun))
-    for rest in progress.parent.glob(f"{cell.name}*"):
+    decays = (0.0,) if cell.method == "finetune" else c.finetune_decays
+    for steps, lr, decay in itertools.product(c.finetune_steps, c.finetune_lrs, decays):
+        heads = finetune(family, validation, steps, lr, decay, shop.backend)
+        tried.append((_validation_accuracy(shop, cell, heads, validation), -steps, lr, decay))
+    accuracy, steps, lr, decay = max(tried)
+    chosen = {"steps": -steps, "lr": lr, "weight_decay": decay, "validation_accuracy": accuracy}
+    return _row(shop, cell, _adapter(shop, cell, chosen), -steps, chosen=chosen)
+
+
+def _reptile(shop: Workshop, cell: Cell) -> dict[str, Any]:
+    """Reptile on the head or the whole network, resumable by outer steps and by evaluated tasks.
+
+    What Reptile starts from, adapted without an outer step, is tried too: validation tasks choose.
+    """
+    c, whole = shop.config.reptile, cell.method == "reptile-net"
+    training, family = shop.reptile_families(cell)
+    total, batch = (c.net_steps, c.net_batch) if whole else (c.head_steps, c.head_batch)
+    lrs, steps = (c.net_lrs, sorted(c.net_test_steps)) if whole else (c.head_lrs, sorted(c.test_steps))
+    starts: dict[tuple[float, int], Start] = {}
+    with shop.stage(cell.name, total * len(lrs), "steps") as stage:
+        for lr in lrs:
+            path = shop.folder / "partial" / f"{cell.name}_lr{lr}.safetensors"
+            theta = training.start(1, PrepareConfig(start_std=0.0), torch.Generator())[0].to(shop.backend.device)
+            starts[lr, 0] = Start(theta, torch.zeros_like(theta), 0, lr)
+            start = starts[lr, total] = Start.load(path) if path.exists() else replace(starts[lr, 0])
+            begun = start.steps // c.inner_steps
+            stage.update(begun)
+            before, clock = stage.notes.get(f"seconds {lr}", 0.0), time.perf_counter()
+            for outer in range(begun, total):
+                reptile_step(training, start, c, outer, batch, total, cell.seed)
+                stage.update()
+                if (outer + 1) % c.checkpoint_every == 0 or outer + 1 == total:
+                    stage.notes[f"seconds {lr}"] = before + time.perf_counter() - clock
+                    stage.keep()
+                    start.save(path)
+                    shop.pause_if_late()
+
+    def count_correct(start: Start, split: str, number: int, at: list[int]) -> list[list[int]]:
+        """The correct query images of each task after each of `at` steps. A network's tasks come one by one: their weights are large."""
+        counts = stage.notes.setdefault(f"{split} {start.lr} {start.steps}", [])
+        seed, chunk = {"val": VALIDATION_SEED, "test": TEST_SEED}[split] + cell.seed, 1 if whole else 100
+        with shop.stage(f"{cell.name}_{split}", number, "tasks") as bar:
+            bar.update(len(counts))
+            while len(counts) < number:
+                tasks = family.tasks(split, len(counts), min(chunk, number - len(counts)), seed)
+                scores = [family.scores(theta, tasks.query) for theta in adapt(family, start, tasks.support, at)]
+                right = (torch.stack(scores, 1).double() * tasks.query["label"].shape[1]).round().long()
+                counts += right.tolist()
+                bar.update(len(right))
+                if len(counts) % 20 == 0:
+                    stage.keep()
+                    shop.pause_if_late()
+        return counts
+
+    evaluate, tried = shop.config.evaluate, []
+    number = min(c.net_validation_tasks, evaluate.validation_tasks) if whole else evaluate.validation_tasks
+    test = family.tasks("test", 0, min(32, evaluate.tasks), TEST_SEED + cell.seed)
+    queries = test.query["label"].shape[1]
+    for (lr, outer), start in starts.items():
+        right = torch.tensor(count_correct(start, "val", number, steps), dtype=torch.float64)
+        accuracies = (100 * right.mean(0) / queries).tolist()
+        tried += [(round(a, 3), -n, -outer, lr) for a, n in zip(accuracies, steps, strict=True)]
+    accuracy, count, outer, lr = max(tried)
+    start = starts[lr, -outer]
+    counts = count_correct(start, "test", evaluate.tasks, [-count])
+    for rest in stage.path.parent.glob(f"{cell.name}*"):
         rest.unlink()
     return {
-        **scored(torch.tensor(counts)[:, 0], task.ways * task.queries),
-        "adapt_ms": round(sorted(times)[2], 3),
-        "training_seconds": round(seconds[str(rate)] if outer else 0.0, 2),
+        **scored([correct for (correct,) in counts], queries),
+        "adapt_ms": round(latency_ms(lambda tasks: adapt(family, start, tasks.support, [-count])[0], test), 4),
+        "training_seconds": round(stage.notes[f"seconds {lr}"] if outer else 0.0, 2),
         "gradient_steps": -count,
         "chosen": {
-            "rate": rate,
+            "lr": lr,
             "outer_steps": -outer,
             "steps": -count,
-            "validation_accuracy": round(100 * accuracy, 3),
-            "tried": [[round(100 * a, 3), -n, -o, r] for a, n, o, r in sorted(tried, reverse=True)],
+            "validation_accuracy": accuracy,
+            "tried": [[a, -n, -o, r] for a, n, o, r in sorted(tried, reverse=True)],
         },
     }
 
 
 def _ceiling(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Heads trained on every image of the test classes, and the curvature of their loss (theorem 2)."""
-    config, test = train_config(shop.config, cell), shop.tasks(cell.setting, cell.seed, "test")
+    config, tasks, family = train_config(shop.config, cell), shop.tasks(cell, "test"), shop.family(cell)
     begun = time.perf_counter()
     heads = shop.targets(cell)[:, -1]
     seconds = time.perf_counter() - begun
-    ways, images_per_class = test.every.shape[1:3]
-    weight = row_shares(ways, images_per_class, config.task.shots, config.prepare.support_loss_weight)
-    value = torch.cat(
-        [
-            largest_eigenvalue(heads[i : i + 50], test.every[i : i + 50].flatten(1, 2), sample_weight=weight)
-            for i in range(0, min(len(heads), _CURVATURE_TASKS), 50)
-        ]
-    )
+    values: list[float] = []
+    for i in range(0, min(len(heads), _CURVATURE_TASKS), 50):
+        part = tasks[slice(i, i + 50)].train
+        weight = part["weight"][0].double() if "weight" in part else None
+        x, label = family.features(part).double(), part["label"]
+        gradient = partial(head_gradient, features=x, labels=label, sample_weight=weight)
+        values += largest_eigenvalue(gradient, heads[i : i + 50].double()).tolist()
     return {
-        **scored_heads(heads, test),
+        **_scored(shop, cell, heads, tasks),
         "adapt_ms": round(1000 * seconds / len(heads), 4),
         "training_seconds": 0.0,
         "gradient_steps": config.prepare.steps * (2 if config.prepare.rho else 1),
-        "eigenvalue": {"mean": float(value.mean()), "median": float(value.median()), "std": float(value.std())},
-        "eigenvalues": [round(v, 5) for v in value.tolist()],
+        "eigenvalue": {"mean": sum(values) / len(values)},
+        "eigenvalues": [round(v, 5) for v in values],
     }
 
 
 def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
-    purpose = "selection" if cell.change else "test"
     generator, training = shop.generator(cell)
-    tasks, validation = shop.tasks(cell.setting, cell.seed, purpose), shop.tasks(cell.setting, cell.seed, "val")
-    noise, chosen = shop.config.evaluate.eta_noise, {}
+    chosen: dict[str, Any] = {}
     if cell.method == "ocd":  # its publication samples with noise; validation tasks say whether that is its best here
+        validation = shop.tasks(cell, "val")
         found = {
-            eta: float(head_accuracy(shop.sample(cell, generator, validation, eta_noise=eta), validation.query).mean())
+            eta: _validation_accuracy(shop, cell, shop.sample(cell, generator, validation, eta_noise=eta), validation)
             for eta in (0.0, 1.0)
         }
-        noise = max(found, key=lambda eta: (found[eta], -eta))
-        chosen = {"eta_noise": noise, "validation_accuracy": {str(e): round(100 * a, 3) for e, a in found.items()}}
-
-    adapt = _adapter(shop, cell, {"eta_noise": noise})
-    heads = adapt(tasks.support)
-    record: dict[str, Any] = {
-        **scored_heads(heads, tasks),
-        "adapt_ms": round(latency_ms(adapt, tasks.support), 4),
-        "gradient_steps": 0,
-        **training,
-        "chosen": chosen,
-    }
+        chosen = {"eta_noise": max(found, key=lambda eta: (found[eta], -eta)), "validation_accuracy": found}
+        chosen["validation_accuracy"] = {str(eta): accuracy for eta, accuracy in found.items()}
+    adapt = _adapter(shop, cell, chosen)
+    record = _row(shop, cell, adapt, 0, **training, chosen=chosen)
     if cell.change:
-        record["changed"] = CHANGES[cell.change]
-        return record
-    fewest = len(set(generator.objective.ends.tolist()))
+        return record | {"changed": CHANGES[cell.change]}
+    tasks, fewest = shop.tasks(cell, "test"), len(set(generator.objective.ends.tolist()))
     record["by_steps"] = {}
     for count in sorted({fewest, FEW_STEPS}):
         if fewest <= count < generator.diffusion.steps:
-            few = scored_heads(adapt(tasks.support, num_steps=count), tasks)
-            few["adapt_ms"] = round(latency_ms(partial(adapt, num_steps=count), tasks.support), 4)
-            record["by_steps"][str(count)] = few
+            short = partial(adapt, num_steps=count)
+            time_ms = {"adapt_ms": round(latency_ms(short, tasks), 4)}
+            record["by_steps"][str(count)] = {**_scored(shop, cell, short(tasks), tasks), **time_ms}
     if cell.method != "ocd":
+        heads = adapt(tasks)
         record["weight_error"] = weight_error(generator, heads, shop.targets(cell)[:, -1])
-        health = asdict(diagnose(generator, heads, tasks.support))
-        record["health"] = {key: value if key == "warnings" else round(value, 4) for key, value in health.items()}
+        support_accuracy = float(shop.family(cell).scores(heads, tasks.support).mean())
+        record["health"] = {"warnings": diagnose(generator, heads, support_accuracy)}
     return record
 
 
 def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
     """Theorem 1, the chains of figure 1 and novelty, from the generators of the comparison."""
-    test, targets = shop.tasks(cell.setting, cell.seed, "test"), shop.targets(cell)
-    eta = shop.config.evaluate.eta_noise
-    curves: dict[str, Any] = {}
-    reference: WeightGenerator | None = None
-    for method in ("mc-di", "mc-di-paper", "tw-di", "mv-di"):
-        row = replace(cell, method=method, segments=1 if method == "mv-di" else cell.segments)
-        generator, _ = shop.generator(row)
-        reference = reference or generator
-        curves[method] = target_distances(generator, test, targets, cell.seed, eta, reference.normalizer)
-    assert reference is not None
+    tasks, targets, eta = shop.tasks(cell, "test"), shop.targets(cell), shop.config.evaluate.eta_noise
+    rows = {m: replace(cell, method=m, segments=1 if m == "mv-di" else cell.segments) for m in OBJECTIVES if m != "ocd"}
+    generators: dict[str, WeightGenerator] = {method: shop.generator(row)[0] for method, row in rows.items()}
+    ours = generators["mc-di"]
     bank, _ = shop.bank(cell)
     training, _ = bank.gather(torch.arange(min(len(bank), 5000)))
-    heads = generate(Sampler(reference), test.support, cell.seed, eta_noise=eta)
-    plane = chain_plane(Sampler(reference), test[:1], targets[0], cell.seed, eta)
+    sampler = Sampler(ours, shop.backend.device)
+    heads = generate(sampler, tasks, cell.seed, eta_noise=eta)
     return {
-        "distances": curves,
-        "ends": list(reference.schedule.ends),
-        "novelty": novelty(reference, heads, targets[:, -1], training[:, -1]),
-        "plane": _rounded(plane),
+        "distances": {
+            method: target_distances(generator, tasks, targets, cell.seed, eta, ours.normalizer)
+            for method, generator in generators.items()
+        },
+        "ends": list(ours.schedule.ends),
+        "novelty": novelty(ours, heads, targets[:, -1], training[:, -1]),
+        "plane": _rounded(chain_plane(shop.family(cell), sampler, tasks[:1], targets[0], cell.seed, eta)),
     }
 
 

@@ -1,72 +1,54 @@
-"""What the comparison is made of: its settings, its cells, and each cell's settings as those of a main job."""
+"""What the comparison is made of: its options, its cells, and each cell's settings as those of a main job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mcdi_fast.backend import check_device
+from mcdi_fast.bounds import Range, check
 from mcdi_fast.config import (
-    BackboneConfig,
     DenoiserConfig,
     DiffusionConfig,
     EvaluateConfig,
     MetaConfig,
+    Positive,
     PrepareConfig,
-    TaskConfig,
     TrainConfig,
-    default_config,
 )
 from mcdi_fast.errors import McdiError
-from mcdi_fast.study.baselines import ReptileConfig, check_reptile
-from mcdi_fast.train import TEST_SEED, check_config
+from mcdi_fast.study.baselines import ReptileConfig
+from mcdi_fast.tasks import find_family
+from mcdi_fast.tasks.drawings import DrawingOptions
+from mcdi_fast.train import check_config
 
 SettingName = Literal["5way1shot", "5way5shot", "20way1shot"]
 MethodName = Literal[
-    "prototype",
-    "finetune",
-    "finetune-decay",
-    "reptile-head",
-    "reptile-net",
-    "ocd",
-    "mv-di",
-    "tw-di",
-    "mc-di-paper",
-    "mc-di",
-    "ceiling",
-]
+    "prototype", "finetune", "finetune-decay", "reptile-head", "reptile-net", "ocd", "mv-di", "tw-di", "mc-di-paper", "mc-di", "ceiling"
+]  # fmt: skip
 VariantName = Literal["sam-augment", "sam", "augment", "plain"]
 PartName = Literal["comparison", "analysis", "variants", "segments", "selection", "latency"]
 
-SETTINGS: dict[str, TaskConfig] = {
-    "5way1shot": TaskConfig(5, 1),
-    "5way5shot": TaskConfig(5, 5),
-    "20way1shot": TaskConfig(20, 1),
-}
+SETTINGS: dict[str, tuple[int, int]] = {"5way1shot": (5, 1), "5way5shot": (5, 5), "20way1shot": (20, 1)}
+"""Ways and shots."""
 METHODS: tuple[MethodName, ...] = MethodName.__args__  # type: ignore[attr-defined]
-PREPARED = (
-    "ocd",
-    "mv-di",
-    "tw-di",
-    "mc-di-paper",
-    "mc-di",
-    "ceiling",
-)  # their training data is what the preparation makes
-OBJECTIVES = {
+VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
+PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
+OBJECTIVES: dict[str, Any] = {
+    "ocd": "vanilla",
     "mv-di": "vanilla",
     "tw-di": "naive-local",
     "mc-di-paper": "local-consistency",
     "mc-di": "local-consistency",
 }
-VARIANTS: tuple[VariantName, ...] = VariantName.__args__  # type: ignore[attr-defined]
-PARTS: tuple[PartName, ...] = PartName.__args__  # type: ignore[attr-defined]
+PREPARED = (*OBJECTIVES, "ceiling")
+"""Methods whose training data is what the preparation makes."""
 
 # Of a cell's record. 1, not written: before Tw-Di's scale and the draws of two seeds were corrected (report.py says what that means).
 REVISION = 2
 
-# One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are no options (`bank`, `sampler`).
+# One change of Mc-Di at a time, judged on validation characters: dotted options, and two that are none (`family`: baselines.py; `sampler`).
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "window-whole": {"diffusion.window": "whole"},
@@ -101,15 +83,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rho-0.5": {"prepare.rho": 0.5},
     "decay-0.001": {"prepare.weight_decay": 0.001},
     "decay-0.01": {"prepare.weight_decay": 0.01},
-    "support-loss-weight-0.5": {"prepare.support_loss_weight": 0.5},
-    "support-loss-weight-1": {"prepare.support_loss_weight": 1.0},
-    "no-augmentation": {"prepare.copies": 1},
-    "4-copies": {"prepare.copies": 4},
+    "support-loss-weight-0.5": {"task.support_loss_weight": 0.5},
+    "support-loss-weight-1": {"task.support_loss_weight": 1.0},
+    "no-augmentation": {"task.augmentation": 0},
+    "4-copies": {"task.augmentation": 3},
     "twice-the-tasks": {"prepare.tasks": 2.0},  # a factor: the budget's own number is the base
-    "residual-to-prototype-head": {"bank": "residual"},
-    "condition-prototypes": {"bank": "prototypes"},
-    "condition-spread": {"bank": "spread"},
-    "condition-all-support": {"bank": "support"},
+    "residual-to-prototype-head": {"family": "residual"},
+    "condition-prototypes": {"family": "prototypes"},
+    "condition-spread": {"family": "spread"},
+    "condition-all-support": {"family": "support"},
     "width-128": {"denoiser.width": 128},
     "width-512": {"denoiser.width": 512},
     "depth-1": {"denoiser.depth": 1},
@@ -127,55 +109,48 @@ CHANGES: dict[str, dict[str, Any]] = {
 class StudyConfig:
     """Compare the methods on the same tasks: every row of the paper's tables, with intervals, times and gradient steps.
 
-    The work is a list of cells (setting x seed x method x preparation); each that is finished is a record under the run folder and is never
+    The work is a list of cells (setting x seed x method x preparation). Each finished cell is a record under the run folder and is never
     computed again. Stopped at any moment, the same command goes on. Which cells to compute (settings, seeds, methods, parts) may change
     from call to call; the budget and every other setting belong to the run folder.
     """
 
     dataset: Literal["glyphs", "omniglot"] = "omniglot"
-    """glyphs: built in, drawn by rule, needs no data. omniglot: real; downloaded unless found."""
+    """glyphs: built in, needs no data. omniglot: real; downloaded unless found."""
     run_dir: Path | None = None
-    """Where cells, banks, generators and the report go; runs/study-<dataset> by default."""
+    """Where cells, banks, generators and the report go. runs/study-<dataset> by default."""
     out: Path | None = None
-    """Where results.md, figures/ and records/ go; the run folder by default, `docs` for the repository's own."""
+    """Where results.md, figures/ and records/ go. The run folder by default; `docs` for the repository's own."""
     data_dir: Path | None = None
     """Folder that holds omniglot/…; without it MCDI_DATA_DIR, then a download."""
     cache_dir: Path = Path("runs/cache")
     """Downloads, trained backbones and features, shared by runs."""
-    settings: tuple[SettingName, ...] = ("5way1shot", "5way5shot", "20way1shot")
-    """Which few-shot settings. The first is also the one of the parts analysis, segments and selection."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of tasks, starts, noise and training; the backbone has its own. The part selection uses the first."""
+    settings: tuple[SettingName, ...] = tuple(SETTINGS)  # type: ignore[arg-type]
+    """Few-shot settings. The parts analysis, segments and selection use the first one only."""
+    seeds: tuple[Annotated[int, Range(ge=0, lt=1_000_000)], ...] = (0, 1, 2, 3, 4)
+    """Of tasks, starts, noise and training. The backbone has its own. The part selection uses the first."""
     methods: tuple[MethodName, ...] = METHODS
-    """Which rows of the comparison."""
+    """Rows of the comparison."""
     variants: tuple[VariantName, ...] = VARIANTS
     """Preparations: with and without SAM and augmentation. The part comparison uses sam-augment, the part variants the others."""
     parts: tuple[PartName, ...] = PARTS
     """comparison: the rows. analysis: theorem 1, chains, novelty. variants: the rows without SAM or augmentation. segments: k against
     accuracy. selection: one change at a time, on validation characters. latency: every row's time for one task, one row after the other in
-    one process; ask for it again, on an idle machine, after removing `cells/*latency.json`."""
-    segment_numbers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    """k of the part segments; M is rounded up to a multiple of each."""
+    one process; to time again on an idle machine, remove `cells/*latency.json`."""
+    segment_numbers: tuple[Annotated[int, Range(ge=1)], ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """k of the part segments. M is rounded up to a multiple of each."""
     changes: tuple[str, ...] = tuple(CHANGES)
-    """Which changes the part selection tries."""
-    time_limit: float | None = None
-    """Stop after about so many seconds at a point from which the same command goes on (exit code 3); no limit by default."""
-    threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Changes that the part selection tries."""
+    time_limit: Positive | None = None
+    """Stop after about so many seconds, at a point from which the same command goes on (exit code 3). No limit by default."""
     device: str = "cpu"
-    """cpu, cuda or cuda:<number>: backbone, preparation, meta-training, sampling and Reptile's whole network go there; small sums stay on
-    the CPU. No GPU has run it yet."""
+    """cpu, cuda or cuda:<number>. No GPU has run it yet."""
     report_only: bool = False
     """Compute nothing: write tables and figures from the records there are."""
-    keep_banks: bool = False
-    """Keep the trajectory banks (up to some 100 MB each); else each goes when no asked-for cell needs it any more."""
-    queries: int = 15
-    """Query images a class (protocol)."""
-    selection_tasks: int = 1000
+    selection_tasks: Annotated[int, Range(ge=2)] = 1000
     """Validation tasks that judge a change; other ones than those that choose rates."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000, copies=2))
-    """Stage 1, weight preparation: Adam + SAM on many training tasks, here with augmentation, as the paper has it."""
+    task: DrawingOptions = field(default_factory=lambda: DrawingOptions(augmentation=1))
+    """Tasks and backbone. Ways and shots are those of --settings; augmentation as in the paper."""
+    prepare: PrepareConfig = field(default_factory=lambda: PrepareConfig(tasks=5000))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     meta: MetaConfig = field(default_factory=lambda: MetaConfig(steps=300, checkpoint_every=50))
@@ -183,11 +158,9 @@ class StudyConfig:
     reptile: ReptileConfig = field(default_factory=ReptileConfig)
 
 
-# What a run folder may be asked for with other values than before.
-FREE = (
-    "run_dir out data_dir cache_dir settings seeds methods variants parts segment_numbers changes time_limit threads device "
-    "report_only keep_banks"
-).split()
+BUDGET = "dataset selection_tasks task prepare diffusion denoiser meta evaluate reptile".split()
+"""What a run folder and a record belong to. Everything else may change from call to call."""
+FREE = [name for name in StudyConfig.__dataclass_fields__ if name not in BUDGET]
 
 
 @dataclass(frozen=True)
@@ -227,7 +200,7 @@ def plan(config: StudyConfig) -> list[Cell]:
     def rows(setting: str, seed: int, variant: str) -> Iterable[Cell]:
         for method in config.methods:
             if method in PREPARED:
-                segments = {"mc-di": k, "mc-di-paper": k, "tw-di": k}.get(method, 1 if method != "ceiling" else 0)
+                segments = {"ceiling": 0, "ocd": 1, "mv-di": 1}.get(method, k)
                 yield Cell(setting, seed, method, variant, segments)
             elif variant == "sam-augment":
                 yield Cell(setting, seed, method)
@@ -254,76 +227,74 @@ def plan(config: StudyConfig) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def check_study(config: StudyConfig) -> None:
-    """Raise McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
+def check_study(config: StudyConfig) -> StudyConfig:
+    """The configuration with plain numbers; raises McdiError, naming the option, for whatever can be seen to be wrong before any work is done."""
+    config = check(config)
     for name in ("settings", "seeds", "parts", "methods", "variants", "segment_numbers", "changes"):
         values = getattr(config, name)
-        if not values:
-            raise McdiError(f"--{name.replace('_', '-')}: found none, expected at least one")
         if len(set(values)) < len(values):
             raise McdiError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one stands twice")
-    for seed in config.seeds:
-        if not 0 <= seed < TEST_SEED:
-            raise McdiError(f"--seeds {seed}: expected 0 to {TEST_SEED - 1}")
-    unknown = [change for change in config.changes if change not in CHANGES]
-    if unknown:
+    if unknown := [change for change in config.changes if change not in CHANGES]:
         raise McdiError(f"--changes {unknown[0]!r}: expected some of {', '.join(CHANGES)}")
-    if config.time_limit is not None and not config.time_limit > 0:
-        raise McdiError(f"--time-limit = {config.time_limit}: expected a positive number of seconds")
-    if config.threads is not None and config.threads < 1:
-        raise McdiError(f"--threads = {config.threads}: expected at least 1")
-    if config.selection_tasks < 2:
-        raise McdiError(f"--selection-tasks = {config.selection_tasks}: expected at least 2, for an interval")
-    check_device(config.device)
-    check_reptile(config.reptile)
+    if (config.task.ways, config.task.shots) != SETTINGS["5way1shot"]:
+        raise McdiError("--task.ways, --task.shots: the study has its own; choose by --settings")
     if not plan(config):
         raise McdiError("no cell to make: --parts, --methods and --variants exclude each other; ask for more of them")
     for cell in plan(config):
         check_config(train_config(config, cell))
+    return config
 
 
-def train_config(config: StudyConfig, cell: Cell) -> TrainConfig:
-    """A cell's settings as those of a main job: preparation variant, segments and change applied."""
-    prepare = config.prepare
+def train_config(config: StudyConfig, cell: Cell) -> TrainConfig[DrawingOptions]:
+    """A cell's settings as those of a main job: preparation, segments and change applied."""
+    ways, shots = SETTINGS[cell.setting]
+    task, prepare, meta = replace(config.task, ways=ways, shots=shots), config.prepare, config.meta
     if cell.variant in ("plain", "augment"):
         prepare = replace(prepare, rho=0.0)
     if cell.variant in ("plain", "sam"):
-        prepare = replace(prepare, copies=1)
+        task = replace(task, augmentation=0)
     k = cell.segments or config.diffusion.segments
     diffusion = replace(config.diffusion, segments=k)
     if cell.method in OBJECTIVES:
-        diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])  # type: ignore[arg-type]
+        diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])
     if cell.method == "mc-di-paper":
         diffusion = replace(diffusion, window="whole", carry="full")
-    meta = config.meta
-    if cell.method == "ocd":
-        # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
-        diffusion = replace(diffusion, objective="vanilla")
+    if (
+        cell.method == "ocd"
+    ):  # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
         meta = replace(meta, inner_steps=1, samples=meta.samples * meta.inner_steps, outer="adam")
-    result = TrainConfig(
-        dataset=config.dataset,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        seed=cell.seed,
-        task=replace(SETTINGS[cell.setting], queries=config.queries),
-        backbone=config.backbone,
-        prepare=prepare,
-        diffusion=diffusion,
-        denoiser=config.denoiser,
-        meta=meta,
-        evaluate=config.evaluate,
-    )
+    parts: dict[str, Any] = {
+        "task": task,
+        "prepare": prepare,
+        "diffusion": diffusion,
+        "denoiser": config.denoiser,
+        "meta": meta,
+    }
     for key, value in CHANGES[cell.change].items() if cell.change else ():
         if "." in key:
             part, name = key.split(".")
-            old = getattr(getattr(result, part), name)
-            new = round(old * value) if isinstance(old, int) and isinstance(value, float) else value
-            result = replace(result, **{part: replace(getattr(result, part), **{name: new})})
-    steps = -(-result.prepare.steps // k) * k  # every k divides its own M
-    return replace(result, prepare=replace(result.prepare, steps=steps))
+            old = getattr(parts[part], name)
+            new = (
+                round(old * value) if isinstance(old, int) and isinstance(value, float) else value
+            )  # a float: a factor
+            parts[part] = replace(parts[part], **{name: new})
+    steps = -(-parts["prepare"].steps // k) * k  # every k divides its own M
+    parts["prepare"] = replace(parts["prepare"], steps=steps)
+    return TrainConfig(config.dataset, seed=cell.seed, device=config.device, evaluate=config.evaluate, **parts)
 
 
 def default_study_config(dataset: str) -> StudyConfig:
-    """The defaults for a task family: the backbone of glyphs takes seconds."""
+    """The defaults for a data set: the backbone of glyphs takes seconds."""
     default = StudyConfig(dataset=dataset)  # type: ignore[arg-type]
-    return replace(default, backbone=default_config(dataset).backbone) if dataset == "glyphs" else default
+    return replace(default, task=replace(default.task, backbone=find_family(dataset).options().backbone))
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, as JSON has them, of a dataclass or of (partly) nested dicts."""
+    result: dict[str, Any] = {}
+    for name, value in (config if isinstance(config, dict) else asdict(config)).items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return result

@@ -5,29 +5,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mcdi_fast.backbone import BackboneConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.report import new_figure, plot_chains, png
+from mcdi_fast.report import new_figure, plot_chains, png, table
 from mcdi_fast.store import atomic_write, dumps, make_folder, read_json, show_path
-from mcdi_fast.study.plan import PREPARED, REVISION, SETTINGS, VARIANTS, default_study_config
+from mcdi_fast.study.plan import BUDGET, PREPARED, REVISION, SETTINGS, VARIANTS, default_study_config, flat
 
 _FORMAT = 1
 # Settings of older records: what they are called now. One that a record does not name had today's default.
 _RENAMED = {
-    "start_deviation": "start_std",
-    "support_share": "support_loss_weight",
-    "inner_rate": "inner_lr",
-    "outer_rate": "outer_lr",
-    "finetune_rates": "finetune_lrs",
+    "queries": "task.queries",
+    **{f"backbone.{field.name}": f"task.backbone.{field.name}" for field in fields(BackboneConfig)},
+    "prepare.copies": "task.augmentation",  # counted the image itself
+    "prepare.support_share": "task.support_loss_weight",
+    "prepare.start_deviation": "prepare.start_std",
+    "meta.inner_rate": "meta.inner_lr",
+    "meta.outer_rate": "meta.outer_lr",
+    "evaluate.finetune_rates": "evaluate.finetune_lrs",
+    "reptile.outer_rate": "reptile.outer_lr",
+    "reptile.head_rates": "reptile.head_lrs",
+    "reptile.net_rates": "reptile.net_lrs",
 }
 # The same of names of changes, by how they begin.
 _CHANGES = {"support-share-": "support-loss-weight-", "inner-rate-": "inner-lr-", "outer-rate-": "outer-lr-"}
-_SHARED = "dataset queries selection_tasks backbone prepare diffusion denoiser meta evaluate reptile".split()
 _PAPER_MC_DI = 97.34  # its own backbone and tasks, 5-way 1-shot on Omniglot
 TITLES = {
     "prototype": "nearest prototype",
@@ -118,8 +124,8 @@ def publish(folder: Path, out: Path, dataset: str) -> None:
     if not cells:
         return
     found = read_json(folder / "config.json")
-    config = {key: found[key] for key in _SHARED}
-    views = config["backbone"]["views"]
+    config = flat({key: found[key] for key in BUDGET})
+    views = config["task.backbone.views"]
     records = make_folder(out / "records")
     for setting in sorted({cell["cell"]["setting"] for cell in cells}):
         mine = {"config": config, "cells": [cell for cell in cells if cell["cell"]["setting"] == setting]}
@@ -149,19 +155,15 @@ def joint_config(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
     """
     if len({cell.get("backbone_weights") for record in (first, second) for cell in record["cells"]}) > 1:
         return None
-    if first["config"] == second["config"]:
-        return first["config"]
     ran = [r["config"] for r in (first, second) if any(c["cell"]["method"] == "reptile-net" for c in r["cells"])]
-
-    def binding(config: dict[str, Any]) -> dict[str, Any]:
-        return {**config, "reptile": {k: v for k, v in config["reptile"].items() if not k.startswith("net_")}}
-
-    same = binding(first["config"]) == binding(second["config"])
-    return None if len(ran) == 2 or not same else [*ran, first["config"]][0]
+    differ = {name for name, value in first["config"].items() if second["config"][name] != value}
+    if differ and (len(ran) == 2 or not all(name.startswith("reptile.net_") for name in differ)):
+        return None
+    return [*ran, first["config"]][0]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A dated record, under today's names.
+    """A dated record, under today's names, its settings by dotted name.
 
     Raises:
         McdiError: a file that is no such record; a setting that today's code does not know.
@@ -170,16 +172,13 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT or "cells" not in record:
         raise McdiError(f"{show_path(path)}: no ablation record of format {_FORMAT}; move it elsewhere")
     config = _defaults(record["dataset"])
-    for name, part in record["config"].items():
-        if not isinstance(part, dict):
-            config[name] = part
-            continue
-        renamed = {_RENAMED.get(key, key): value for key, value in part.items()}
-        if unknown := renamed.keys() - config[name].keys():
-            raise McdiError(
-                f"{show_path(path)}: unknown setting {name}.{min(unknown)}; say in study/report.py what it is"
-            )
-        config[name] |= renamed
+    for name, value in flat(record["config"]).items():
+        today = _RENAMED.get(name, name)
+        if today not in config:
+            raise McdiError(f"{show_path(path)}: unknown setting {name}; say in study/report.py what it is called now")
+        if name == "prepare.copies":
+            value -= 1
+        config[today] = [value] if isinstance(config[today], list) and not isinstance(value, list) else value
     record["config"] = config
     for cell in record["cells"]:
         for old, new in _CHANGES.items():
@@ -188,8 +187,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _defaults(dataset: str) -> dict[str, Any]:
-    found = json.loads(json.dumps(asdict(default_study_config(dataset)), default=str))
-    return {key: found[key] for key in _SHARED}
+    default = default_study_config(dataset)
+    return flat({key: asdict(default)[key] for key in BUDGET})
 
 
 def load_records(out: Path, dataset: str) -> list[dict[str, Any]]:
@@ -204,18 +203,18 @@ def load_records(out: Path, dataset: str) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = []
     for path in sorted((out / "records").glob(f"*-ablation-{dataset}-*.json"), reverse=True):
         record = read_record(path)
-        same = [table for table in tables if table["label"] == record["setting"]]
-        for table in same:
-            joint = joint_config(table, record)
+        same = [found for found in tables if found["label"] == record["setting"]]
+        for found in same:
+            joint = joint_config(found, record)
             if joint is not None:
-                cells = {_key(cell): cell for cell in [*record["cells"], *table["cells"]]}
-                table |= {"config": joint, "cells": list(cells.values()), "files": [*table["files"], path.name]}
+                cells = {_key(cell): cell for cell in [*record["cells"], *found["cells"]]}
+                found |= {"config": joint, "cells": list(cells.values()), "files": [*found["files"], path.name]}
                 break
         else:
             name = f"{record['setting']}-{path.name[:10]}" if same else record["setting"]
             tables.append({**record, "label": record["setting"], "name": name, "files": [path.name]})
     order = list(SETTINGS)
-    return sorted(tables, key=lambda table: (order.index(table["label"].split("-")[0]), table["label"]))
+    return sorted(tables, key=lambda found: (order.index(found["label"].split("-")[0]), found["label"]))
 
 
 def pick(cells: Iterable[dict[str, Any]], method: str, variant: str = "", **wanted: Any) -> list[Entry]:
@@ -238,12 +237,6 @@ def steps_of(entries: Sequence[Entry], count: int) -> list[Entry]:
 
 
 # ---------------------------------------------------------------------- rendering
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table, None as an empty cell, and a blank line behind it."""
-    shown = [["" if cell is None else str(cell) for cell in line] for line in rows]
-    return [*("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *shown)), ""]
 
 
 def render(out: Path, dataset: str) -> Path:
@@ -296,8 +289,8 @@ def _introduction(dataset: str, tables: list[dict[str, Any]]) -> list[str]:
         config, machines = found["config"], [c["machine"] for c in found["cells"]]
         seeds = sorted({c["cell"]["seed"] for c in found["cells"]})
         budget = (
-            f"{config['evaluate']['tasks']} test tasks a seed, {config['prepare']['tasks']} tasks in the bank, "
-            f"{config['meta']['steps']} outer steps"
+            f"{config['evaluate.tasks']} test tasks a seed, {config['prepare.tasks']} tasks in the bank, "
+            f"{config['meta.steps']} outer steps"
         )
         processor = " ".join(filter(None, (machines[0]["processor"], machines[0].get("instructions"))))
         rows.append(
@@ -343,14 +336,11 @@ def _corrections(tables: list[dict[str, Any]]) -> list[str]:
 
 def _options(config: dict[str, Any]) -> str:
     """The options of the command that differ from its defaults."""
-    found = []
-    for key, default in _defaults(config["dataset"]).items():
-        values = default if isinstance(default, dict) else {"": default}
-        for name, theirs in values.items():
-            ours = config[key][name] if name else config[key]
-            if ours != theirs:
-                text = " ".join(map(str, ours)) if isinstance(ours, list) else str(ours)
-                found.append(f"--{f'{key}.{name}'.rstrip('.').replace('_', '-')} {text}")
+    default, found = _defaults(config["dataset"]), []
+    for name, value in config.items():
+        if value != default[name]:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append(f"--{name.replace('_', '-')} {text}")
     return f"`{' '.join(found)}`" if found else ""
 
 
@@ -365,7 +355,7 @@ def _comparison(cells: list[dict[str, Any]]) -> list[str]:
                 title,
                 len(entries),
                 accuracy(entries),
-                paired(ours, entries) if method != "mc-di" else None,
+                paired(ours, entries) or "" if method != "mc-di" else "",
                 f"{_milliseconds(cells, method, entries):.2f}",
                 " / ".join(map(str, sorted({e["gradient_steps"] for e in entries}))),
                 _seconds(entries, "training_seconds"),
@@ -477,7 +467,7 @@ def _few_steps(cells: list[dict[str, Any]]) -> list[str]:
             few = steps_of(entries, count)
             against = [entries, row(cells, "prototype"), row(cells, "mv-di", variant)]
             time = f"{_milliseconds(cells, method, few, str(count)):.2f}"
-            rows.append([title, count, accuracy(few), *(paired(few, other) for other in against), time])
+            rows.append([title, count, accuracy(few), *(paired(few, other) or "" for other in against), time])
     if not rows:
         return []
     header = "row|steps|accuracy, %|minus the row with all steps|minus nearest prototype|minus Mv-Di|one task, ms"
@@ -502,7 +492,7 @@ def _variants(cells: list[dict[str, Any]]) -> list[str]:
     ceilings = [row(cells, "ceiling", v) for v in VARIANTS]
     rows.append(["largest eigenvalue", *(f"{mean_of(c, _eigenvalue):.4f}" if c else "" for c in ceilings)])
     differences = [
-        [title, *(paired(row(cells, "mc-di", v), row(cells, method, v)) for v in VARIANTS)]
+        [title, *(paired(row(cells, "mc-di", v), row(cells, method, v)) or "" for v in VARIANTS)]
         for method, title in TITLES.items()
         if method not in ("mc-di", "ceiling")
     ]
@@ -622,7 +612,7 @@ def _selection(cells: list[dict[str, Any]]) -> list[str]:
         time = f"{np.median([e['adapt_ms'] for e in entries]):.2f}"
         mean = f"{mean_of(entries):.2f} ± {pooled_interval(entries):.2f}"
         seeds = ", ".join(str(e["seed"]) for e in entries)
-        rows.append([name, seeds, mean, against.get(name), time, _seconds(entries, "training_seconds")])
+        rows.append([name, seeds, mean, against.get(name) or "", time, _seconds(entries, "training_seconds")])
     return [
         "### One change at a time (validation characters)",
         "",

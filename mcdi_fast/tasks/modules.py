@@ -45,7 +45,7 @@ class ModuleFamily(TaskFamily):
             select: as of `WeightLayout.from_module`. fingerprint: of the data.
         """
         self.module, self._draw, self._loss, self._score = module, draw, loss, score or loss
-        self.layout, self.metric = WeightLayout.from_module(module, select), metric
+        self.layout, self.metric = WeightLayout.from_module(module, select, buffers=False), metric
         self._initial = self.layout.pack(module).detach().float()
         self.fingerprint = fingerprint
 
