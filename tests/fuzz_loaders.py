@@ -45,7 +45,9 @@ def make_zip():
     from PIL import Image
 
     picture = io.BytesIO()
-    Image.new("1", (105, 105)).save(picture, "PNG")
+    image = Image.new("1", (105, 105), 1)
+    image.paste(0, (20, 20, 60, 30))
+    image.save(picture, "PNG")
     with zipfile.ZipFile(FOLDER / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for drawer in range(1, 21):
             archive.writestr(f"images_background/A/character01/0001_{drawer:02d}.png", picture.getvalue())
@@ -82,7 +84,11 @@ TARGETS = {
         two(FOLDER / "generator" / "config.json", FOLDER / "generator" / "model.safetensors"),
         read_generator,
     ),
-    "zip": (make_zip, (FOLDER / "images.zip").write_bytes, lambda: omniglot._read_zip(FOLDER / "images.zip", 1)),
+    "zip": (
+        make_zip,
+        (FOLDER / "images.zip").write_bytes,
+        lambda: omniglot._read(FOLDER, [FOLDER / "images.zip"], ["A/character01"]),
+    ),
 }
 
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from mcdi_fast import store, train
 from mcdi_fast.cli import Stages, StoppedError, parse, run_command
-from mcdi_fast.config import TrainConfig, default_config
 from mcdi_fast.errors import McdiError
 from mcdi_fast.study import __main__ as study
 
@@ -164,9 +163,9 @@ class Outer:
 def test_home_in_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--run-dir=~/run", "--data-dir=~", "--cache-dir", "~/cache"]
-    config = parse(TrainConfig, default_config, "mcdi_fast.train", options)
+    config = parse(train._kind, "mcdi_fast.train", options)
     assert (config.run_dir, config.data_dir, config.cache_dir) == (tmp_path / "run", tmp_path, tmp_path / "cache")
-    nested = parse(Outer, lambda _: Outer(), "x", ["--inner.index", "~/b"])
+    nested = parse(lambda _: (Outer, Outer()), "x", ["--inner.index", "~/b"])
     assert nested == Outer(inner=Inner(tmp_path / "b"))
     assert store.user_path("a/~") == Path("a/~")
     with pytest.raises(McdiError, match=r"~nobody-of-that-name/x: .*; write the folder out"):

@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SPLITS = {
     "val": ["Latin/character01"],
     "test": ["Latin/character02", "Futurama/character01"],
 }
+FINGERPRINT = "bb775998bf70d77a"  # of the five characters below
 ZIPS = {
     "images_background.zip": ["Greek/character01", "Greek/character02", "Latin/character01"],
     "images_evaluation.zip": ["Latin/character02", "Futurama/character01"],
@@ -33,10 +35,43 @@ ZIPS = {
 
 
 def png(seed, size=(105, 105), mode="1"):
-    pixels = np.random.default_rng(seed).integers(0, 2, (size[1], size[0]), np.uint8) * 255
+    """Black ink on a fifth of white paper. mode: of Pillow, or one of `REPAINTED`."""
+    grey = Image.fromarray(
+        np.where(np.random.default_rng(seed).random((size[1], size[0])) < 0.2, 0, 255).astype(np.uint8)
+    )
     file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, "PNG")
+    (REPAINTED[mode](grey) if mode in REPAINTED else grey.convert(mode)).save(file, "PNG")
     return file.getvalue()
+
+
+def negative(grey):
+    return grey.point(lambda value: 255 - value)
+
+
+def flat(grey, value):
+    return grey.point(lambda _: value)
+
+
+def palette_with_transparent_paper(grey):
+    image = grey.convert("1").convert("P")
+    image.info["transparency"] = 255
+    return image
+
+
+REPAINTED = {
+    "inverted": negative,
+    "inverted, 1 bit": lambda grey: negative(grey).convert("1"),
+    "black ink in alpha": lambda grey: Image.merge("LA", (flat(grey, 0), negative(grey))),
+    "white ink in alpha": lambda grey: Image.merge("LA", (flat(grey, 255), negative(grey))),
+    "red ink in alpha": lambda grey: Image.merge(
+        "RGBA", (flat(grey, 255), flat(grey, 0), flat(grey, 0), negative(grey))
+    ),
+    "paper in alpha": lambda grey: Image.merge("LA", (flat(grey, 0), grey)),
+    "ink twice": lambda grey: Image.merge("LA", (grey, negative(grey))),
+    "opaque": lambda grey: Image.merge("RGBA", (grey, grey, grey, flat(grey, 255))),
+    "opaque, inverted": lambda grey: Image.merge("LA", (negative(grey), flat(grey, 255))),
+    "palette": palette_with_transparent_paper,
+}
 
 
 def entries_of(name):
@@ -60,24 +95,41 @@ def write_zip(path, entries):
     return path
 
 
+@pytest.fixture(scope="session")
+def packed():
+    """The two zips, in memory."""
+    files = {}
+    for name in ZIPS:
+        file = io.BytesIO()
+        write_zip(file, entries_of(name))
+        files[name] = file.getvalue()
+    return files
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, packed):
     """A data folder of five characters, and the module told to expect those."""
     monkeypatch.delenv("MCDI_DATA_DIR", raising=False)
     place = tmp_path / "data" / "omniglot"
     (place / "splits").mkdir(parents=True)
-    digests = {}
     for name, members in SPLITS.items():
-        text = "".join(f"{m}\n" for m in sorted(members))
-        (place / "splits" / f"{name}.txt").write_text(text)
-        digests[name] = hashlib.sha256(text.encode()).hexdigest()
-    zips = {}
-    for name, members in ZIPS.items():
-        path = write_zip(place / name, entries_of(name))
-        zips[name] = (len(members), hashlib.md5(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(omniglot, "_ZIPS", zips)
-    monkeypatch.setattr(omniglot, "_SPLITS", digests)
+        (place / "splits" / f"{name}.txt").write_text("".join(f"{m}\n" for m in sorted(members)))
+    for name, data in packed.items():
+        (place / name).write_bytes(data)
+    digests = {name.removesuffix(".zip"): hashlib.md5(data).hexdigest() for name, data in packed.items()}
+    monkeypatch.setattr(omniglot, "_PARTS", digests)
+    monkeypatch.setattr(omniglot, "_SPLITS", {"train": "Greek 2", "val": "Latin 1", "test": "Futurama 1 Latin 2-2"})
+    monkeypatch.setattr(omniglot, "_FINGERPRINT", FINGERPRINT)
     return place
+
+
+def fingerprint_of(folder):
+    """Of the folder. A warning means that it is not the known one, and nothing else does."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = omniglot.load(folder.parent, folder / "no-cache").fingerprint
+    assert [str(folder) in str(w.message) and found in str(w.message) for w in said] == [True] * (found != FINGERPRINT)
+    return found
 
 
 def error_of(folder, name=None):
@@ -118,6 +170,20 @@ def test_real_counts(real):
 @pytest.mark.data
 def test_real_fingerprint(real):
     assert real.fingerprint == "3f7d49794c010c94"
+
+
+@pytest.mark.data
+def test_the_split_is_that_of_the_published_lists():
+    """Their sha256, sorted, the four rotations folded into one; and those kept beside the real data."""
+    published = {
+        "train": "189c10b6479a07e808302b5f1ada00d995589557373e68ebe3e718780196ed0a",
+        "val": "8b1baec8706cbc2c2f1d23874a30a50ac8f589502ea36e213c3c3cf14d30a189",
+        "test": "af119b10f318ddb7afdf5108b360887823cf06da68d846c7e5de7286492976d7",
+    }
+    for name, sha256 in published.items():
+        members = omniglot._members(omniglot._SPLITS[name])
+        assert members == sorted(members)
+        assert hashlib.sha256("".join(f"{m}\n" for m in members).encode()).hexdigest() == sha256
 
 
 @pytest.mark.data
@@ -181,7 +247,7 @@ def test_a_real_zip_cut_short(tmp_path, monkeypatch):
     # the other zip under this name
     (place / "images_background.zip").unlink()
     (place / "images_background.zip").symlink_to(original / "images_evaluation.zip")
-    assert "659 characters" in error_of(place, "images_background.zip")
+    assert "stands there twice" in error_of(place, "images_background.zip")
 
 
 # --- small zips ---
@@ -206,7 +272,7 @@ def test_what_is_read_is_what_was_drawn(folder, monkeypatch):
 
 
 def test_the_fingerprint_changes_with_a_pixel_and_not_with_the_packing(folder):
-    before = omniglot.load(folder.parent, folder).fingerprint
+    before = fingerprint_of(folder)
     path, entries = folder / "images_evaluation.zip", entries_of("images_evaluation.zip")
     shuffled = list(entries.items())
     random.Random(0).shuffle(shuffled)
@@ -215,28 +281,114 @@ def test_the_fingerprint_changes_with_a_pixel_and_not_with_the_packing(folder):
             archive.writestr(name, data)
         archive.writestr("images_evaluation/", "")
         archive.writestr("README.txt", "more")
-    assert omniglot.load(folder.parent, folder).fingerprint == before
+    assert fingerprint_of(folder) == before
     entries[next(iter(entries))] = png(12345)
     write_zip(path, entries)
-    assert omniglot.load(folder.parent, folder).fingerprint != before
+    assert fingerprint_of(folder) != before
 
 
-def test_grey_and_colour_images_are_read_alike(folder):
-    before = omniglot.load(folder.parent, folder).fingerprint
-    for mode in ("L", "RGB"):
-        entries = {
-            name: png((hash_of("/".join(name.split("/")[1:3])), int(name[-6:-4])), mode=mode)
-            for name in entries_of("images_evaluation.zip")
-        }
-        write_zip(folder / "images_evaluation.zip", entries)
-        assert omniglot.load(folder.parent, folder).fingerprint == before
+@pytest.mark.parametrize("mode", ["L", "RGB", *REPAINTED])
+def test_images_in_any_mode_are_put_right(folder, mode):
+    """The same pixels, to the bit: what can be told for sure is put right, and the known fingerprint is the proof."""
+    entries = {
+        name: png((hash_of("/".join(name.split("/")[1:3])), int(name[-6:-4])), mode=mode)
+        for name in entries_of("images_evaluation.zip")
+    }
+    write_zip(folder / "images_evaluation.zip", entries)
+    assert fingerprint_of(folder) == FINGERPRINT
 
 
-@pytest.mark.parametrize("name", [*ZIPS, *(f"splits/{split}.txt" for split in SPLITS)])
-def test_a_missing_file(folder, name, monkeypatch):
+@pytest.mark.parametrize("values", [(0, 0), (255, 255), (0, 255)], ids=["black", "transparent black", "black, opaque"])
+def test_a_blank_image_is_refused(folder, values):
+    blank = io.BytesIO()
+    Image.merge("LA", [Image.new("L", (105, 105), value) for value in values]).save(blank, "PNG")
+    entries = entries_of("images_evaluation.zip")
+    name = next(iter(entries))
+    write_zip(folder / "images_evaluation.zip", entries | {name: blank.getvalue()})
+    message = error_of(folder, "images_evaluation.zip")
+    assert name in message
+    assert "blank" in message
+
+
+LAYOUTS = {  # where the zips or folders go, under the data folder
+    "ours": "omniglot",
+    "torchvision, learn2learn": "omniglot-py",
+    "torchvision in omniglot": "omniglot/omniglot-py",
+    "the official repository": "omniglot/python",
+    "the folder itself": ".",
+    "the official repository itself": "python",
+    "raw": "raw",
+}
+
+
+@pytest.mark.parametrize("extracted", [False, True, "twice"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(folder, tmp_path, layout, extracted):
+    place = tmp_path / "elsewhere" / LAYOUTS[layout]
+    place.mkdir(parents=True)
+    for name in ZIPS:
+        if extracted:  # Windows extracts into a folder of the zip's name
+            zipfile.ZipFile(folder / name).extractall(
+                place / name.removesuffix(".zip") if extracted == "twice" else place
+            )
+        else:
+            (place / name).write_bytes((folder / name).read_bytes())
+    assert omniglot.load(tmp_path / "elsewhere", tmp_path).fingerprint == FINGERPRINT
+
+
+def test_one_folder_of_all_alphabets(folder, tmp_path):
+    """As prototypical networks keep them: data/ALPHABET/characterNN, beside the lists of four splits in splits/vinyals."""
+    for name in ZIPS:
+        zipfile.ZipFile(folder / name).extractall(tmp_path / "x")
+        shutil.copytree(tmp_path / "x" / name.removesuffix(".zip"), tmp_path / "y/omniglot/data", dirs_exist_ok=True)
+    assert omniglot.load(tmp_path / "y", tmp_path).fingerprint == FINGERPRINT
+    assert omniglot.load(tmp_path / "y/omniglot/data", tmp_path).fingerprint == FINGERPRINT
+
+
+def test_a_zip_comes_before_a_folder(folder):
+    """torchvision leaves both."""
+    for name in ZIPS:
+        zipfile.ZipFile(folder / name).extractall(folder)
+        shutil.rmtree(folder / name.removesuffix(".zip") / ZIPS[name][0])
+    assert fingerprint_of(folder) == FINGERPRINT
+
+
+PACKINGS = {
+    "another top folder": lambda name: f"python/{name}",
+    "no top folder": lambda name: name.split("/", 1)[1],
+    "dot": lambda name: f"./{name}",
+    "backslashes": lambda name: name.replace("/", "\\"),
+    "absolute": lambda name: f"/home/me/{name}",
+    "a drive": lambda name: "C:\\data\\" + name.replace("/", "\\"),
+    "umlauts": lambda name: f"Zeichen ä/{name}",
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packings(folder, packing):
+    for name in ZIPS:
+        entries = {PACKINGS[packing](entry): data for entry, data in entries_of(name).items()}
+        mac = {"__MACOSX/{}/._{}".format(*entry.rsplit("/", 1)): b"resource fork" for entry in entries_of(name)}
+        write_zip(folder / name, entries | mac)
+    assert fingerprint_of(folder) == FINGERPRINT
+
+
+def test_home_and_symbolic_links(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(folder.parent.parent))
+    assert omniglot.load(Path("~/data"), tmp_path).fingerprint == FINGERPRINT
+    monkeypatch.setenv("MCDI_DATA_DIR", "~/data")
+    assert omniglot.load(None, tmp_path).fingerprint == FINGERPRINT
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "omniglot").symlink_to(folder)
+    assert omniglot.load(tmp_path / "link", tmp_path).fingerprint == FINGERPRINT
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_missing_part(folder, name, monkeypatch):
     (folder / name).unlink()
     message = error_of(folder, name)
     assert "--data-dir" in message
+    assert "not there, nor as a folder" in message
     monkeypatch.setenv("MCDI_DATA_DIR", str(folder.parent))
     with pytest.raises(McdiError) as caught:
         omniglot.load(None, folder / "no-cache")
@@ -244,6 +396,46 @@ def test_a_missing_file(folder, name, monkeypatch):
     assert str(folder / name) in str(caught.value)
     (folder / name).mkdir()  # a folder is no file
     error_of(folder, name)
+
+
+def test_nothing_there(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(McdiError) as caught:
+            omniglot.load(place, tmp_path)
+        for word in (
+            f"{place}: no Omniglot there",
+            "omniglot-py",
+            "omniglot/python",
+            "images_background",
+            "--data-dir",
+        ):
+            assert word in str(caught.value)
+
+
+def test_an_extracted_folder_that_is_not_whole(folder):
+    for name in ZIPS:
+        zipfile.ZipFile(folder / name).extractall(folder)
+        (folder / name).unlink()
+    (image,) = (folder / "images_background/Greek/character02").glob("*_07.png")
+    data = image.read_bytes()
+    image.unlink()
+    message = error_of(folder)
+    assert "1 of 5 characters are not complete (Greek/character02 has 19 of 20 images)" in message
+    image.mkdir()
+    assert "19 of 20" in error_of(folder)
+    image.rmdir()
+    os.mkfifo(image)  # would hang
+    assert "19 of 20" in error_of(folder)
+    image.unlink()
+    image.write_bytes(bytes(100_001))
+    assert "100001 bytes" in error_of(folder, image)
+    image.write_bytes(data[:100])
+    assert "no PNG" in error_of(folder, image)
+    image.write_bytes(data)
+    assert fingerprint_of(folder) == FINGERPRINT
+    other = image.with_name("9999_07.png")
+    other.write_bytes(data)
+    assert f"also as {image}" in error_of(folder, other)
 
 
 @pytest.mark.parametrize(
@@ -256,14 +448,15 @@ def test_a_missing_file(folder, name, monkeypatch):
         lambda text: "",
         lambda text: "\0" * 50,
         lambda text: "x" * (2**20 + 1),
-        lambda text: "".join(f"{line}/rot{turn:03d}\n" for line in text.split() for turn in (0, 90, 180, 270)),
     ],
 )
 @pytest.mark.parametrize("name", list(SPLITS))
-def test_a_changed_split(folder, name, change):
+def test_another_split(folder, name, change):
     path = folder / "splits" / f"{name}.txt"
     path.write_text(change(path.read_text()))
-    assert "Vinyals" in error_of(folder, f"splits/{name}.txt")
+    message = error_of(folder, f"splits/{name}.txt")
+    assert "Vinyals" in message
+    assert "take splits/ away" in message
 
 
 def test_a_split_that_is_no_text(folder):
@@ -271,11 +464,23 @@ def test_a_split_that_is_no_text(folder):
     assert "Vinyals" in error_of(folder, "splits/val.txt")
 
 
-def test_line_endings_and_order_of_a_split_do_not_matter(folder):
-    before = omniglot.load(folder.parent, folder).fingerprint
-    path = folder / "splits" / "test.txt"
-    path.write_bytes("\r\n".join(reversed(path.read_text().split())).encode())
-    assert omniglot.load(folder.parent, folder).fingerprint == before
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: "\r\n".join(reversed(lines)),
+        lambda lines: "".join(f"{line}/rot{turn:03d}\n" for line in lines for turn in (0, 90, 180, 270)),
+        lambda lines: " ".join(lines * 2),
+        None,
+    ],
+    ids=["order", "rotations", "twice", "none"],
+)
+def test_lists_of_the_same_split(folder, change):
+    for path in sorted((folder / "splits").iterdir()):
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(path.read_text().split()).encode())
+    assert fingerprint_of(folder) == FINGERPRINT
 
 
 @pytest.mark.parametrize("zip_name", list(ZIPS))
@@ -299,46 +504,59 @@ def drop(entries, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda e: {"readme.txt": b"hello"}, ("0 characters", "expected 3")),
-        (lambda e: drop(e, "Latin"), ("2 characters",)),
-        (lambda e: drop(e, "Greek/character02") | {"images_background/Greek/character02/": b""}, ("2 characters",)),
-        (lambda e: drop(e, "_07.png"), ("19 images", "20 images each")),
-        (lambda e: e | {"images_background/Greek/character01/0001_21.png": png(0)}, ("21 images",)),
-        (lambda e: e | {"images_background/More/character01/0001_01.png": png(0)}, ("More/character01 with 1 images",)),
-        (lambda e: {k.replace("_20.png", "_00.png"): v for k, v in e.items()}, ("drawer 0", "expected 1 to 20")),
-        (lambda e: {k.replace("Greek/", "Geek/"): v for k, v in e.items()}, ("Greek/character01", "train")),
+        (lambda e: {"readme.txt": b"hello"}, ("3 of 5 characters", "Greek/character01 has 0")),
+        (lambda e: drop(e, "Latin"), ("1 of 5 characters", "Latin/character01 has 0")),
+        (lambda e: drop(e, "Greek/character02") | {"images_background/Greek/character02/": b""}, ("1 of 5",)),
+        (lambda e: drop(e, "_07.png"), ("3 of 5", "19 of 20 images")),
+        (lambda e: {k.replace("_20.png", "_00.png"): v for k, v in e.items()}, ("19 of 20 images",)),
+        (lambda e: {k.replace("Greek/", "Geek/"): v for k, v in e.items()}, ("2 of 5", "Greek/character01 has 0")),
+        (
+            lambda e: e | {f"python/{k}": v for k, v in e.items()},
+            ("stands there twice", "python/images_background/Greek"),
+        ),
         (lambda e: {k: png(0, (104, 105)) for k in e}, ("104x105", "expected 105x105")),
         (lambda e: {k: png(0, (28, 28)) for k in e}, ("28x28",)),
         (lambda e: {k: b"" for k in e}, ("no PNG",)),
         (lambda e: {k: b"GIF89a" + bytes(50) for k in e}, ("no PNG",)),
         (lambda e: {k: v[: len(v) // 2] for k, v in e.items()}, ("no PNG",)),
         (lambda e: {k: bytes(100_001) for k in e}, ("100001 bytes", "at most 100000")),
-        (
-            lambda e: e | {f"images_background/../character01/0001_{d:02d}.png": png(0) for d in range(1, 21)},
-            ("4 characters",),
-        ),
     ],
 )
 def test_foreign_zips(folder, change, words):
     write_zip(folder / "images_background.zip", change(entries_of("images_background.zip")))
-    message = error_of(folder, None if "train" in words else "images_background.zip")
+    message = error_of(folder)
+    assert "images_background.zip" in message
     for word in words:
         assert word in message
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"images_background/Greek/character01/0001_21.png": b"a drawer too many"},
+        {"images_background/Greek/character03/0001_01.png": b"a character too many"},
+        {"images_background/More/character01/0001_01.png": b"an alphabet too many"},
+        {f"images_background/../character01/0001_{d:02d}.png": b"" for d in range(1, 21)},
+    ],
+)
+def test_what_is_not_asked_for_is_passed_over(folder, more):
+    write_zip(folder / "images_background.zip", entries_of("images_background.zip") | more)
+    assert fingerprint_of(folder) == FINGERPRINT
+
+
 def test_entries_that_point_outside_are_not_followed(folder):
     """Nothing is ever extracted; what is no image of a character is passed over."""
-    before = omniglot.load(folder.parent, folder).fingerprint
+    before = fingerprint_of(folder)
     outside = {
         "../evil.png": b"evil",
         "../../images_background/Greek/character01/0001_01.png": b"evil",
         "/etc/evil": b"evil",
         "images_background/../../evil/character01/0001_01.png": b"evil",
-        "images_background\\Greek\\character01\\0001_01.png": b"evil",
+        "images_background\\..\\Greek\\character01\\0001_01.png": b"evil",
     }
     write_zip(folder / "images_background.zip", outside | entries_of("images_background.zip"))
     files = sorted(folder.parent.parent.rglob("*"))
-    assert omniglot.load(folder.parent, folder).fingerprint == before
+    assert fingerprint_of(folder) == before
     assert sorted(folder.parent.parent.rglob("*")) == files
 
 
@@ -404,44 +622,33 @@ def test_without_pillow_the_zip_is_not_called_damaged(folder, monkeypatch):
 
 @pytest.fixture
 def download(folder, monkeypatch):
-    """pooch.retrieve that copies from `folder`; the splits come with their rotations, as the real ones do."""
+    """pooch.retrieve that copies from `folder`."""
     pooch = pytest.importorskip("pooch")
     calls = []
 
     def retrieve(url, known_hash, fname=None, path=None, **options):
         calls.append((url, known_hash))
-        name = url.rsplit("/", 1)[1]
         target = Path(path, fname)
-        if target.exists():
-            return str(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".zip"):
-            target.write_bytes((folder / name).read_bytes())
-        else:
-            lines = (folder / "splits" / name).read_text().split()
-            target.write_text("".join(f"{line}/rot{turn:03d}\n" for line in lines for turn in (0, 90, 180, 270)))
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((folder / url.rsplit("/", 1)[1]).read_bytes())
         return str(target)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     return calls
 
 
-def test_download_folds_the_rotations(folder, download, tmp_path):
+def test_download(folder, download, tmp_path):
     cache = tmp_path / "cache"
-    found = omniglot.load(None, cache)
-    assert found.fingerprint == omniglot.load(folder.parent, cache).fingerprint
+    assert omniglot.load(None, cache).fingerprint == FINGERPRINT
     urls = dict(download)
-    for name in ZIPS:
-        (url,) = (url for url in urls if url.endswith(name))
+    for part, md5 in omniglot._PARTS.items():
+        (url,) = (url for url in urls if url.endswith(f"{part}.zip"))
         assert url.startswith("https://")
-        assert urls[url] == f"md5:{omniglot._ZIPS[name][1]}"
-    for name, members in SPLITS.items():
-        lines = (cache / "omniglot" / "splits" / f"{name}.txt").read_text().split()
-        assert lines == sorted(members)
-        assert sum(url.endswith(f"{name}.txt") for url in urls) == 1
-    again = omniglot.load(None, cache)
-    assert again.fingerprint == found.fingerprint
-    assert len(download) == 5 + 2  # the splits are there; the zips' checksums are pooch's business
+        assert urls[url] == f"md5:{md5}"
+    assert omniglot.load(None, cache).fingerprint == FINGERPRINT
+    assert len(download) == 2 + 2  # whether they are there already is pooch's business
+    assert omniglot.load(cache, tmp_path).fingerprint == FINGERPRINT  # they may be given as one's own
 
 
 def test_download_without_a_network(folder, monkeypatch, tmp_path):
@@ -486,27 +693,6 @@ def test_download_with_another_checksum(folder, monkeypatch, tmp_path):
     assert "\n" not in message
     assert "checksum" in message
     assert "images_background.zip" in message
-
-
-def test_a_downloaded_split_that_is_something_else(folder, download, tmp_path, monkeypatch):
-    """It is refused, and the next run downloads it again."""
-    pooch = pytest.importorskip("pooch")
-    good = pooch.retrieve
-
-    def retrieve(url, known_hash, fname=None, path=None, **options):
-        if url.endswith("val.txt"):
-            Path(path).mkdir(parents=True, exist_ok=True)
-            Path(path, fname).write_bytes(b"\xff\xfe<html>")
-            return None
-        return good(url, known_hash, fname=fname, path=path, **options)
-
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(pooch, "retrieve", retrieve)
-    with pytest.raises(McdiError) as caught:
-        omniglot.load(None, cache)
-    assert "val.txt" in str(caught.value)
-    monkeypatch.setattr(pooch, "retrieve", good)
-    assert omniglot.load(None, cache).name == "omniglot"
 
 
 def test_a_cache_that_cannot_be_written(folder, download, tmp_path):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import show_path
+from mcdi_fast.store import show_path, user_path
 
 PACKED = {
     "tiny-imagenet": "tiny_imagenet_fewshot.zip",
@@ -338,7 +338,7 @@ def _named_zip(name: str, data_dir: Path | None) -> Path:
         raise McdiError(
             f"{name}: no data folder; set MCDI_DATA_DIR or --data-dir to the folder with images/{PACKED[name]}"
         )
-    path = Path(place) / "images" / PACKED[name]
+    path = user_path(place) / "images" / PACKED[name]
     if not path.is_file():
         raise McdiError(f"{show_path(path)}: not there, expected because {option} is {show_path(place)}; put it there")
     return path

@@ -1,7 +1,7 @@
 """Omniglot (Lake et al., Science 350, 2015) with the Vinyals split; each quarter turn of a character is a class of its own.
 
-The official zips are read in place, never extracted. Where the user has none they are downloaded from the official repository.
-A local zip may be packed differently from the official one (the container is not the data), so it is verified by what it holds.
+It is read as people have it, zips or extracted folders, in the layouts of the official repository, torchvision, learn2learn and others; nothing
+is ever extracted. Where the user has none the official zips are downloaded. What is read is verified by what it holds, not by its container.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import importlib
 import io
 import os
 import re
+import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import atomic_write, show_path
+from mcdi_fast.store import show_path, user_path
 from mcdi_fast.tasks import Setup
 from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_family
 from mcdi_fast.tasks.heads import HeadFamily
@@ -27,53 +29,73 @@ SIDE = 28
 DRAWERS = 20
 TURNS = 4
 
-_ZIPS = {  # name: (characters, md5 of the official file, as torchvision and others publish it)
-    "images_background.zip": (964, "68d2efa1b9178cc56df9314c21c6e718"),
-    "images_evaluation.zip": (659, "6b91aef0f799c5bb55b94e3f2daec811"),
+_PARTS = {  # md5 of the official zip, as torchvision and others publish it
+    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-_ZIP_SOURCE = "https://github.com/brendenlake/omniglot/raw/master/python/"
-_SPLIT_SOURCE = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals/"
-_SPLITS = {  # sha256 of the sorted characters, one a line, the four rotations of each folded into one
-    "train": "189c10b6479a07e808302b5f1ada00d995589557373e68ebe3e718780196ed0a",
-    "val": "8b1baec8706cbc2c2f1d23874a30a50ac8f589502ea36e213c3c3cf14d30a189",
-    "test": "af119b10f318ddb7afdf5108b360887823cf06da68d846c7e5de7286492976d7",
+_SOURCE = "https://github.com/brendenlake/omniglot/raw/master/python/"
+_FINGERPRINT = "3f7d49794c010c94"  # of the official images
+# The Vinyals split (github.com/jakesnell/prototypical-networks, data/omniglot/splits/vinyals): alphabets and their characters, from 1 or first-last.
+_SPLITS = {
+    "train": "Alphabet_of_the_Magi 20 Angelic 20 Anglo-Saxon_Futhorc 29 Arcadian 26 Asomtavruli_(Georgian) 40 Atemayar_Qelisayer 26 "
+    "Atlantean 26 Aurek-Besh 26 Avesta 26 Balinese 24 Blackfoot_(Canadian_Aboriginal_Syllabics) 14 Braille 26 Burmese_(Myanmar) 34 "
+    "Cyrillic 33 Futurama 26 Ge_ez 26 Glagolitic 45 Grantha 43 Greek 24 Gujarati 48 Gurmukhi 41 "
+    "Inuktitut_(Canadian_Aboriginal_Syllabics) 16 Japanese_(hiragana) 52 Japanese_(katakana) 47 Korean 40 Latin 26 "
+    "Malay_(Jawi_-_Arabic) 40 N_Ko 33 Ojibwe_(Canadian_Aboriginal_Syllabics) 14 Sanskrit 42 Syriac_(Estrangelo) 23 Tagalog 17 Tifinagh 55",
+    "val": "Armenian 41 Bengali 46 Early_Aramaic 22 Hebrew 22 Mkhedruli_(Georgian) 41",
+    "test": "Gurmukhi 42-45 Kannada 41 Keble 26 Malayalam 47 Manipuri 40 Mongolian 30 Old_Church_Slavonic_(Cyrillic) 45 Oriya 46 "
+    "Sylheti 28 Syriac_(Serto) 23 Tengwar 25 Tibetan 42 ULOG 26",
 }
-_MEMBER = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
+# Under the data folder: ours, torchvision's and learn2learn's, the official repository's, those of other few-shot code; then without "omniglot",
+# for who gives the folder itself.
+_PLACES = (
+    *(
+        "omniglot",
+        "omniglot-py",
+        "omniglot/omniglot-py",
+        "omniglot/python",
+        "omniglot/data",
+        "omniglot/raw",
+        "omniglot/processed",
+    ),
+    *(".", "python", "data", "raw", "processed"),
+)
+_MEMBER = re.compile(r"(?:.*/)?([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
 _MAX_PNG = 100_000  # bytes, packed or unpacked; the real ones are some hundred
 
 
 def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
     """Load Omniglot, 28x28: 1028 / 172 / 423 characters of 4 turns each, 20 drawers.
 
-    Found first under `data_dir`, then the folder MCDI_DATA_DIR names (both hold `omniglot/images_background.zip`,
-    `omniglot/images_evaluation.zip` and `omniglot/splits/{train,val,test}.txt`), else downloaded into `cache_dir`.
+    Found first under `data_dir`, then the folder MCDI_DATA_DIR names, else downloaded into `cache_dir`. Zips (however packed) and extracted
+    folders `images_background`, `images_evaluation` are taken where the official repository, torchvision or learn2learn put them. Ink in the
+    alpha channel and white ink on black are put right. Warns where the images are not the official ones, pixel by pixel.
 
     Raises:
-        McdiError: naming the file: missing, truncated, not these characters; no network.
+        McdiError: naming the file: missing, truncated, not these characters, another split; no network.
     """
     _require("PIL", "pillow")
-    folder = _find(data_dir)
-    if folder is None:
-        folder = _download(cache_dir / "omniglot")
-    splits = {name: _read_split(folder / "splits" / f"{name}.txt", sha256) for name, sha256 in _SPLITS.items()}
-    characters: dict[str, np.ndarray] = {}
-    for name, (count, _) in _ZIPS.items():
-        characters |= _read_zip(folder / name, count)
+    splits = {name: _members(text) for name, text in _SPLITS.items()}
+    folder, sources = _find(data_dir) or _download(user_path(cache_dir) / "omniglot")
+    _check_lists(folder, splits)
+    images = _read(folder, sources, [character for members in splits.values() for character in members])
     digest = hashlib.sha256(b"omniglot")
     parts = []
     for name, members in splits.items():
-        missing = [m for m in members if m not in characters]
-        if missing:
-            raise McdiError(
-                f"{show_path(folder)}: character {missing[0]} of the {name} split is in neither zip; get both zips again"
-            )
-        images = np.stack([characters[m] for m in members])  # [characters, drawers, 28, 28]
-        turned = np.stack([np.rot90(images, turn, axes=(2, 3)) for turn in range(TURNS)], 1)
+        upright, images = images[: len(members)], images[len(members) :]  # [characters, drawers, 28, 28]
+        turned = np.stack([np.rot90(upright, turn, axes=(2, 3)) for turn in range(TURNS)], 1)
         turned = np.ascontiguousarray(turned).reshape(-1, DRAWERS, SIDE, SIDE)
         digest.update(name.encode() + turned.tobytes())
         parts.append(ClassImages(turned))
+    fingerprint = digest.hexdigest()[:16]
+    if fingerprint != _FINGERPRINT:
+        warnings.warn(
+            f"{show_path(folder)}: these are not the official images of Omniglot (fingerprint {fingerprint}, known {_FINGERPRINT}): "
+            "redrawn, cleaned or damaged? Results on them compare with no one else's",
+            stacklevel=2,
+        )
     train, val, test = parts
-    return FewShotData("omniglot", train, val, test, digest.hexdigest()[:16])
+    return FewShotData("omniglot", train, val, test, fingerprint)
 
 
 def _require(module: str, package: str) -> None:
@@ -85,137 +107,181 @@ def _require(module: str, package: str) -> None:
         ) from error
 
 
-def _find(data_dir: Path | None) -> Path | None:
+def _members(text: str) -> list[str]:
+    """The characters of a split, `ALPHABET/characterNN`, in order."""
+    words, members = text.split(), []
+    for alphabet, numbers in zip(words[::2], words[1::2], strict=True):
+        first, _, last = numbers.rpartition("-")
+        members += [f"{alphabet}/character{number:02d}" for number in range(int(first or 1), int(last) + 1)]
+    return sorted(members)
+
+
+def _find(data_dir: Path | None) -> tuple[Path, list[Path]] | None:
+    """The folder and the two sources in it, zips or folders, or the one folder that holds all alphabets. None: no place was given."""
     option = "--data-dir" if data_dir is not None else "MCDI_DATA_DIR"
-    place = data_dir if data_dir is not None else os.environ.get("MCDI_DATA_DIR")
-    if not place:
+    given = data_dir if data_dir is not None else os.environ.get("MCDI_DATA_DIR")
+    if not given:
         return None
-    folder = Path(place) / "omniglot"
-    for name in [*_ZIPS, *(f"splits/{split}.txt" for split in _SPLITS)]:
-        if not (folder / name).is_file():
-            raise McdiError(
-                f"{show_path(folder / name)}: not there, expected because {option} is {show_path(place)}; "
-                f"put it there, or leave {option} out to download it"
-            )
-    return folder
+    place, half = user_path(given), ""
+    for folder in (place / name for name in _PLACES):
+        found = [source for part in _PARTS for source in _sources(folder, part)]
+        if len(found) == len(_PARTS):
+            return folder, found
+        if _holds_alphabets(folder):
+            return folder, [folder]
+        if found:
+            other = next(part for part in _PARTS if part not in found[0].name)
+            half = half or f"{show_path(folder / other)}.zip: not there, nor as a folder, beside {found[0].name}; "
+    raise McdiError(
+        f"{half or f'{show_path(place)}: no Omniglot there; '}looked for images_background and images_evaluation, zips or folders, in "
+        f"{', '.join(_PLACES)} under {show_path(place)}, because {option} names it; put them there, or leave {option} out to download them"
+    )
 
 
-def _download(folder: Path) -> Path:
+def _sources(folder: Path, part: str) -> list[Path]:
+    """What holds a part: the zip, else the extracted folder, or one that was extracted into a folder of its own name. None or one."""
+    zipped, extracted = folder / f"{part}.zip", (folder / part, folder / part / part)
+    return [zipped] if zipped.is_file() else [path for path in extracted if _holds_alphabets(path)][:1]
+
+
+def _holds_alphabets(folder: Path) -> bool:
+    return any((folder / alphabet).is_dir() for text in _SPLITS.values() for alphabet in text.split()[::2])
+
+
+def _download(folder: Path) -> tuple[Path, list[Path]]:
     _require("pooch", "pooch to download it")
     import pooch  # only here: a machine with the data needs no network library
 
-    def get(url: str, known_hash: str | None, path: Path) -> None:
+    sources = []
+    for part, md5 in _PARTS.items():
+        url = f"{_SOURCE}{part}.zip"
         try:
-            pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, progressbar=True)
+            pooch.retrieve(url, f"md5:{md5}", fname=f"{part}.zip", path=folder, progressbar=True)
         except ValueError as error:  # pooch's word for another checksum
             raise McdiError(
-                f"{url}: its checksum is not {known_hash}; the download was damaged, run the same command again"
+                f"{url}: its checksum is not {md5}; the download was damaged, run the same command again"
             ) from error
         except Exception as error:  # requests has many words for no network
             reason = " ".join(str(error).split())[:120]
             raise McdiError(
-                f"cannot download {url}: {reason}; connect to the network, or put both zips and splits/ under DIR/omniglot "
-                "and give --data-dir DIR"
+                f"cannot download {url}: {reason}; connect to the network, or put both zips under DIR/omniglot and give --data-dir DIR"
             ) from error
-
-    for name, (_, md5) in _ZIPS.items():
-        get(_ZIP_SOURCE + name, f"md5:{md5}", folder / name)
-    for name, sha256 in _SPLITS.items():
-        path, raw = folder / "splits" / f"{name}.txt", folder / "splits" / f"{name}.rotations.txt"
-        if not path.exists():
-            raw.unlink(missing_ok=True)  # no checksum of it is known, so pooch would keep a damaged one
-            get(f"{_SPLIT_SOURCE}{name}.txt", None, raw)
-            text = raw.read_text(encoding="utf-8", errors="replace")
-            members = {"/".join(line.split("/")[:2]) for line in text.split()}
-            atomic_write(path, "".join(f"{m}\n" for m in sorted(members)).encode())
-            try:
-                _read_split(path, sha256)
-            except McdiError:
-                path.unlink()  # so that the next run downloads it again
-                raise
-    return folder
+        sources.append(folder / f"{part}.zip")
+    return folder, sources
 
 
-def _read_split(path: Path, sha256: str) -> list[str]:
-    try:
-        data = path.read_bytes() if path.stat().st_size < 2**20 else b""
-    except OSError as error:
+def _check_lists(folder: Path, splits: dict[str, list[str]]) -> None:
+    """Refuse lists of another split beside the images: the split is known, and nobody should think that theirs was used."""
+    for name, members in splits.items():
+        path = folder / "splits" / f"{name}.txt"
+        try:
+            data = path.read_bytes() if path.stat().st_size < 2**20 else b"too long"
+        except OSError:  # most people have none
+            continue
+        # with the four rotations of each character, or without
+        found = {"/".join(line.split("/")[:2]) for line in data.decode("utf-8", errors="replace").split()}
+        if found != set(members):
+            other = sorted(found ^ set(members))
+            raise McdiError(
+                f"{show_path(path)}: {len(found)} characters, not the {len(members)} of the Vinyals split ({len(other)} differ, the first "
+                f"is {other[0]!r:.60}); other splits are not supported: take splits/ away, the Vinyals split is built in"
+            )
+
+
+def _read(folder: Path, sources: list[Path], characters: list[str]) -> np.ndarray:
+    """uint8 [characters, drawers, 28, 28], ink = 255."""
+    images = np.empty((len(characters), DRAWERS, SIDE, SIDE), np.uint8)
+    row = {character: number for number, character in enumerate(characters)}
+    seen: dict[tuple[str, int], str] = {}
+    for source in sources:
+        for character, drawer, where, data in _zip(source, row) if source.is_file() else _folder(source, row):
+            if (character, drawer) in seen:
+                raise McdiError(
+                    f"{where}: {character}, drawer {drawer}, stands there twice, also as {seen[character, drawer]}; keep one of them"
+                )
+            seen[character, drawer] = where
+            images[row[character], drawer - 1] = _decode(data, where)
+    found = Counter(character for character, _ in seen)
+    lacking = [character for character in characters if found[character] != DRAWERS]
+    if lacking:
         raise McdiError(
-            f"{show_path(path)}: {error.strerror}; put the Vinyals split there, one ALPHABET/characterNN a line"
-        ) from error
-    members = sorted(data.decode("utf-8", errors="replace").split())
-    found = hashlib.sha256("".join(f"{m}\n" for m in members).encode()).hexdigest()
-    if found != sha256:
-        raise McdiError(
-            f"{show_path(path)}: {len(members)} lines with sha256 {found[:12]}…, expected {sha256[:12]}…; "
-            "it is not the Vinyals split (one ALPHABET/characterNN a line, rotations folded): get it again"
+            f"{show_path(folder)}: {len(lacking)} of {len(row)} characters are not complete ({lacking[0]} has {found[lacking[0]]} of "
+            f"{DRAWERS} images) in {' and '.join(path.name for path in sources)}; get them again"
         )
-    return members
+    return 255 - images
 
 
-def _read_zip(path: Path, expected: int) -> dict[str, np.ndarray]:
-    """`ALPHABET/characterNN` -> uint8 [20, 28, 28], ink = 255."""
+def _zip(path: Path, known: Collection[str]) -> Iterator[tuple[str, int, str, bytes]]:
+    """Character, drawer, place and PNG of the images of known characters. Whatever folders are above them, and with backslashes too."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found: dict[tuple[str, int], zipfile.ZipInfo] = {}
+            place = show_path(path)
             for info in archive.infolist():
-                match = _MEMBER.fullmatch(info.filename)
-                if not match:  # folders, and whatever else: nothing is ever extracted, so it can do no harm
+                name = info.filename.replace("\\", "/")
+                match = _MEMBER.fullmatch(name)
+                # whatever else there is, is passed over: nothing is ever extracted, so it can do no harm
+                if not match or match[1] not in known or not 1 <= int(match[2]) <= DRAWERS or ".." in name.split("/"):
                     continue
+                where = f"{place}: {info.filename!r:.80}"
                 # zipfile unpacks all that is packed, whatever is declared
-                size = max(info.file_size, info.compress_size)
-                if size > _MAX_PNG:
-                    raise McdiError(
-                        f"{show_path(path)}: {info.filename!r:.80} declares {size} bytes, expected at most {_MAX_PNG}; "
-                        "it is not the Omniglot zip: get it again"
-                    )
-                found[match[1], int(match[2])] = info
-            counts = Counter(character for character, _ in found)
-            wrong = [c for c, n in counts.items() if n != DRAWERS]
-            if len(counts) != expected or wrong:
-                detail = f"{len(counts)} characters" if not wrong else f"{wrong[0]} with {counts[wrong[0]]} images"
-                raise McdiError(
-                    f"{show_path(path)}: holds {detail}, expected {expected} characters of {DRAWERS} images each; "
-                    "it is truncated or another zip: get it again"
-                )
-            images = {c: np.empty((DRAWERS, SIDE, SIDE), np.uint8) for c in sorted(counts)}
-            for (character, drawer), info in found.items():
-                if not 1 <= drawer <= DRAWERS:
-                    raise McdiError(
-                        f"{show_path(path)}: {info.filename!r:.80}: drawer {drawer}, expected 1 to {DRAWERS}; get it again"
-                    )
-                images[character][drawer - 1] = _decode(archive.read(info), f"{show_path(path)}: {info.filename!r:.80}")
-            return images
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-    ) as error:
-        # RuntimeError: an encrypted entry; NotImplementedError: an unknown compression; zlib.error is no ValueError
+                _check_size(max(info.file_size, info.compress_size), where)
+                yield match[1], int(match[2]), where, archive.read(info)
+    except McdiError:
+        raise
+    except Exception as error:  # zipfile has a dozen words for damage, encryption and unknown compression
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise McdiError(f"{show_path(path)}: {reason}; it is damaged or no zip: get it again") from error
+
+
+def _folder(path: Path, known: Collection[str]) -> Iterator[tuple[str, int, str, bytes]]:
+    """The same of an extracted folder `ALPHABET/characterNN/NNNN_DD.png`."""
+    try:
+        for character in known:
+            if not (path / character).is_dir():
+                continue  # of the other part
+            for file in sorted((path / character).iterdir()):
+                match = _MEMBER.fullmatch(f"{character}/{file.name}")
+                if match and 1 <= int(match[2]) <= DRAWERS and file.is_file():
+                    _check_size(file.stat().st_size, show_path(file))
+                    yield character, int(match[2]), show_path(file), file.read_bytes()
+    except OSError as error:
         raise McdiError(
-            f"{show_path(path)}: {' '.join(str(error).split())[:200]}; it is truncated or no zip: get it again"
+            f"cannot read {show_path(error.filename or path)}: {error.strerror}; check its permissions, or get it again"
         ) from error
-    except Exception as error:
-        if isinstance(error, McdiError):
-            raise
-        raise McdiError(f"{show_path(path)}: damaged ({' '.join(str(error).split())[:200]}); get it again") from error
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > _MAX_PNG:
+        raise McdiError(
+            f"{where} declares {size} bytes, expected at most {_MAX_PNG}; it is no image of Omniglot: get it again"
+        )
 
 
 def _decode(data: bytes, where: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    """PNG -> uint8 [28, 28], paper = 255."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
 
     try:
-        image = Image.open(io.BytesIO(data), formats=["PNG"])
-        if image.size != (105, 105):
-            raise McdiError(f"{where}: {image.size[0]}x{image.size[1]} pixels, expected 105x105; get the zip again")
-        small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise McdiError(f"{where}: no PNG image ({' '.join(str(error).split())[:80]}); get the zip again") from error
-    return 255 - np.asarray(small)
+        file = PngImageFile(io.BytesIO(data))
+        if file.size != (105, 105):
+            raise McdiError(f"{where}: {file.size[0]}x{file.size[1]} pixels, expected 105x105; get it again")
+        image = file.convert("L")
+        if file.mode in ("LA", "RGBA") or "transparency" in file.info:
+            alpha = file.convert("RGBA").getchannel("A")
+            if alpha.getextrema() != (255, 255):  # the ink is what is not transparent, whatever its colour
+                image = Image.eval(alpha, lambda value: 255 - value)
+        small = np.frombuffer(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes(), np.uint8)
+        light = int(small.sum())
+        if light < 128 * small.size:  # ink never covers half of the paper: white on black
+            image = Image.eval(image, lambda value: 255 - value)
+            small = np.frombuffer(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes(), np.uint8)
+            light = int(small.sum())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise McdiError(f"{where}: no PNG image ({' '.join(str(error).split())[:80]}); get it again") from error
+    if light == 255 * small.size:
+        raise McdiError(f"{where}: a blank image, without ink in its colours or its alpha channel; get it again")
+    return small.reshape(SIDE, SIDE)
 
 
 def omniglot(options: DrawingOptions, setup: Setup) -> HeadFamily:
