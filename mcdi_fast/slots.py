@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +167,12 @@ def assign(places: Sequence[Slot], tensor: Tensor) -> None:
         setattr(slot.owner, slot.local, fresh)
 
 
-@contextmanager
-def replaced(module: nn.Module, tensors: Sequence[tuple[Sequence[Slot], Tensor]]) -> Iterator[None]:
-    """Inside, the module has these tensors, and copies of its buffers; afterwards it is as before, attributes and all.
+def call(
+    module: nn.Module, tensors: Sequence[tuple[Sequence[Slot], Tensor]], args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """`module(*args, **kwargs)` with these tensors and copies of its buffers. Then it is as before, attributes and all.
 
-    A forward pass may set attributes (the weight of an old-style weight norm), and under vmap they do not outlive it.
+    A forward pass may set attributes, as an old-style weight norm sets its weight; what it sets under vmap is dead outside.
     """
     kept, owners = [], [owner for owner in module.modules() if not isinstance(owner, torch.jit.ScriptModule)]
     for owner in owners:
@@ -187,11 +187,19 @@ def replaced(module: nn.Module, tensors: Sequence[tuple[Sequence[Slot], Tensor]]
             for slot in places:
                 home = slot.owner._buffers if slot.is_buffer else slot.owner._parameters
                 home[slot.local] = tensor  # type: ignore[assignment]
-        yield
+        return _inner(module)(*args, **kwargs)
     finally:
         for live, before in kept:
             live.clear()
             live.update(before)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The module itself, of one that is wrapped."""
+    for local, child in module.named_children():
+        if _wrapped(module, local):
+            return _inner(child)
+    return module
 
 
 def call_tasks(
@@ -215,8 +223,6 @@ def call_tasks(
     Raises:
         McdiError: inputs for another number of tasks; an output that cannot be stacked. The module's own errors.
     """
-    while inner := [child for local, child in module.named_children() if _wrapped(module, local)]:
-        module = inner[0]
     leaves, form = pytree.tree_flatten((args, dict(kwargs)))
     leaves = [tensor_of(leaf) for leaf in leaves]
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -236,13 +242,13 @@ def call_tasks(
             )
     homes, values = [places for places, _ in tensors], [value for _, value in tensors]
 
-    def call(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[list[Any], pytree.TreeSpec]:
+    def task(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[list[Any], pytree.TreeSpec]:
         given = iter(inputs)
         own_args, own_kwargs = pytree.tree_unflatten(
             [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
         )
-        with replaced(module, list(zip(homes, weights, strict=True))):
-            outputs, out_form = pytree.tree_flatten(module(*own_args, **own_kwargs))
+        result = call(module, list(zip(homes, weights, strict=True)), own_args, own_kwargs)
+        outputs, out_form = pytree.tree_flatten(result)
         for leaf in outputs:
             if not isinstance(leaf, Tensor | None | int | float | complex | str):
                 raise McdiError(
@@ -252,7 +258,7 @@ def call_tasks(
         return outputs, out_form
 
     try:
-        return _together(call, values, inputs)
+        return _together(task, values, inputs)
     except McdiError:
         raise
     except Exception as error:
@@ -260,7 +266,7 @@ def call_tasks(
             raise
         where, reason = _culprit(module, error), re.split(r"\n|(?<=\.) ", str(error))[0][:150]
     # Whatever vmap stumbled over. If it is the caller's mistake, the first task raises it again in plain words.
-    result = _one_by_one(call, values, inputs, count)
+    result = _one_by_one(task, values, inputs, count)
     warnings.warn(
         f"{where}: torch.vmap cannot run it ({reason}); the tasks ran one by one, slower, with the same result",
         stacklevel=3,
@@ -268,13 +274,13 @@ def call_tasks(
     return result
 
 
-def _together(call: Callable, values: list[Tensor], inputs: list[Tensor]) -> Any:
+def _together(task: Callable, values: list[Tensor], inputs: list[Tensor]) -> Any:
     others: list[Any] = []  # leaves of the output that are no tensors: vmap returns nothing but tensors
     form: Any = None
 
     def tensors_alone(weights: list[Tensor], given: list[Tensor]) -> list[Tensor]:
         nonlocal form
-        leaves, form = call(weights, given)
+        leaves, form = task(weights, given)
         others[:] = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -282,10 +288,10 @@ def _together(call: Callable, values: list[Tensor], inputs: list[Tensor]) -> Any
     return pytree.tree_unflatten([next(stacked) if leaf is _TENSOR else leaf for leaf in others], form)
 
 
-def _one_by_one(call: Callable, values: list[Tensor], inputs: list[Tensor], count: int) -> Any:
+def _one_by_one(task: Callable, values: list[Tensor], inputs: list[Tensor], count: int) -> Any:
     tasks, forms = [], []
     for b in range(count):
-        leaves, form = call([value[b] for value in values], [tensor[b] for tensor in inputs])
+        leaves, form = task([value[b] for value in values], [tensor[b] for tensor in inputs])
         tasks.append(leaves)
         forms.append(form)
     if any(form != forms[0] for form in forms):

@@ -695,6 +695,8 @@ class GeneratedWeights:
 class Normalizer:
     """Column statistics of targets: `normalize` gives columns mean 0 and deviation 1, and leaves padding exactly 0.
 
+    Rows that are all alike become one row, which serves any number of tokens.
+
     Attributes:
         mean: float32 [N or 1, D]; 0 where padded.
         std: float32 [N or 1, D], positive; 1 where padded and where a column is constant.
@@ -718,6 +720,9 @@ class Normalizer:
                 raise McdiError(f"normalizer: {name} has entries that are not finite; fit it again")
         if not bool((self.std > 0).all()):
             raise McdiError(f"normalizer: std has entry {float(self.std.min())}, expected positive ones; fit it again")
+        if len(self.mean) > 1 and bool(((self.mean == self.mean[:1]) & (self.std == self.std[:1])).all()):
+            object.__setattr__(self, "mean", self.mean[:1])
+            object.__setattr__(self, "std", self.std[:1])
 
     @classmethod
     def fit(cls, targets: Tensor, mask: Tensor, floor: float = 0.0) -> Normalizer:
@@ -733,7 +738,7 @@ class Normalizer:
                 unit variance, a column that hardly ever moves (a nearly dead feature) has entries of a hundred deviations.
 
         Returns:
-            mean and std on the CPU: [1, D], or with padding [N, D], which is the same row but for 0 and 1 on padding.
+            mean and std on the CPU: the same row for every token, except for 0 and 1 on padding.
 
         Raises:
             McdiError: other shapes; no task; an entry that is not finite (names the task).
@@ -775,27 +780,10 @@ class Normalizer:
         std = torch.where(constant, 1.0, std)
         if floor > 0 and not bool(constant.all()):
             std = std.clamp_min(floor * float(std[~constant].square().mean().sqrt()))
-        if mask.all():
-            mask = mask[:1]
         return cls(
             torch.where(mask, mean, 0.0).float().cpu().contiguous(),
             torch.where(mask, std, 1.0).float().cpu().contiguous(),
         )
-
-    def for_tokens(self, num_tokens: int) -> Normalizer:
-        """The same for another number of tokens: itself if it fits, one row if all rows are alike (as in older files).
-
-        Raises:
-            McdiError: rows of [N, D] that differ, for another N.
-        """
-        if len(self.mean) in (1, num_tokens):
-            return self
-        if bool((self.mean != self.mean[:1]).any() or (self.std != self.std[:1]).any()):
-            raise McdiError(
-                f"normalizer: {len(self.mean)} rows that differ, expected one a token of {num_tokens} tokens, or one for all; "
-                "sample as many tokens as were trained"
-            )
-        return Normalizer(self.mean[:1], self.std[:1])
 
     def to(self, device: torch.device | str) -> Normalizer:
         """The same on another device."""

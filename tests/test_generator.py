@@ -346,9 +346,9 @@ def test_more_tensors_than_there_should_be(folder):
 def test_parts_that_do_not_fit():
     good = make()
     ones = torch.ones(3, 5)
-    assert "normalizer" in error_of(make, normalizer=Normalizer(ones[:2], ones[:2]))
+    assert "normalizer" in error_of(make, normalizer=Normalizer(ones[:2].cumsum(0), ones[:2]))
     assert "normalizer" in error_of(make, normalizer=Normalizer(ones[:, :4], ones[:, :4]))
-    two = torch.ones(2, C)
+    two = torch.ones(2, C).cumsum(0)
     assert "condition_normalizer" in error_of(make, condition_normalizer=Normalizer(two, two))
     wide = torch.ones(3, C + 1)
     assert "in.condition" in error_of(make, condition_normalizer=Normalizer(wide, wide))

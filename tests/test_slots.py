@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from mcdi_fast import GeneratedWeights, McdiError, WeightLayout
+from mcdi_fast.tasks.modules import ModuleFamily
 
 TASKS = 3
 
@@ -433,9 +434,6 @@ def test_a_module_that_accelerate_offloads_is_refused():
     torch.testing.assert_close(empty(torch.ones(1, 4)), weights.functional_call(empty, torch.ones(TASKS, 1, 4))[0])
 
 
-# --- running statistics ---
-
-
 def test_array_inputs_of_other_kinds():
     module = nn.Linear(4, 2).double()
     weights = generated(module)
@@ -444,3 +442,19 @@ def test_array_inputs_of_other_kinds():
     torch.testing.assert_close(
         weights.functional_call(module, x[:, ::-1]), weights.functional_call(module, torch.tensor(x).flip(1))
     )
+
+
+@pytest.mark.parametrize(
+    "make", [shared_layer, Tied, Remembers, lambda: nn.DataParallel(Tied()), lambda: compiled(Tied())]
+)
+def test_the_module_of_a_family_is_left_as_it_is(make):
+    torch.manual_seed(0)
+    module = make()
+    before = snapshot(module)
+    family = ModuleFamily(module, None, lambda net, data: net(data["x"]).square().mean())
+    theta, x = torch.randn(TASKS, family.layout.num_tokens, family.layout.width), torch.randn(TASKS, 5, 4)
+    found = family.gradient(theta, {"x": x})
+    weights = GeneratedWeights(family.layout, theta.requires_grad_())
+    (expected,) = torch.autograd.grad(weights.functional_call(module, x).square().mean((1, 2)).sum(), theta)
+    torch.testing.assert_close(found, expected)
+    assert_as_before(module, before)

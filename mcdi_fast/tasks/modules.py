@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mcdi_fast.config import PrepareConfig
+from mcdi_fast.slots import call, find
 from mcdi_fast.tasks import Data, Metric, TaskBatch, TaskFamily
 from mcdi_fast.weights import WeightLayout
 
@@ -46,6 +46,7 @@ class ModuleFamily(TaskFamily):
         """
         self.module, self._draw, self._loss, self._score = module, draw, loss, score or loss
         self.layout, self.metric = WeightLayout.from_module(module, select, buffers=False), metric
+        self._places = find(self.layout.shapes, module)
         self._initial = self.layout.pack(module).detach().float()
         self.fingerprint = fingerprint
 
@@ -55,8 +56,8 @@ class ModuleFamily(TaskFamily):
 
     def net(self, theta: Tensor) -> Net:
         """The module with the weights theta [N, D], as a function."""
-        weights = self.layout.unpack(theta)
-        return lambda *inputs, **keywords: functional_call(self.module, weights, inputs, keywords)
+        weights = [(self._places[name], tensor) for name, tensor in self.layout.unpack(theta).items()]
+        return lambda *inputs, **keywords: call(self.module, weights, inputs, keywords)
 
     def loss(self, theta: Tensor, data: Data) -> Tensor:
         """Of `loss`."""
