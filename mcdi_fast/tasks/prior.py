@@ -1,0 +1,173 @@
+"""What training classes say about classes not seen: a Gaussian of class means and one within a class, and the head that follows from them.
+
+The two-covariance model of speaker recognition (PLDA; Ioffe, ECCV 2006), fitted by moments. New classes are drawn from
+N(mean, between), images of a class from N(its mean, within). Given a support, the best guess of every class is then known in closed form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mcdi_fast.errors import McdiError
+from mcdi_fast.store import load_tensors, save_tensors, show_path
+from mcdi_fast.tasks.images import LabelledRows
+
+SMOOTHING = 0.7
+"""Share of a multiple of the identity in both covariances. Measured on validation classes of Tiny-ImageNet, 5-way 1-shot: 0.3 68.8, 0.5 70.3,
+0.7 70.9, 0.9 70 %."""
+
+
+@dataclass(frozen=True)
+class ClassPrior:
+    """Fitted on features of training classes only.
+
+    In latent coordinates z = (x - mean) @ to_latent classes have the covariance I within, and diag(between) of their means.
+
+    Attributes:
+        mean: float32 [K], of class means. to_latent: float32 [K, K]. between: float32 [K], positive.
+        found_between, found_within: float32 [K], both variances in latent coordinates without smoothing.
+    """
+
+    mean: Tensor
+    to_latent: Tensor
+    between: Tensor
+    found_between: Tensor
+    found_within: Tensor
+
+    @classmethod
+    def fit(cls, features: LabelledRows, smoothing: float = SMOOTHING) -> ClassPrior:
+        """Fit on features [n, K]. Classes may have different numbers of rows.
+
+        Raises:
+            McdiError: fewer than 2 classes; a class of one row; features that are all alike.
+        """
+        if features.num_classes < 2:
+            raise McdiError(f"class prior: {features.num_classes} classes, expected at least 2")
+        features.check_counts(2, "class prior")
+        x, counts = features.rows.double(), features.counts.double()
+        means = torch.zeros(features.num_classes, x.shape[1], dtype=x.dtype).index_add_(0, features.labels, x)
+        means /= counts[:, None]
+        mean = means.mean(0)
+        inside, outside = x - means[features.labels], means - mean
+        within = inside.T @ inside / (len(x) - len(means))
+        # means of few rows scatter by themselves, which is no difference between classes
+        between = outside.T @ outside / (len(means) - 1) - within * (1 / counts).mean()
+        smoothed = [(1 - smoothing) * c + smoothing * c.trace() / len(c) * torch.eye(len(c)) for c in (within, between)]
+        if not within.trace() > 0 or not between.trace() > 0:
+            raise McdiError("class prior: features do not differ, within classes or between them; look at the encoder")
+        root = torch.linalg.cholesky(smoothed[0])
+        half = torch.linalg.solve_triangular(root, smoothed[1], upper=False)
+        scatter = torch.linalg.solve_triangular(root, half.T, upper=False)
+        variances, axes = torch.linalg.eigh((scatter + scatter.T) / 2)
+        to_latent = torch.linalg.solve_triangular(root.T, axes, upper=True)
+        found = [(to_latent.T @ c @ to_latent).diagonal() for c in (between, within)]
+        floor = variances.max() * 1e-6  # the estimate of `between` may have negative directions that smoothing leaves
+        return cls(*(t.float().contiguous() for t in (mean, to_latent, variances.clamp_min(floor), *found)))
+
+    def distance(self, support: Tensor) -> Tensor:
+        """How far tasks lie from the training classes, 0 (among them) to 1 (elsewhere): [B, ways, shots, K] -> [B].
+
+        1 - (expected / found)^2, where found is the squared length of the support's mean in units of what the prior expects of it.
+        """
+        ways, shots = support.shape[1:3]
+        scale = self.between + 1 / shots
+        found = (self._latent(support).mean((1, 2)).square() / scale).mean(-1) * ways
+        expected = ((self.found_between + self.found_within / shots) / scale).mean()
+        return (1 - (expected / found).square()).clamp_min(0)
+
+    def head(self, support: Tensor) -> Tensor:
+        """The head that the prior expects, its rows of unit length in the predictive metric: [B, ways, shots, K] -> [B, ways, K + 1].
+
+        The prior is moved towards the support by `distance`: far from the training classes all classes share an offset that tells nothing.
+        """
+        shots = support.shape[2]
+        z = self._latent(support)
+        centre = self.distance(support)[:, None, None] * z.mean((1, 2)).unsqueeze(1)
+        kept = self.between / (
+            self.between + 1 / shots
+        )  # posterior mean of a class, as a share of what its support shows
+        guess = kept * (z.mean(2) - centre)
+        weight = guess / (
+            1 + self.between * (1 - kept)
+        )  # over the predictive variance: within, and what is unknown of the mean
+        # lengths differ by chance and by how typical a class is: with equal lengths 71.9 instead of 69.0 % (Tiny-ImageNet)
+        weight = weight / (weight * guess).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        bias = -(weight * centre).sum(-1, keepdim=True)
+        weight = weight @ self.to_latent.T
+        return torch.cat([weight, bias - (weight @ self.mean).unsqueeze(-1)], -1)
+
+    def _latent(self, x: Tensor) -> Tensor:
+        return (x - self.mean) @ self.to_latent
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with its numbers."""
+        digest = hashlib.sha256()
+        for field in fields(self):
+            digest.update(getattr(self, field.name).contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write it, to travel with a generator. Raises McdiError as `store.save_tensors`."""
+        save_tensors(path, {field.name: getattr(self, field.name) for field in fields(self)}, {}, "class-prior")
+
+    @classmethod
+    def load(cls, path: Path) -> ClassPrior:
+        """Read it. Raises McdiError, naming the file, unless `save` wrote it."""
+        tensors, _ = load_tensors(path, "class-prior")
+        parts = [tensors.get(field.name, torch.empty(0)) for field in fields(cls)]
+        width = len(parts[0])
+        shapes = [(width,), (width, width), (width,), (width,), (width,)]
+        fits = width > 0 and all(tuple(t.shape) == s for t, s in zip(parts, shapes, strict=True))
+        if not fits or not all(t.dtype == torch.float32 and t.isfinite().all() for t in parts) or parts[2].min() <= 0:
+            raise McdiError(f"{show_path(path)}: holds no class prior; make or copy it again")
+        return cls(*parts)
+
+
+def ridge_head(support: Tensor, penalty: Tensor | float) -> Tensor:
+    """Ridge regression of one-hot labels on the support, centred: [B, ways, shots, F] -> [B, ways, F + 1]. penalty: one, or [B]."""
+    ways, shots = support.shape[1:3]
+    x = support.flatten(1, 2)
+    centre = x.mean(1, keepdim=True)
+    x = x - centre
+    y = torch.eye(ways, dtype=x.dtype, device=x.device).repeat_interleave(shots, 0) - 1 / ways
+    eye = torch.eye(len(y), dtype=x.dtype, device=x.device)
+    gram = x @ x.mT + torch.as_tensor(penalty, dtype=x.dtype, device=x.device).reshape(-1, 1, 1) * eye
+    weight = (x.mT @ torch.linalg.solve(gram, y.expand(len(x), -1, -1))).mT
+    return torch.cat([weight, 1 / ways - weight @ centre.mT], -1)
+
+
+def choose_penalty(support: Tensor, penalties: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)) -> Tensor:
+    """The ridge penalty of least squared error when each support row is left out: [B, ways, shots, F] -> [B]. 1 where shots = 1."""
+    ways, shots = support.shape[1:3]
+    if shots == 1:  # a class without its only row cannot be predicted
+        return torch.ones(len(support), dtype=support.dtype, device=support.device)
+    x = support.flatten(1, 2)
+    x = x - x.mean(1, keepdim=True)
+    gram, rows = x @ x.mT, ways * shots
+    eye = torch.eye(rows, dtype=x.dtype, device=x.device)
+    y = eye.new_zeros(rows, ways).scatter_(1, torch.arange(rows, device=x.device)[:, None] // shots, 1.0) - 1 / ways
+    errors = []
+    for penalty in penalties:
+        hat = gram @ torch.linalg.inv(gram + penalty * eye) + 1 / rows
+        left_out = (y - hat @ y) / (1 - hat.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
+        errors.append(left_out.square().mean((1, 2)))
+    return torch.tensor(penalties, dtype=x.dtype, device=x.device)[torch.stack(errors).argmin(0)]
+
+
+def unit_head(head: Tensor) -> Tensor:
+    """What decides alone, at one scale: the mean over classes taken off, weights of norm 1 a task. [B, ways, F + 1] -> the same."""
+    head = head - head.mean(1, keepdim=True)
+    return head / head[..., :-1].flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
+
+
+def informed_head(prior: ClassPrior, support: Tensor) -> Tensor:
+    """The prior's head; far from the training classes the support's own ridge head beside it. [B, ways, shots, K] -> [B, ways, K + 1]."""
+    ridge = unit_head(ridge_head(support, choose_penalty(support)))
+    return unit_head(prior.head(support)) + prior.distance(support)[:, None, None] * ridge
