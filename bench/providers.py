@@ -333,7 +333,7 @@ def on_device(generator: WeightGenerator) -> WeightGenerator:
 def chain_by_denoise(generator: Any, condition: Tensor, start: Tensor, network=denoise) -> Tensor:
     """The chain as one writes it down from the paper: `denoise` for the network, tensor arithmetic around it."""
     schedule = generator.schedule
-    condition = generator.condition_normalizer.normalize(condition)
+    condition = generator.network_condition(condition)
     alpha, abar, skip, scale = (
         schedule.alpha.float(),
         schedule.abar.float(),

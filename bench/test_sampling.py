@@ -75,7 +75,7 @@ def reference(generator, condition, steps):
     """Heads by `diffusion.sample_chain` with `denoise` for the network, in float64."""
     tasks, tokens, _ = condition.shape
     x = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device).double()
-    raw_normal = generator.condition_normalizer.normalize(condition).double()
+    raw_normal = generator.network_condition(condition).double()
     phi = {name: value.double() for name, value in generator.phi.items()}
     schedule = generator.schedule
     objective = generator.objective

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from mcdi_fast.bounds import check
 from mcdi_fast.config import DiffusionConfig
-from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes
+from mcdi_fast.denoiser import (
+    ChainDenoiser,
+    FoldedDenoiser,
+    Parameters,
+    depth_of,
+    parameter_shapes,
+    token_condition,
+)
 from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import (
@@ -75,7 +82,11 @@ class WeightGenerator:
         width = out.shape[0] if out is not None and out.ndim == 2 else 1
         # shapes alone: what a file declares must not decide how much is allocated
         expected = parameter_shapes(
-            self.layout.width, self.condition_width, d.steps, max(width, 1), max(depth_of(self.phi), 1)
+            self.layout.width,
+            self.condition_width + self.layout.position_width,
+            d.steps,
+            max(width, 1),
+            max(depth_of(self.phi), 1),
         )
         for name in sorted(expected.keys() | self.phi.keys()):
             found, expect = self.phi.get(name), expected.get(name)
@@ -142,8 +153,8 @@ class WeightGenerator:
         return ChainDenoiser(self.phi, self.network_condition(condition), skip, scale, self.folded())
 
     def network_condition(self, condition: Tensor) -> Tensor:
-        """What the network is given of each token, of raw conditions float32 [B, N, C]: normalised."""
-        return self.condition_normalizer.normalize(condition)
+        """What the network is given of each token, [B, N, C + P], of raw conditions [B, N or 1, C]: normalised, and the token's position."""
+        return token_condition(self.condition_normalizer.normalize(condition), self.layout.position().to(condition))
 
     @property
     def any_number_of_tokens(self) -> bool:

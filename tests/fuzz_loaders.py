@@ -37,7 +37,7 @@ def make_bank():
 
 def make_generator():
     one = Normalizer(torch.zeros(1, 2), torch.ones(1, 2)), Normalizer(torch.zeros(1, 1), torch.ones(1, 1))
-    phi = init_parameters(2, 1, 2, 1, 1, 0)
+    phi = init_parameters(2, 1 + LAYOUT.position_width, 2, 1, 1, 0)
     mcdi_fast.generator.WeightGenerator(phi, LAYOUT, *one, DiffusionConfig(2, 1)).save_pretrained(FOLDER / "generator")
 
 

@@ -132,7 +132,7 @@ def test_the_scheduler_is_the_native_sampler(tmp_path, num_steps, eta, chain):
 def test_the_scheduler_keeps_its_settings(tmp_path, how):
     module = pytest.importorskip("mcdi_fast.diffusers_scheduler", exc_type=McdiError)
     settings = {"steps": 12, "segments": 2, "objective": "vanilla", "beta_start": 0.7, "beta_end": 0.1, "carry": "full"}
-    generator = replace(make(PLAIN), phi=init_parameters(5, 6, 12, 16, 2, 0), diffusion=DiffusionConfig(**settings))
+    generator = replace(make(PLAIN), phi=init_parameters(5, 6 + 3, 12, 16, 2, 0), diffusion=DiffusionConfig(**settings))
     one = module.McdiScheduler.from_generator(generator)
     if how == "from_config":
         two = module.McdiScheduler.from_config(one.config)

@@ -23,7 +23,7 @@ def make(diffusion=None, layout=LAYOUT, seed=0, rows=None, **changes):
     """A generator with no parameter at zero."""
     diffusion = diffusion or DiffusionConfig(steps=7)
     g = torch.Generator().manual_seed(seed)
-    shapes = init_parameters(layout.width, C, diffusion.steps, H, L, 0)
+    shapes = init_parameters(layout.width, C + layout.position_width, diffusion.steps, H, L, 0)
     phi = {name: torch.randn(value.shape, generator=g) / len(value) ** 0.5 for name, value in shapes.items()}
     rows = rows or layout.num_tokens
 
@@ -103,7 +103,7 @@ def test_round_trip_is_bit_exact(tmp_path, objective, rows):
 def test_f_is_skip_x_plus_scale_net():
     generator = make()
     condition, x = torch.randn(2, 3, C), torch.randn(2, 3, 5)
-    normal = generator.condition_normalizer.normalize(condition)
+    normal = generator.network_condition(condition)
     for t in range(7):
         for b in range(2):
             net = denoise(generator.phi, x[b][None], torch.tensor([t]), normal[b])[0]
@@ -385,7 +385,7 @@ def test_parameters_changed_in_place_are_seen():
 def test_repr_is_one_line():
     text = repr(make())
     assert text == (
-        "WeightGenerator(3 tokens of width 5 from conditions of width 6: local-consistency, T = 7, k = 3, 624 parameters)"
+        "WeightGenerator(3 tokens of width 5 from conditions of width 6: local-consistency, T = 7, k = 3, 648 parameters)"
     )
 
 
@@ -403,7 +403,7 @@ def test_equal_are_those_that_write_the_same():
         make(DiffusionConfig(steps=7, beta_end=0.02)),
         make(layout=WeightLayout.from_module(nn.Linear(4, 2))),
         make(normalizer=Normalizer(torch.zeros(3, 5), torch.ones(3, 5))),
-        make(phi=init_parameters(5, C, 7, H, 1, 0)),
+        make(phi=init_parameters(5, C + 3, 7, H, 1, 0)),
     )
     for other in others:
         assert one != other

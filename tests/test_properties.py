@@ -214,7 +214,9 @@ DTYPE = st.sampled_from(
 
 def make_generator():
     one = Normalizer(torch.zeros(1, 3), torch.ones(1, 3)), Normalizer(torch.zeros(1, 2), torch.ones(1, 2))
-    return WeightGenerator(init_parameters(3, 2, 6, 4, 1, 0), LAYOUT, *one, DiffusionConfig(6, 3))
+    return WeightGenerator(
+        init_parameters(3, 2 + LAYOUT.position_width, 6, 4, 1, 0), LAYOUT, *one, DiffusionConfig(6, 3)
+    )
 
 
 GENERATOR = make_generator()

@@ -24,10 +24,10 @@ PLAIN = nn.Linear(4, 3)  # N = 3, D = 5
 PADDED = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))  # N = 5, D = 5; two tokens are 4 wide
 
 
-def make(module, objective="local-consistency", rows=None, seed=0):
-    layout = WeightLayout.from_module(module)
+def make(module, objective="local-consistency", rows=None, seed=0, exchangeable=False):
+    layout = WeightLayout.from_module(module, exchangeable=exchangeable)
     g = torch.Generator().manual_seed(seed)
-    shapes = init_parameters(layout.width, C, T, 16, 2, 0)
+    shapes = init_parameters(layout.width, C + layout.position_width, T, 16, 2, 0)
     phi = {name: torch.randn(value.shape, generator=g) / len(value) ** 0.5 for name, value in shapes.items()}
     phi["out.token"] *= 0.3  # a trained network says little more than the skip: rounding does not grow along the chain
     rows = rows or layout.num_tokens
@@ -421,9 +421,9 @@ def test_sampled_in_inference_mode_then_outside():
 
 
 def head_generator(ways=5, rows=None):
-    layout = head_layout(ways, 7)
-    made = make(torch.nn.Linear(7, ways), rows=rows)
-    return WeightGenerator(made.phi, layout, made.normalizer, made.condition_normalizer, made.diffusion)
+    made = make(torch.nn.Linear(7, ways), rows=rows, exchangeable=True)
+    assert made.layout == head_layout(ways, 7)
+    return made
 
 
 @pytest.mark.parametrize("rows", [1, 5])

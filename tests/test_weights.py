@@ -630,7 +630,7 @@ def test_buffers_that_no_state_dict_holds_or_that_count_are_left_out():
 
 def test_position_tells_tokens_apart():
     small = WeightLayout.from_module(cnn())
-    assert torch.equal(small.position(), torch.eye(16))
+    assert torch.equal(small.position(), 4 * torch.eye(16))  # one-hot, each column's mean square 1
     assert small.position() is small.position()  # made once
     # a token in the middle of the largest entry, the only row of another, and 513 tokens: one more than is told one-hot
     large = WeightLayout.from_module(nn.Sequential(nn.Linear(2, 300), nn.LayerNorm(300), nn.Linear(300, 211)))
@@ -640,7 +640,8 @@ def test_position_tells_tokens_apart():
     assert position.dtype == torch.float32
     assert len(position.unique(dim=0)) == 513
     assert torch.equal(position[:, :4].argmax(1), large.owner)
-    assert (position[:, :4].sum(1) == 1).all()
+    torch.testing.assert_close(position.square().mean(0), torch.ones(13))
+    assert ((position[:, :4] != 0).sum(1) == 1).all()
     assert (position[:, 4:].abs() == 1).all()
     row = ((position[:, 4:] + 1) / 2 * 2.0 ** torch.arange(9)).sum(1)
     assert torch.equal(row, torch.cat([torch.arange(300.0), torch.zeros(2), torch.arange(211.0)]))
@@ -654,7 +655,7 @@ def test_a_position_first_asked_for_during_inference_serves_training():
         layout.position()
     weight = torch.ones(2, 2, requires_grad=True)
     (layout.position() @ weight).sum().backward()
-    assert torch.equal(weight.grad, torch.ones(2, 2))
+    assert torch.equal(weight.grad, layout.position().sum(0)[:, None].expand(2, 2))
 
 
 def test_exchangeable_is_kept_and_older_files_are():
