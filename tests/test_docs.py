@@ -19,6 +19,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         ("diffusers_scheduler", "diffusers"),
         ("mcdi_fast.hub", "huggingface_hub"),
         ("import peft", "peft"),
+        ("efficientnet-lite0", "efficientnet_lite_pytorch"),
     ):
         if any(extra in block for block in blocks):
             pytest.importorskip(package)

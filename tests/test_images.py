@@ -448,6 +448,9 @@ def test_folders_that_are_none_of_images(tmp_path, folder):
     photo(tmp_path / "flat/1.png", "red")
     assert "no images in class sub-folders" in error_of(tmp_path / "flat")
     assert "side = 0" in error_of(folder, side=0)
+    os.symlink(folder / "loop", folder / "loop")  # neither a folder nor a file
+    (folder / "empty").rmdir()
+    assert len(load(folder, side=4)["all"]) == 4
 
 
 # --- files of features ---

@@ -320,7 +320,8 @@ def load(
     path = _named_zip(str(source), data_dir) if str(source) in PACKED else Path(source)
     readers = {".zip": _read_packed, ".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.is_dir():
-        return _read_folder(path, side, splits, stage)
+        with _naming(path):
+            return _read_folder(path, side, splits, stage)
     if path.suffix.lower() not in readers or not path.is_file():
         found = f"a file of kind {path.suffix!r}" if path.exists() else "no such file or folder"
         raise McdiError(
