@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from mcdi_fast.study import __main__ as command
 from mcdi_fast.study import cells as study_cells
 from mcdi_fast.study.cells import scored
 from mcdi_fast.study.plan import CHANGES, METHODS, Cell, StudyConfig, plan, train_config
-from mcdi_fast.study.report import accuracy, joint_config, load_records, paired, pooled_interval, read_record, render
+from mcdi_fast.study.records import joint_config, load_records, read_record
+from mcdi_fast.study.report import accuracy, paired, pooled_interval, render
 from mcdi_fast.tasks import glyphs
 
 SMALL = (
@@ -104,10 +106,10 @@ def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys,
         "Which claims hold here",
         "Are generated heads new",
         "One change at a time",
-        "both with the same preparation",
+        "Both with the same preparation",
     ):
         assert word in text
-    assert "Reptile, whole network: 0 and 3 outer steps" in text
+    assert re.search(r"\| Reptile, whole network \([03] outer steps\) \|", text)
     for figure in ("accuracy", "segments", "theorem1", "chains"):
         assert (folder / "figures" / f"5way1shot-{figure}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -178,7 +180,7 @@ def test_features_of_several_views_have_a_table_of_their_own(options, tmp_path):
     common = [*ROWS, "--methods", "prototype", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "docs")]
     assert command.main([*common, "--run-dir", str(tmp_path / "a")]) == 0
     assert command.main([*common, "--run-dir", str(tmp_path / "b"), "--task.backbone.views", "3"]) == 0
-    assert [table["name"] for table in load_records(tmp_path / "docs", "glyphs")] == ["5way1shot", "5way1shot-views3"]
+    assert [table.name for table in load_records(tmp_path / "docs", "glyphs")] == ["5way1shot", "5way1shot-views3"]
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "## glyphs, 5-way 1-shot\n" in text
     assert "## glyphs, 5-way 1-shot, 3 views\n" in text
@@ -412,7 +414,7 @@ def test_older_records_of_the_same_settings_add_to_the_newest_and_others_stand_b
         )
 
     def found():
-        return {t["name"]: sorted(c["value"] for c in t["cells"]) for t in load_records(tmp_path, "glyphs")}
+        return {t.name: sorted(e["value"] for e in t.entries) for t in load_records(tmp_path, "glyphs")}
 
     write("2026-01-01", 1, 0, "another budget")
     write("2026-01-02", 2, 0, "old")

@@ -1,4 +1,4 @@
-"""Curvature, distances and diagnostics against autograd, eigvalsh and hand-made cases."""
+"""Curvature and distances against autograd, eigvalsh and hand-made cases."""
 
 import math
 from functools import partial
@@ -13,7 +13,6 @@ from mcdi_fast.evaluate import generate
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.study.analysis import (
-    diagnose,
     largest_eigenvalue,
     nearest_row_distance,
     novelty,
@@ -88,15 +87,3 @@ def test_novelty_sees_a_copy():
     assert copied["training_rows"] == 200
     assert copied["trained"]["median"] > 0.1 < copied["training"]["least"] * 10
     assert novelty(generator, new, new, training)["generated"] == copied["trained"]
-
-
-def test_diagnose_names_what_is_wrong():
-    generator, heads = make_generator(), 0.5 + 2 * torch.randn(20, WAYS, WIDTH + 1)
-    assert diagnose(generator, heads, 0.9) == []
-    (same,) = diagnose(generator, heads[:1].expand(20, -1, -1), 0.9)
-    assert "alike" in same
-    (chance,) = diagnose(generator, heads, 0.3)
-    assert "support accuracy 30 %, chance 25 %" in chance
-    assert any("times as large" in w for w in diagnose(generator, 100 * heads, 0.9))
-    assert any("collapses" in w for w in diagnose(generator, 0.5 + 0.01 * (heads - 0.5), 0.9))
-    assert any("not finite" in w for w in diagnose(generator, heads / 0, 0.9))

@@ -24,7 +24,8 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, write_json
 from mcdi_fast.study.cells import run_cell
 from mcdi_fast.study.plan import FREE, StudyConfig, check_study, default_study_config, plan, train_config
-from mcdi_fast.study.report import publish, render
+from mcdi_fast.study.records import publish
+from mcdi_fast.study.report import render
 from mcdi_fast.study.workshop import PausedError, Workshop
 from mcdi_fast.tasks import glyphs, omniglot
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily

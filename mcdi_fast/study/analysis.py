@@ -97,23 +97,3 @@ def novelty(generator: WeightGenerator, generated: Tensor, targets: Tensor, trai
     }
     distances = {name: {"median": float(d.double().median()), "least": float(d.min())} for name, d in found.items()}
     return {"training_rows": len(every), **distances}
-
-
-def diagnose(generator: WeightGenerator, heads: Tensor, support_accuracy: float) -> list[str]:
-    """What looks wrong with generated heads [B, ways, F + 1], in words, without a query label.
-
-    support_accuracy: share of support images that the heads get right.
-    """
-    x, chance = generator.normalizer.normalize(heads), 1 / heads.shape[1]
-    rms = float(x.square().mean().sqrt())
-    spread = float(x.std(0).square().mean().sqrt()) if len(x) > 1 else 1.0
-    warnings = {
-        "heads are not finite: the chain diverged; check the generator's normaliser and eta_noise": not heads.isfinite().all(),
-        f"heads are {rms:.1f} times as large as training targets: the chain diverges; train longer": rms > 3,
-        f"heads are {rms:.2f} of the size of training targets: the chain collapses to their mean": rms < 0.1,
-        f"heads of different tasks are alike (spread {spread:.2f}, expected about 1): the condition is ignored; are its values those the "
-        "generator was trained with, and do its tokens stand in the order of the classes?": spread < 0.1,
-        f"support accuracy {100 * support_accuracy:.0f} %, chance {100 * chance:.0f} %: features or the order of classes differ from "
-        "training, or it was far too short": support_accuracy < chance + 0.5 * (1 - chance),
-    }
-    return [text for text, holds in warnings.items() if holds]

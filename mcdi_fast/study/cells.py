@@ -21,7 +21,7 @@ from mcdi_fast.heads import head_gradient, prototype_head
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import read_json
-from mcdi_fast.study.analysis import diagnose, largest_eigenvalue, novelty, target_distances, weight_error
+from mcdi_fast.study.analysis import largest_eigenvalue, novelty, target_distances, weight_error
 from mcdi_fast.study.baselines import Start, adapt, reptile_step
 from mcdi_fast.study.plan import CHANGES, OBJECTIVES, REVISION, Cell, plan, train_config
 from mcdi_fast.study.workshop import Workshop
@@ -253,10 +253,7 @@ def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
             time_ms = {"adapt_ms": round(latency_ms(short, tasks), 4)}
             record["by_steps"][str(count)] = {**_scored(shop, cell, short(tasks), tasks), **time_ms}
     if cell.method != "ocd":
-        heads = adapt(tasks)
-        record["weight_error"] = weight_error(generator, heads, shop.targets(cell)[:, -1])
-        support_accuracy = float(shop.family(cell).scores(heads, tasks.support).mean())
-        record["health"] = {"warnings": diagnose(generator, heads, support_accuracy)}
+        record["weight_error"] = weight_error(generator, adapt(tasks), shop.targets(cell)[:, -1])
     return record
 
 
