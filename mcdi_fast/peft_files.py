@@ -23,7 +23,7 @@ _MATRIX_A = re.compile(r"(?<![^.])lora_(embedding_)?A(?![^.])")
 
 
 def is_adapted(name: str) -> bool:
-    """Whether a parameter of a peft model belongs to an adapter: a LoRA tensor, or one of a module in `modules_to_save`."""
+    """Whether a parameter belongs to an adapter: a LoRA tensor, or one of a module in `modules_to_save`."""
     return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
 
 
@@ -49,7 +49,7 @@ def save_adapter(folder: str | os.PathLike[str], state: Mapping[str, Tensor], co
     Args:
         folder: made with those above it.
         state: by the names of the module.
-        config: the `peft.LoraConfig` (`model.peft_config["default"]`), or the dict of another adapter's `adapter_config.json`.
+        config: the `peft.LoraConfig` (`model.peft_config["default"]`), or the dict of an `adapter_config.json`.
 
     Raises:
         McdiError: a config of another kind; a file that cannot be written.

@@ -48,7 +48,7 @@ def _wrapped(owner: nn.Module, local: str) -> bool:
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
-    """Every parameter and buffer by its dotted name, without what DataParallel, torch.compile and other wrappers put in.
+    """Every parameter and buffer by its dotted name, without what DataParallel, torch.compile and others put in.
 
     In the order of the modules, parameters before buffers in each. A tensor of several names stands under each of them.
     """
@@ -72,7 +72,7 @@ def slots(module: nn.Module) -> dict[str, Slot]:
 
 def joined(prefix: str, name: str) -> str:
     """The dotted name of `name` in the submodule `prefix`, "" for the module itself."""
-    return f"{prefix}.{name}" if prefix else name
+    return f"{prefix.removesuffix('.')}.{name}" if prefix else name
 
 
 def tensor_of(value: Any) -> Any:
@@ -119,7 +119,6 @@ def find(shapes: Mapping[str, tuple[int, ...]], module: nn.Module, prefix: str =
         places.setdefault(id(place.tensor), {})[id(place.owner), place.local] = place
     taken: dict[int, str] = {}
     found = {}
-    prefix = prefix.removesuffix(".")
     for name, shape in shapes.items():
         slot = all_slots.get(joined(prefix, name))
         if slot is None:
@@ -140,7 +139,7 @@ def find(shapes: Mapping[str, tuple[int, ...]], module: nn.Module, prefix: str =
 
 
 def advice(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> str:
-    """What to do about tensors that are not there by name: the prefix under which tensors of these shapes are, if any."""
+    """What to do about names that are not there: say the prefix under which tensors of these shapes are, if any."""
 
     def fits(name: str, shape: tuple[int, ...]) -> bool:
         actual = tuple(getattr(found.get(name), "shape", ()))
@@ -172,7 +171,7 @@ def call(
 ) -> Any:
     """`module(*args, **kwargs)` with these tensors and copies of its buffers. Then it is as before, attributes and all.
 
-    A forward pass may set attributes, as an old-style weight norm sets its weight; what it sets under vmap is dead outside.
+    A forward pass may set attributes, as an old-style weight norm sets its weight. After vmap they would be dead.
     """
     kept, owners = [], [owner for owner in module.modules() if not isinstance(owner, torch.jit.ScriptModule)]
     for owner in owners:

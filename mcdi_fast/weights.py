@@ -31,8 +31,8 @@ class LayoutEntry:
     """Tensors of one module that share tokens: each is [rows, -1], and they stand side by side in order.
 
     Attributes:
-        rows: tokens; the size of every tensor in its dimension of `axes`, or 1 for a tensor of at most one dimension that is
-            a token by itself.
+        rows: tokens; the size of every tensor in its dimension of `axes`, or 1 for a tensor of at most one dimension
+            that is a token by itself.
         names: names as in `module.named_parameters()` (or buffers).
         shapes: their shapes.
         axes: the dimension of each tensor that its tokens are taken from; 0 for all by default.
@@ -128,8 +128,8 @@ class WeightLayout:
             select: None takes every parameter. A sequence takes a parameter if its name or a dotted prefix of it (a
                 submodule's name) is in the sequence. A callable is asked for each name.
             exchangeable: whether tokens differ by their condition alone (class attribute).
-            buffers: True also takes floating-point buffers that a state dict holds, as the running statistics of a batch
-                norm. None warns where weights would be generated without the statistics that belong to them.
+            buffers: True also takes floating-point buffers that a state dict holds, such as running statistics of a
+                batch norm. None warns where weights would be generated without the statistics that belong to them.
 
         Raises:
             McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
@@ -142,14 +142,14 @@ class WeightLayout:
 
     @classmethod
     def lora(cls, module: nn.Module, select: Callable[[str], bool] | Sequence[str] | None = None) -> WeightLayout:
-        """The layout of LoRA matrices, a token a rank component: row j of lora_A [r, in] beside column j of lora_B [out, r].
+        """The layout of LoRA matrices, a token a rank component: row j of lora_A [r, in] beside column j of lora_B.
 
         A token an output unit, as `from_module` makes, would pad all of lora_B [out, r] to the width of lora_A [r, in].
 
         Args:
             module: one that peft has wrapped, or any with parameters so named.
-            select: as of `from_module`; None takes what an adapter file holds, that is every LoRA matrix and the modules in
-                `modules_to_save`, which lie as in `from_module`.
+            select: as of `from_module`; None takes what an adapter file holds, that is every LoRA matrix and the
+                modules in `modules_to_save`, which lie as in `from_module`.
 
         Raises:
             McdiError: as `from_module`; no LoRA matrix; a lora_A without its lora_B.
@@ -263,7 +263,7 @@ class WeightLayout:
         """Tokens [N, D] of a module or a state dict (further names in it are ignored). Differentiable; always a copy.
 
         Args:
-            source: where the tensors are; a state dict may hold NumPy arrays, and names as wrappers or peft's files have them.
+            source: where the tensors are; a state dict may hold NumPy arrays, and names of wrappers or of peft's files.
             dtype: of the result; default: the one all tensors promote to, so the round trip is bit-exact.
             prefix: dotted name of the submodule of `source` that the layout is of.
 
@@ -301,7 +301,7 @@ class WeightLayout:
         tensors: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             where = joined(prefix, name)
-            tensor = tensor_of(state.get(where, state.get(adapter_name(where))))
+            tensor = tensor_of(state.get(where if where in state else adapter_name(where)))
             if not isinstance(tensor, Tensor):
                 what = "missing" if tensor is None else f"of type {type(tensor).__name__}"
                 raise McdiError(
@@ -540,6 +540,7 @@ def _tensors_of(source: Any) -> Mapping[str, Any]:
         raise McdiError(
             f"state dict: {type(source).__name__}, expected a module or a dict of tensors by name; to pack many, give a list"
         )
+    source = {str(name): tensor for name, tensor in source.items()}
     plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in source.items()}
     while plain and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
@@ -636,8 +637,8 @@ class GeneratedWeights:
         Args:
             folder: made with those above it; gets `adapter_model.safetensors` and `adapter_config.json`.
             i: the task.
-            config: the `peft.LoraConfig` that the layout's module was made with (`model.peft_config["default"]`), or the dict
-                of another adapter's `adapter_config.json`.
+            config: the `peft.LoraConfig` of the layout's module (`model.peft_config["default"]`), or the dict of another
+                adapter's `adapter_config.json`.
 
         Raises:
             McdiError: i out of range; another config; a file that cannot be written.
@@ -672,9 +673,9 @@ class GeneratedWeights:
         What `torch.vmap` cannot run (an LSTM, a branch on a value) goes task by task, and a warning names it.
 
         Args:
-            module: of the layout's architecture, as in `load_into`. All that is outside the layout is shared by the tasks.
-            args: the input; a tuple of inputs; or a dict of inputs by keyword. Each tensor is [B, ...], task b's at b, on
-                the module's device. Whatever is no tensor is shared.
+            module: of the layout's architecture, as in `load_into`. What is outside the layout is shared by the tasks.
+            args: the input; a tuple of inputs; or a dict of inputs by keyword. Each tensor is [B, ...], task b's at b,
+                on the module's device. Whatever is no tensor is shared.
             kwargs: further inputs by keyword.
             prefix: dotted name of the submodule that the layout is of; the inputs are of `module`.
 
@@ -746,8 +747,8 @@ class Normalizer:
         Args:
             targets: floating point [tasks, k, N, D], as of a bank.
             mask: bool [N, D], `layout.mask`.
-            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up to
-                unit variance, a column that hardly ever moves (a nearly dead feature) has entries of a hundred deviations.
+            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up
+                to unit variance, a column that hardly moves (a nearly dead feature) has entries of a hundred deviations.
 
         Returns:
             mean and std on the CPU: the same row for every token, except for 0 and 1 on padding.

@@ -355,6 +355,7 @@ def test_a_part_of_a_network_by_prefix():
         assert "pass prefix='fc'" in error_of(call)
         assert "no parameter 'head.weight'" in (message := error_of(call, prefix="head")) or "is missing" in message
         call(prefix="fc")
+        call(prefix="fc.")
     found = weights.functional_call(nn.DataParallel(net), x, prefix="fc")
     for i in range(TASKS):
         weights.load_into(net, i, prefix="fc.")

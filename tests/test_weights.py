@@ -359,6 +359,7 @@ def test_packing_takes_arrays_and_lists():
     assert mixed.dtype == torch.float64
     for wrong in ([], [states, states[0]], [states[:2], states[:1]]):
         assert "state dicts" in error_of(layout.pack_batch, wrong)
+    assert "'weight' is missing" in error_of(layout.pack, {0: expected})
     for wrong in (None, "weights", 3, [3], expected):
         assert "expected a module or a dict" in error_of(layout.pack_batch, wrong)
     assert "'weight' is of type list" in error_of(layout.pack, {"weight": [[1.0]], "bias": [0.0]})
