@@ -22,9 +22,9 @@ from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_trajectory
 from mcdi_fast.inner import inner_loop, task_loss
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 from mcdi_fast.tasks import optimizer_steps
-from mcdi_fast.weights import Normalizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKEN, CONDITION, STEPS, DEPTH, RATE = 65, 64, 20, 2, 0.005

@@ -10,7 +10,8 @@ import mcdi_fast
 
 # beyond the names of the package itself
 MORE = {
-    "mcdi_fast.weights": ["Normalizer", "LayoutEntry"],
+    "mcdi_fast.weights": ["LayoutEntry"],
+    "mcdi_fast.normalizer": ["Normalizer"],
     "mcdi_fast.diffusion": [
         "Schedule",
         "Objective",

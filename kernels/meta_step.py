@@ -26,9 +26,9 @@ from mcdi_fast.kernels.inner_loop import InnerLoop
 from mcdi_fast.kernels.launch import pinned
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.outer_update import outer_update_
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.outer import OuterScalars, OuterState, named_views
 from mcdi_fast.ranks import ALONE, Ranks
-from mcdi_fast.weights import Normalizer
 
 EAGER_STEPS = 3  # before capture: they compile the kernels and settle the allocator
 RESIDENT_SHARE = (

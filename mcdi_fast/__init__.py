@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
     from mcdi_fast.diffusion import make_schedule, sample_chain
     from mcdi_fast.errors import McdiError
+    from mcdi_fast.generated import GeneratedWeights
     from mcdi_fast.generator import WeightGenerator
     from mcdi_fast.meta import fit
     from mcdi_fast.sampler import Sampler, StaticSampler
-    from mcdi_fast.weights import GeneratedWeights, WeightLayout
+    from mcdi_fast.weights import WeightLayout
 
 __all__ = [
     "DenoiserConfig",
@@ -34,10 +35,11 @@ _HOMES = {
     "config": ("DenoiserConfig", "DiffusionConfig", "MetaConfig"),
     "diffusion": ("make_schedule", "sample_chain"),
     "errors": ("McdiError",),
+    "generated": ("GeneratedWeights",),
     "generator": ("WeightGenerator",),
     "meta": ("fit",),
     "sampler": ("Sampler", "StaticSampler"),
-    "weights": ("GeneratedWeights", "WeightLayout"),
+    "weights": ("WeightLayout",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

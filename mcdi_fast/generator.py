@@ -25,6 +25,7 @@ from mcdi_fast.denoiser import (
 )
 from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
 from mcdi_fast.errors import McdiError
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
     FORMAT_VERSION,
     dumps,
@@ -35,7 +36,7 @@ from mcdi_fast.store import (
     show_path,
     write_json,
 )
-from mcdi_fast.weights import Normalizer, WeightLayout
+from mcdi_fast.weights import WeightLayout
 
 FILES = ("config.json", "model.safetensors")
 _NORMALIZERS = ("normalizer", "condition_normalizer")

@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
+from mcdi_fast.generated import GeneratedWeights
 from mcdi_fast.generator import FILES, WeightGenerator
 from mcdi_fast.noise import Seeds
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.weights import GeneratedWeights
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, snapshot_download

@@ -22,10 +22,10 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.inner import ORACLES, inner_loop
 from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_normal
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.store import load_tensors, save_tensors, show_path
-from mcdi_fast.weights import Normalizer
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep

@@ -19,9 +19,9 @@ from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, 
 from mcdi_fast.denoiser import FoldedDenoiser
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
+from mcdi_fast.generated import GeneratedWeights
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.noise import Seeds, philox_normal, seed_bits, seed_numbers
-from mcdi_fast.weights import GeneratedWeights
 
 if TYPE_CHECKING:
     from mcdi_fast.cpu_chain import PackedChain

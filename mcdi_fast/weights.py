@@ -1,13 +1,11 @@
-"""Weights of a module as tokens: one row an output unit, `[N tokens, D width]`, batched over tasks `[B, N, D]`."""
+"""Layouts: a module's weights as tokens, one row an output unit, `[N tokens, D width]`."""
 
 from __future__ import annotations
 
 import functools
 import math
-import operator
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.peft_files import adapter_name, is_adapted, partner, save_adapter
-from mcdi_fast.slots import advice, assign, call_tasks, checked_shape, find, joined, listed, slots, tensor_of
+from mcdi_fast.peft_files import adapter_name, is_adapted, partner
+from mcdi_fast.slots import advice, checked_shape, find, joined, listed, slots, tensor_of
 
 # Entries of one task's tokens, N * D: 1 GiB in float32. A layout from a stranger's file must not make us allocate more.
 MAX_ELEMENTS = 2**28
-_CHUNK_ENTRIES = 2**21  # of targets at a time: 16 MiB in float64
 _ONE_HOT_TOKENS = 512  # up to so many tokens a position is one-hot
 
 
@@ -339,7 +336,7 @@ class WeightLayout:
         Raises:
             McdiError: the last two dimensions are not [N, D].
         """
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         lead = tuple(tokens.shape[:-2])
         result: dict[str, Tensor] = {}
         start = 0
@@ -353,7 +350,8 @@ class WeightLayout:
             start += entry.rows
         return result
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise McdiError unless tokens are [..., N, D]."""
         if not isinstance(tokens, Tensor):
             raise McdiError(f"tokens: {type(tokens).__name__}, expected a tensor; convert them by torch.as_tensor")
         if tokens.ndim < 2 or tokens.shape[-2:] != (self.num_tokens, self.width):
@@ -559,265 +557,3 @@ def _warn_of_statistics(module: nn.Module, taken: Mapping[str, Any]) -> None:
                 stacklevel=3,
             )
             return
-
-
-def _index(i: Any) -> int:
-    try:
-        return operator.index(i)
-    except TypeError:
-        raise McdiError(f"task {i!r:.40}: {type(i).__name__}, expected an integer") from None
-
-
-@dataclass(frozen=True, eq=False)
-class GeneratedWeights:
-    """Weights of B modules.
-
-    Attributes:
-        layout: how they lie.
-        tokens: [B, N, D], floating point.
-
-    Raises:
-        McdiError: on construction, for tokens of another shape.
-    """
-
-    layout: WeightLayout
-    tokens: Tensor
-
-    def __post_init__(self) -> None:
-        """Check the shape."""
-        tokens = tensor_of(self.tokens)
-        object.__setattr__(self, "tokens", tokens)
-        self.layout._check_tokens(tokens)
-        if tokens.ndim != 3 or not tokens.is_floating_point():
-            raise McdiError(
-                f"tokens: {tokens.dtype} of shape {list(tokens.shape)}, expected floating point [B, N, D]; "
-                "stack one task's tokens by tokens[None]"
-            )
-
-    def __len__(self) -> int:
-        """B."""
-        return len(self.tokens)
-
-    def __getitem__(self, i: int | slice) -> Any:
-        """Task i's `state_dict` (a negative i counts from the end), or GeneratedWeights of a slice."""
-        if isinstance(i, slice):
-            return GeneratedWeights(self.layout, self.tokens[i])
-        i = _index(i)
-        return self.state_dict(i + len(self) if i < 0 else i)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Each task's parameters in turn."""
-        return (self.state_dict(i) for i in range(len(self)))
-
-    def _tensors(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Parameters and buffers by name. A generated variance may fall below 0, and a batch norm takes its root."""
-        return {
-            name: tensor.clamp_min(0) if name.endswith("running_var") else tensor
-            for name, tensor in self.layout.unpack(tokens).items()
-        }
-
-    def _task(self, i: int) -> dict[str, Tensor]:
-        i = _index(i)
-        if not 0 <= i < len(self):
-            raise McdiError(
-                f"task {i}: out of range, expected 0 to {len(self) - 1} ({len(self)} tasks); give one of these"
-            )
-        return self._tensors(self.tokens[i].detach())
-
-    def state_dict(self, i: int) -> dict[str, Tensor]:
-        """Task i's parameters by name: copies of their own, detached, in the tokens' dtype, on their device.
-
-        Only the parameters of the layout: load it with `strict=False` where the module has more, or use `load_into`.
-        """
-        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._task(i).items()}
-
-    def save_peft(self, folder: str | os.PathLike[str], i: int, config: Any) -> None:
-        """Write task i's adapter as peft does: `peft.PeftModel.from_pretrained(base_model, folder)` loads it.
-
-        Args:
-            folder: made with those above it; gets `adapter_model.safetensors` and `adapter_config.json`.
-            i: the task.
-            config: the `peft.LoraConfig` of the layout's module (`model.peft_config["default"]`), or the dict of another
-                adapter's `adapter_config.json`.
-
-        Raises:
-            McdiError: i out of range; another config; a file that cannot be written.
-        """
-        save_adapter(folder, self._task(i), config)
-
-    def load_into(self, module: nn.Module, i: int, prefix: str = "") -> None:
-        """Copy task i's weights into the module's parameters, in place, in each parameter's dtype and device.
-
-        A parameter on the meta device (`torch.device("meta")`, accelerate's `init_empty_weights`) is replaced by one on
-        the tokens' device.
-
-        Args:
-            module: of the layout's architecture; also one that DataParallel or `torch.compile` wraps.
-            i: the task.
-            prefix: dotted name of the submodule that the layout is of, such as "fc" for a network's head.
-
-        Raises:
-            McdiError: i out of range; a parameter missing or of another shape. Then the module is unchanged.
-        """
-        tensors = self._task(i)
-        places = find(self.layout.shapes, module, prefix)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                assign(places[name], tensor)
-
-    def functional_call(
-        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, prefix: str = ""
-    ) -> Any:
-        """The module's outputs for all B tasks at once, each with its own weights; the module is left as it is.
-
-        What `torch.vmap` cannot run (an LSTM, a branch on a value) goes task by task, and a warning names it.
-
-        Args:
-            module: of the layout's architecture, as in `load_into`. What is outside the layout is shared by the tasks.
-            args: the input; a tuple of inputs; or a dict of inputs by keyword. Each tensor is [B, ...], task b's at b,
-                on the module's device. Whatever is no tensor is shared.
-            kwargs: further inputs by keyword.
-            prefix: dotted name of the submodule that the layout is of; the inputs are of `module`.
-
-        Returns:
-            The module's output, [B, ...] for each tensor in it (also in tuples, lists and dicts): what
-            `load_into(module, b); module(x[b])` gives for each b. Differentiable in tokens and inputs.
-
-        Raises:
-            McdiError: another B; a parameter missing, of another shape or without values; a norm that would update
-                running statistics; an output that cannot be stacked.
-        """
-        places = find(self.layout.shapes, module, prefix)
-        for name, child in module.named_modules():
-            # Each task would update them, and none of the updates would stay.
-            if child.training and getattr(child, "track_running_stats", False):
-                raise McdiError(
-                    f"module: {name!r} ({type(child).__name__}) would update its running statistics; "
-                    "call module.eval() first"
-                )
-        tensors = []
-        for name, tensor in self._tensors(self.tokens).items():
-            target = places[name][0].tensor
-            tensors.append((places[name], tensor.to(tensor.device if target.is_meta else target.device, target.dtype)))
-        if isinstance(args, Mapping):
-            args, kwargs = (), {**args, **(kwargs or {})}
-        return call_tasks(module, tensors, len(self), args if isinstance(args, tuple) else (args,), kwargs or {})
-
-
-@dataclass(frozen=True, eq=False)
-class Normalizer:
-    """Column statistics of targets: `normalize` gives columns mean 0 and deviation 1, and leaves padding exactly 0.
-
-    Rows that are all alike become one row, which serves any number of tokens.
-
-    Attributes:
-        mean: float32 [N or 1, D]; 0 where padded.
-        std: float32 [N or 1, D], positive; 1 where padded and where a column is constant.
-
-    Raises:
-        McdiError: on construction, for other shapes or dtypes, entries that are not finite, std not positive.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __post_init__(self) -> None:
-        """Check: it may come from a stranger's file."""
-        for name, tensor in (("mean", self.mean), ("std", self.std)):
-            if tensor.ndim != 2 or tensor.dtype != torch.float32 or tensor.shape != self.mean.shape:
-                raise McdiError(
-                    f"normalizer: {name} is {tensor.dtype} {list(tensor.shape)}, expected float32 [N or 1, D], "
-                    "mean and std alike; fit it again"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise McdiError(f"normalizer: {name} has entries that are not finite; fit it again")
-        if not bool((self.std > 0).all()):
-            raise McdiError(f"normalizer: std has entry {float(self.std.min())}, expected positive ones; fit it again")
-        if len(self.mean) > 1 and bool(((self.mean == self.mean[:1]) & (self.std == self.std[:1])).all()):
-            object.__setattr__(self, "mean", self.mean[:1])
-            object.__setattr__(self, "std", self.std[:1])
-
-    @classmethod
-    def fit(cls, targets: Tensor, mask: Tensor, floor: float = 0.0) -> Normalizer:
-        """Mean and (population) deviation of every column, over tasks, segments and those tokens that have the column.
-
-        Two passes in float64, a chunk of tasks at a time. A column whose deviation is within float32's rounding of its
-        largest entry is constant: its deviation becomes 1, so that rounding is not blown up to unit variance.
-
-        Args:
-            targets: floating point [tasks, k, N, D], as of a bank.
-            mask: bool [N, D], `layout.mask`.
-            floor: least deviation of a column as a share of the root mean square of all columns' deviations. Blown up
-                to unit variance, a column that hardly moves (a nearly dead feature) has entries of a hundred deviations.
-
-        Returns:
-            mean and std on the CPU: the same row for every token, except for 0 and 1 on padding.
-
-        Raises:
-            McdiError: other shapes; no task; an entry that is not finite (names the task).
-        """
-        if mask.ndim != 2 or mask.dtype != torch.bool or targets.ndim != 4 or targets.shape[2:] != mask.shape:
-            raise McdiError(
-                f"targets: shape {list(targets.shape)} with mask {mask.dtype} {list(mask.shape)}, "
-                "expected [tasks, k, N, D] with bool [N, D]; pass layout.mask"
-            )
-        if not targets.is_floating_point() or targets.shape[0] == 0 or targets.shape[1] == 0:
-            raise McdiError(
-                f"targets: {targets.dtype} {list(targets.shape)}, expected floating point with at least one "
-                "task and segment; prepare trajectories first"
-            )
-        mask = mask.to(targets.device)
-        chunk = max(1, _CHUNK_ENTRIES // max(1, targets[0].numel()))  # tasks
-        count = targets.shape[0] * targets.shape[1] * mask.sum(0, dtype=torch.float64).clamp(min=1)  # [D]
-        total = torch.zeros_like(count)
-        largest = torch.zeros_like(count)
-        for start in range(0, targets.shape[0], chunk):
-            part = targets[start : start + chunk].double().masked_fill(~mask, 0)
-            finite = torch.isfinite(part).flatten(1).all(1)
-            if not bool(finite.all()):
-                task = start + int((~finite).nonzero()[0])
-                raise McdiError(
-                    f"targets: task {task} has entries that are not finite, expected finite weights; "
-                    "drop it or prepare it again"
-                )
-            total += part.sum((0, 1, 2))
-            largest = torch.maximum(largest, part.abs().amax((0, 1, 2)))
-        mean = total / count
-        squares = torch.zeros_like(count)
-        for start in range(0, targets.shape[0], chunk):
-            part = (targets[start : start + chunk].double() - mean).masked_fill(~mask, 0)
-            squares += part.square().sum((0, 1, 2))
-        std = (squares / count).sqrt()
-        single = torch.finfo(torch.float32)
-        constant = std <= (largest * single.eps).clamp(min=single.tiny)
-        std = torch.where(constant, 1.0, std)
-        if floor > 0 and not bool(constant.all()):
-            std = std.clamp_min(floor * float(std[~constant].square().mean().sqrt()))
-        return cls(
-            torch.where(mask, mean, 0.0).float().cpu().contiguous(),
-            torch.where(mask, std, 1.0).float().cpu().contiguous(),
-        )
-
-    def to(self, device: torch.device | str) -> Normalizer:
-        """The same on another device."""
-        return Normalizer(self.mean.to(device), self.std.to(device))
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x - mean) / std for x [..., N, D]. Raises McdiError for another shape."""
-        self._check(x)
-        return (x - self.mean.to(x.device)) / self.std.to(x.device)
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        """x * std + mean for x [..., N, D]: undoes `normalize` up to rounding. Raises McdiError for another shape."""
-        self._check(x)
-        return x * self.std.to(x.device) + self.mean.to(x.device)
-
-    def _check(self, x: Tensor) -> None:
-        rows, width = self.mean.shape
-        if not x.is_floating_point():
-            raise McdiError(f"normalizer: tokens of {x.dtype}, expected floating point; convert them by .float()")
-        if x.ndim < 2 or x.shape[-1] != width or (rows != 1 and x.shape[-2] != rows):
-            raise McdiError(
-                f"normalizer: tokens of shape {list(x.shape)}, expected [..., {'N' if rows == 1 else rows}, {width}]; "
-                "they belong to another layout"
-            )

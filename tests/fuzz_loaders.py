@@ -23,8 +23,9 @@ with atheris.instrument_imports(include=["mcdi_fast", "zipfile"]):
     from mcdi_fast.config import DiffusionConfig
     from mcdi_fast.denoiser import init_parameters
     from mcdi_fast.errors import McdiError
+    from mcdi_fast.normalizer import Normalizer
     from mcdi_fast.tasks import omniglot
-    from mcdi_fast.weights import Normalizer, WeightLayout
+    from mcdi_fast.weights import WeightLayout
 
 FOLDER = Path(tempfile.mkdtemp())
 LAYOUT = WeightLayout.from_module(torch.nn.Linear(1, 1))

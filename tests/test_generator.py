@@ -13,7 +13,8 @@ from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import OBJECTIVES
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.weights import Normalizer, WeightLayout
+from mcdi_fast.normalizer import Normalizer
+from mcdi_fast.weights import WeightLayout
 
 LAYOUT = WeightLayout.from_module(nn.Linear(4, 3))  # N = 3, D = 5
 C, H, L = 6, 8, 2

@@ -63,7 +63,7 @@ import torch
 from torch import nn
 from mcdi_fast import DiffusionConfig, Sampler, WeightGenerator, WeightLayout
 from mcdi_fast.denoiser import init_parameters
-from mcdi_fast.weights import Normalizer
+from mcdi_fast.normalizer import Normalizer
 layout = WeightLayout.from_module(nn.Linear(4, 3), exchangeable=True)
 one = Normalizer(torch.zeros(1, 5), torch.ones(1, 5)), Normalizer(torch.zeros(1, 2), torch.ones(1, 2))
 generator = WeightGenerator(init_parameters(5, 2, 20, 8, 1, 0), layout, *one, DiffusionConfig())

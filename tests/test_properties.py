@@ -32,8 +32,8 @@ from mcdi_fast import (
 )
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.meta import MetaTrainer
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.tasks import find_family
-from mcdi_fast.weights import Normalizer
 
 
 def cases(count):

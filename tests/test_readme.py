@@ -10,9 +10,9 @@ from mcdi_fast.backbone import conv4, weights_digest
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.heads import head_layout
 from mcdi_fast.noise import draw_generator
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import make_folder, save_tensors
 from mcdi_fast.tasks import TaskBatch, check_family
-from mcdi_fast.weights import Normalizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -16,8 +16,9 @@ from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
 from mcdi_fast.meta import fit
 from mcdi_fast.noise import philox_normal
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.weights import Normalizer, WeightLayout
+from mcdi_fast.weights import WeightLayout
 
 C, T = 6, 9
 PLAIN = nn.Linear(4, 3)  # N = 3, D = 5

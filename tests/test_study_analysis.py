@@ -11,6 +11,7 @@ from mcdi_fast import DiffusionConfig, WeightGenerator
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.evaluate import generate
 from mcdi_fast.heads import head_gradient, head_layout, support_condition
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.study.analysis import (
     largest_eigenvalue,
@@ -20,7 +21,6 @@ from mcdi_fast.study.analysis import (
     weight_error,
 )
 from mcdi_fast.tasks import TaskBatch
-from mcdi_fast.weights import Normalizer
 
 TASKS, WAYS, ROWS, WIDTH = 3, 4, 9, 5
 

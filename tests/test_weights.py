@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mcdi_fast import weights as weights_module
+from mcdi_fast import normalizer
 from mcdi_fast.errors import McdiError
-from mcdi_fast.weights import GeneratedWeights, LayoutEntry, Normalizer, WeightLayout
+from mcdi_fast.generated import GeneratedWeights
+from mcdi_fast.normalizer import Normalizer
+from mcdi_fast.weights import LayoutEntry, WeightLayout
 
 
 class TiedMLP(nn.Module):
@@ -702,7 +704,7 @@ def test_normalizer_statistics(monkeypatch):
     targets = torch.randn(11, 2, 5, 5) * torch.tensor([1e-3, 1.0, 1e4, 2.0, 3.0]) + torch.tensor([5.0, 0.1, 1e5, -1, 0])
     targets[..., ~layout.mask] = 99  # padding counts for nothing
     whole = Normalizer.fit(targets, layout.mask)
-    monkeypatch.setattr(weights_module, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(normalizer, "_CHUNK_ENTRIES", 1)
     by_one = Normalizer.fit(targets, layout.mask)
     torch.testing.assert_close(whole.mean, by_one.mean)
     torch.testing.assert_close(whole.std, by_one.std)
@@ -748,7 +750,7 @@ def test_constant_columns_get_deviation_one():
 def test_normalizer_errors(monkeypatch):
     mask = torch.ones(3, 4, dtype=torch.bool)
     targets = torch.randn(9, 2, 3, 4)
-    monkeypatch.setattr(weights_module, "_CHUNK_ENTRIES", 4 * targets[0].numel())
+    monkeypatch.setattr(normalizer, "_CHUNK_ENTRIES", 4 * targets[0].numel())
     for value in (float("nan"), float("inf")):
         bad = targets.clone()
         bad[7, 1, 2, 3] = value

@@ -11,9 +11,9 @@ from torch.func import jvp
 
 from mcdi_fast.evaluate import generate
 from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import TaskBatch
-from mcdi_fast.weights import Normalizer
 
 _NOVELTY_CHUNK = 500  # rows compared at a time
 
