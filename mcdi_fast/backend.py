@@ -4,7 +4,7 @@
 - impl="triton": the kernels of `mcdi_fast.kernels`. Raises McdiError, saying why, where they cannot run: no CUDA device (and no
   TRITON_INTERPRET=1), a GPU that is too old, an operation that has no kernel for what was asked.
 - impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise the kernels on a GPU wherever there is one
-  for what was asked, and torch everywhere else; but a chain of few tasks on a CPU is compiled code where numba is installed (cpu_chain.py).
+  for what was asked, and torch everywhere else (which is said once on a GPU); but a chain of few tasks on a CPU is compiled code where numba is installed (cpu_chain.py).
 
 TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
 
@@ -14,6 +14,7 @@ Triton itself is imported only where kernels run: it costs a quarter of a second
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +74,12 @@ def resolve(impl: str, device: torch.device | str, missing: str | None = None) -
         raise McdiError(f"{source} = {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     device = torch.device(device)
     if impl == "auto":
-        return "triton" if device.type == "cuda" and not missing and _triton() else "torch"
+        if device.type != "cuda" or _triton() is None:
+            return "torch"
+        trouble = missing or (_unsupported(_number(device)) if torch.cuda.is_available() else "")
+        if trouble:
+            _say_once(f"torch computes on {device}, not the Triton kernels: {trouble}")
+        return "torch" if trouble else "triton"
     if impl == "triton":
         if missing:
             raise McdiError(f"{source} = 'triton' cannot run: {missing}; use impl='torch'")
@@ -110,9 +116,18 @@ def check_runs(device: torch.device, what: str) -> None:
         )
     if device.type != "cuda":
         raise McdiError(f"{what} cannot run on device {device}: move the tensors to a CUDA device, or use impl='torch'")
-    trouble = _unsupported(device.index if device.index is not None else torch.cuda.current_device())
+    trouble = _unsupported(_number(device))
     if trouble:
         raise McdiError(f"{what} cannot run: {trouble}; use impl='torch'")
+
+
+def _number(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 @lru_cache

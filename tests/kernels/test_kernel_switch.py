@@ -1,5 +1,6 @@
 """The switch, and what importing the kernels may not need or do. Run in processes of their own, for the environment decides at import."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,10 @@ import torch
 from mcdi_fast import backend as impl
 from mcdi_fast.backend import interpreted, resolve
 from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import recording
+from mcdi_fast.kernels.meta_step import MetaStep
+from mcdi_fast.kernels.noise_batch import noise_batch
+from mcdi_fast.kernels.normal_noise import normal_noise
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,8 +169,48 @@ def test_a_gpu_that_is_too_old(capability, message, monkeypatch):
     if message:
         with pytest.raises(McdiError, match=r"impl = 'triton' cannot run: cuda:0 \(Old\).*use impl='torch'"):
             resolve("triton", "cuda")
+        impl._say_once.cache_clear()
+        with pytest.warns(UserWarning, match=r"torch computes on cuda, not the Triton kernels: cuda:0 \(Old\)") as said:
+            assert [resolve("auto", "cuda"), resolve("auto", "cuda")] == ["torch", "torch"]
+        assert len(said) == 1
     else:
-        assert resolve("triton", "cuda") == "triton"
+        assert resolve("triton", "cuda") == resolve("auto", "cuda") == "triton"
+
+
+def test_grids_fit_a_gpu():
+    """Only the first dimension of a grid may exceed 65,535: what grows with tasks or numbers stands there."""
+    with recording() as launches:
+        normal_noise(torch.zeros(2, dtype=torch.int64), (70_000, 1_000), mask=None, out=torch.empty(2, 70_000, 1_000))
+        noise_batch(
+            torch.empty(1, 300, 10_000), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 5, 5, dtype=torch.int64), 0,
+            torch.zeros(1, dtype=torch.int64), torch.empty(1, 1, 5),
+        )  # fmt: skip
+    for launch in launches:
+        assert launch.grid[0] > 65_535
+        assert len(launch.grid) == 1
+
+
+def test_a_capture_lets_other_threads_be(monkeypatch):
+    """In "global" mode an allocation of any thread of the process would end it."""
+    asked = {}
+
+    class Step(MetaStep):
+        def __init__(self):
+            self.device = torch.device("cuda", 0)
+
+        def _run(self):
+            asked["run"] = True
+
+    @contextlib.contextmanager
+    def graph(graph, **options):
+        asked.update(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    assert Step()._capture() == "graph"
+    assert asked == {"capture_error_mode": "thread_local", "run": True}
 
 
 @pytest.mark.slow
