@@ -7,7 +7,7 @@ the top level.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -75,6 +75,22 @@ def launch(
     check_runs(device, what)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **(options or {}))
+
+
+def compiled(device: torch.device) -> bool:
+    """Whether launches go to a GPU, whose programs run at the same time, or are listed for one; the interpreter's go one by one."""
+    return _recording.get() is not None or (device.type == "cuda" and not interpreted())
+
+
+def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """`run` as a CUDA graph: a call launches all of it at once, on the memory of the capture. Run it before, for kernels compile at first.
+
+    Other threads of the process may allocate and wait meanwhile ("thread_local").
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
 
 
 def chip(device: torch.device) -> Chip:

@@ -13,6 +13,7 @@ run it).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from mcdi_fast.denoiser import Parameters
 from mcdi_fast.diffusion import Draws, InnerBatch
 from mcdi_fast.inner import prefer_stacked
 from mcdi_fast.kernels.inner_loop import InnerLoop
-from mcdi_fast.kernels.launch import pinned
+from mcdi_fast.kernels.launch import capture, pinned
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.outer_update import outer_update_
 from mcdi_fast.normalizer import Normalizer
@@ -115,7 +116,7 @@ class MetaStep:
         self._failed_losses = torch.zeros_like(self._losses)
         self._skipped = torch.zeros_like(self._failed)
         self._steps_taken = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
 
     def _move_bank(self) -> tuple[Tensor, Tensor] | None:
         """The whole bank on the device, targets [tasks * k, N, D], where it fits."""
@@ -139,25 +140,14 @@ class MetaStep:
             chosen = targets[torch.arange(len(targets)), draws.segment]
             self._copy(self._target, chosen)
             self._copy(self._condition, condition)
-        if self._graph is not None:
-            self._graph.replay()
-        elif self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:
-            self._graph = self._capture()
-            self._graph.replay()
-        else:
-            self._run()
+        if self._replay is None and self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:
+            self._replay = capture(self._run, self.device)
+        (self._replay or self._run)()
         self._steps_taken += 1
         return self.loss
 
     def _copy(self, there: Tensor, here: Tensor) -> None:
         there.copy_(pinned(here, self.device), non_blocking=True)
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads of the process may allocate and wait meanwhile
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._run()
-        return graph
 
     @torch.no_grad()
     def _run(self) -> None:

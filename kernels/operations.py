@@ -21,11 +21,13 @@ from mcdi_fast.kernels import inner_loop as inner
 from mcdi_fast.kernels import noise_batch as noise
 from mcdi_fast.kernels import normal_noise as normals
 from mcdi_fast.kernels import outer_update as outer
+from mcdi_fast.kernels import resident_chain as resident
 from mcdi_fast.kernels import residual_loss as loss
 from mcdi_fast.kernels import run_chain as chain
 from mcdi_fast.kernels import sam_adam as steps
 from mcdi_fast.kernels import task_linear as linear
 from mcdi_fast.kernels import weight_update as update
+from mcdi_fast.kernels.chain_weights import pack_weights, run_chain_ref
 from mcdi_fast.kernels.launch import padded
 from mcdi_fast.outer import OuterScalars, OuterState
 
@@ -352,7 +354,7 @@ def chain_inputs(z: Sizes, make: Maker, dtype: torch.dtype = torch.float32) -> d
     now, coefficients = chain_table(schedule, objective)
     phi = {name: 0.5 * value for name, value in make.phi(z).items()}
     return {
-        "weights": chain.pack_weights(FoldedDenoiser(phi), dtype), "x": make.normal(z.chains, z.tokens, z.width),
+        "weights": pack_weights(FoldedDenoiser(phi), dtype), "x": make.normal(z.chains, z.tokens, z.width),
         "condition": make.normal(z.chains, z.tokens, z.condition), "steps": now.to(make.device),
         "coefficients": coefficients.float().to(make.device),
     }  # fmt: skip
@@ -409,16 +411,26 @@ OPERATIONS = [
         "head_trajectory", heads.head_trajectory, heads.head_trajectory_ref, _head_trajectory, _head_work, PRECISIONS,
         depth=lambda z: 4 * z.adam_steps,
     ),
-    Operation("run_chain", chain.run_chain, chain.run_chain_ref, chain_inputs, chain_work, PRECISIONS, depth=lambda z: 6 * z.steps),
     Operation(
-        "run_chain from bf16", chain.run_chain, chain.run_chain_ref, lambda z, make: chain_inputs(z, make, torch.bfloat16), chain_work,
+        "resident_chain", resident.resident_chain, run_chain_ref, lambda z, make: chain_inputs(replace(z, chains=1), make),
+        lambda z: chain_work(replace(z, chains=1)), depth=lambda z: 6 * z.steps,
+    ),
+    Operation("run_chain", chain.run_chain, run_chain_ref, chain_inputs, chain_work, PRECISIONS, depth=lambda z: 6 * z.steps),
+    Operation(
+        "run_chain from bf16", chain.run_chain, run_chain_ref, lambda z, make: chain_inputs(z, make, torch.bfloat16), chain_work,
         ("bf16",), depth=lambda z: 6 * z.steps,
     ),
 ]  # fmt: skip
 
 
-def each(sizes: Sizes) -> Iterator[tuple[str, Operation, Sizes, str | None]]:
-    """(name, operation, sizes, precision) of every configuration to compile, check and time at these sizes."""
+def each(sizes: Sizes, chains: tuple[int, ...] = ()) -> Iterator[tuple[str, Operation, Sizes, str | None]]:
+    """(name, operation, sizes, precision) of every configuration to compile, check and time at these sizes.
+
+    chains: further numbers of tasks of `run_chain`, which takes another kernel or other blocks for them.
+    """
     for operation in OPERATIONS:
-        for precision in operation.precisions or (None,):
-            yield " ".join(filter(None, (operation.name, precision))), operation, sizes, precision
+        for count in (sizes.chains, *(chains if operation.run is chain.run_chain else ())):
+            for precision in operation.precisions or (None,):
+                tasks = f"{count} tasks" if operation.run is chain.run_chain else None
+                name = " ".join(filter(None, (operation.name, precision, tasks)))
+                yield name, operation, replace(sizes, chains=count), precision

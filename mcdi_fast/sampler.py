@@ -25,7 +25,7 @@ from mcdi_fast.noise import Seeds, philox_normal, seed_bits, seed_numbers
 
 if TYPE_CHECKING:
     from mcdi_fast.cpu_chain import PackedChain
-    from mcdi_fast.kernels.run_chain import ChainWeights
+    from mcdi_fast.kernels.chain_weights import ChainWeights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
@@ -226,7 +226,7 @@ class Sampler:
         return packed[1]
 
     def _kernel_weights(self) -> ChainWeights:
-        from mcdi_fast.kernels.run_chain import pack_weights
+        from mcdi_fast.kernels.chain_weights import pack_weights
 
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         return self._packed_as(lambda folded: pack_weights(folded, dtype))

@@ -8,6 +8,7 @@ Run by test_kernel_switch.py in a process of its own.
 import torch
 
 from mcdi_fast.config import PrepareConfig
+from mcdi_fast.kernels.chain_weights import ChainWeights
 from mcdi_fast.kernels.head_trajectory import head_trajectory
 from mcdi_fast.kernels.inspect import TARGETS, compile_launch
 from mcdi_fast.kernels.launch import recording
@@ -15,8 +16,8 @@ from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.normal_noise import normal_noise
 from mcdi_fast.kernels.outer_update import outer_update_
 from mcdi_fast.kernels.residual_loss import residual_loss
-from mcdi_fast.kernels.run_chain import ChainWeights, run_chain
 from mcdi_fast.kernels.sam_adam import adam_step_, sam_ascent
+from mcdi_fast.kernels.streamed_chain import streamed_chain
 from mcdi_fast.kernels.task_linear import Broadcast, task_linear
 from mcdi_fast.kernels.weight_update import reptile_delta_, sgd_step_
 from mcdi_fast.outer import OuterState
@@ -71,6 +72,6 @@ with recording() as launches:
                     ones(32, 32), ones(32, 32), ones(1, 1, 32), ones(64, 32), ones(32, 64), ones(32, 32)
                 )
                 x, mask = f32(1, tokens, 1), f32(tokens, 1)
-                run_chain(weights, x, ones(1, tokens, 1), index(1), f32(1, 3), mask, precision=p)
+                streamed_chain(weights, x, ones(1, tokens, 1), index(1), f32(1, 3), mask, precision=p)
 compiled = {compile_launch(launch, TARGETS["cuda:90"].gpu).hash for launch in launches}
 print(f"compiled {len({launch.kernel.__name__ for launch in launches})} kernels in {len(compiled)} forms")

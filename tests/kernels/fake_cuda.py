@@ -18,10 +18,10 @@ from mcdi_fast.denoiser import FoldedDenoiser, parameter_shapes
 from mcdi_fast.diffusion import Draws, chain_table, make_objective, make_schedule
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
+from mcdi_fast.kernels.chain_weights import pack_weights
 from mcdi_fast.kernels.head_trajectory import fits, head_trajectory
 from mcdi_fast.kernels.launch import recording
 from mcdi_fast.kernels.meta_step import MetaStep
-from mcdi_fast.kernels.run_chain import pack_weights
 from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import optimizer_steps
@@ -177,7 +177,7 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
         found = sampler.sample(torch.empty(7, n, c, device=cuda), torch.zeros(7, dtype=torch.int64, device=cuda))
         assert found.tokens.device == cuda
         found = names(launched)
-        assert found == ["normal_noise_kernel", "run_chain_kernel"], found
+        assert found == ["normal_noise_kernel", "streamed_chain_kernel"], found
         print(f"sampler, {'with' if mask is not None else 'no'} padding: {len(found)} launches")
 
     for ways, features in ((5, 64), (200, 300)):

@@ -8,7 +8,12 @@ from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.diffusion import chain_table, make_objective, make_schedule
 from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.run_chain import chain_blocks, pack_weights, run_chain, run_chain_ref
+from mcdi_fast.kernels.chain_weights import pack_weights, run_chain_ref
+from mcdi_fast.kernels.launch import HOPPER, Chip, recording
+from mcdi_fast.kernels.operations import DEFAULT, Maker, chain_inputs
+from mcdi_fast.kernels.resident_chain import fits, resident_chain
+from mcdi_fast.kernels.run_chain import run_chain
+from mcdi_fast.kernels.streamed_chain import chain_blocks
 
 
 def case(b, n, d, c, hidden, depth, steps):
@@ -86,6 +91,79 @@ def test_many_tasks_a_program_and_per_task_bits():
     together = run_chain(weights, x, condition, *table(schedule), out=x)
     assert together is x
     same_bits(together[3:], alone)
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    [
+        ((2, 5, 13, 7, 32, 2, 3), False),
+        ((3, 3, 4, 5, 17, 1, 2), True),
+        ((1, 5, 7, 3, 20, 3, 2), True),
+        ((1, 16, 33, 2, 9, 2, 1), False),
+    ],
+)
+def test_resident_phase_by_phase(shape, masked):
+    """The code of the one launch, a phase at a time: the interpreter's programs cannot wait for each other."""
+    phi, schedule, x, condition = case(*shape)
+    mask = None
+    if masked:
+        mask = torch.ones(*x.shape[1:], device=DEVICE)
+        mask[-1, 3:] = 0
+        x = x * mask
+    weights, (steps, coefficients) = packed(phi), table(schedule)
+    found = resident_chain(weights, x, condition, steps, coefficients, mask, out=poisoned(*x.shape), fused=False)
+    double = replace(weights, **{name: value.double() for name, value in vars(weights).items()})
+    exact = run_chain_ref(double, x.double(), condition.double(), steps, coefficients.double(), mask)
+    assert_close(found, exact, run_chain_ref(weights, x, condition, steps, coefficients, mask))
+    again = x.clone()
+    assert resident_chain(weights, again, condition, steps, coefficients, mask, out=again, fused=False) is again
+    assert torch.equal(again, found)
+
+
+def test_resident_does_not_wait_for_ever():
+    """A phase whose packets nobody has written gives NaN after the polls it was given."""
+    phi, schedule, x, condition = case(1, 3, 4, 5, 17, 1, 2)
+    weights, (steps, coefficients) = packed(phi), table(schedule)
+    with recording() as launches:
+        resident_chain(
+            weights, x, condition, steps, coefficients, out=(out := poisoned(*x.shape)), fused=False, polls=3
+        )
+    last = launches[-1]
+    last.kernel[last.grid](**last.arguments)
+    assert bool(out.isnan().all())
+    assert last.arguments["polls"] == 3
+
+
+def test_which_chain():
+    """A few small tasks are spread over the chip; more, larger ones, or another make of chip are not."""
+
+    def chosen(chip=HOPPER, **sizes):
+        z = replace(DEFAULT, **sizes)
+        with recording(chip) as launches:
+            run_chain(**chain_inputs(z, Maker()))
+        (one,) = launches
+        assert one.options.get("launch_cooperative_grid", False) == (one.kernel.__name__ == "resident_chain_kernel")
+        return one.kernel.__name__.removesuffix("_kernel"), one.grid[0]
+
+    assert chosen(chains=1) == ("resident_chain", 32)
+    assert chosen(chains=2) == chosen(chains=1, tokens=16) == ("resident_chain", 64)
+    assert chosen(chains=1, hidden=128, depth=3) == ("resident_chain", 32)
+    assert chosen(chains=1, hidden=512) == ("resident_chain", 64)
+    for more in (
+        {"chains": 3},
+        {"tokens": 20},
+        {"hidden": 2048},
+        {"depth": 3},
+        {"depth": 4},
+        {"width": 500},
+        {"condition": 300},
+    ):
+        assert chosen(**{"chains": 1} | more)[0] == "streamed_chain", more
+    assert chosen(Chip(False, 304, 2**16), chains=1)[0] == "streamed_chain"
+    assert chosen(Chip(True, 20, 2**17), chains=1)[0] == "streamed_chain"  # too much for each of its programs
+    assert chosen(Chip(True, 20, 2**17), chains=1, hidden=128) == ("resident_chain", 16)
+    phi, _, x, condition = case(3, 20, 4, 5, 17, 1, 2)
+    assert not fits(packed(phi), x, condition)
 
 
 def test_mask_keeps_padding_at_zero():

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ import torch
 from mcdi_fast import backend as impl
 from mcdi_fast.backend import interpreted, resolve
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import recording
-from mcdi_fast.kernels.meta_step import MetaStep
+from mcdi_fast.kernels.launch import capture, recording
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.normal_noise import normal_noise
 
@@ -103,24 +103,24 @@ def table(target, *options):
 def test_compiles_for_hopper():
     """The products of the default precision, wide copies and no spills (inspect exits with 1 otherwise); the rest is slow."""
     rows = table("cuda:90", "--only", "tf32")
-    assert len(rows) == 15
+    assert len(rows) == 16
+    # the deltas take both operands as they lie, across the sum: not wgmma's way; a few chains are summed in float32, from registers
+    kinds = {"reptile_delta_ tf32": "mma tf32", "sgd_step_ tf32": "mma tf32", "run_chain tf32 2 tasks": "none"}
     for name, row in rows.items():
-        # the deltas take both operands as they lie, across the sum: not wgmma's way
-        wanted = "mma tf32" if name.startswith(("reptile", "sgd")) else "wgmma tf32"
-        assert wanted in row["kind"], name
-        assert "async 16" in row["copies"] or name.startswith("head_trajectory"), name
+        assert kinds.get(name, "wgmma tf32") in row["kind"], name
+        assert "async 16" in row["copies"] or name in ("head_trajectory tf32", "run_chain tf32 2 tasks"), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
     rows = table(target)
-    assert len(rows) == 54
+    assert {"sam_ascent", "resident_chain", "task_linear token ieee", "run_chain bf16 600 tasks"} <= rows.keys()
     wanted = {"cuda:80": "mma ", "cuda:90": "mma ", "hip:gfx942": "v_mfma_"}[target]
     products = {name: row for name, row in rows.items() if re.search(r" (tf32|bf16)\b", name)}
-    assert len(products) == 32
+    assert len(products) == 34
     for name, row in products.items():  # every product of low precision is on the matrix units
-        assert wanted in row["kind"], name
+        assert wanted in row["kind"] or (name.endswith(" 2 tasks") and "cuda" in target), name
 
 
 def test_narrow_copies_are_seen():
@@ -194,22 +194,15 @@ def test_a_capture_lets_other_threads_be(monkeypatch):
     """In "global" mode an allocation of any thread of the process would end it."""
     asked = {}
 
-    class Step(MetaStep):
-        def __init__(self):
-            self.device = torch.device("cuda", 0)
-
-        def _run(self):
-            asked["run"] = True
-
     @contextlib.contextmanager
     def graph(graph, **options):
         asked.update(options)
         yield
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    assert Step()._capture() == "graph"
+    assert capture(lambda: asked.update(run=True), torch.device("cuda", 0)) == "replay"
     assert asked == {"capture_error_mode": "thread_local", "run": True}
 
 
