@@ -135,7 +135,7 @@ class FoldedDenoiser:
     @torch.no_grad()
     def __init__(self, phi: Parameters):
         """phi: as `init_parameters` makes it."""
-        self._made_of = [(value, _version(value)) for value in phi.values()]
+        self._made_of = [(value, value.untyped_storage(), _version(value)) for value in phi.values()]
         wide = {name: value.double() for name, value in phi.items()}  # rounded once, at the end
         depth, (width, self.token_width) = depth_of(phi), phi["out.token"].shape
         self.width, condition, dtype = width, wide["in.condition"], phi["out.token"].dtype
@@ -160,17 +160,16 @@ class FoldedDenoiser:
         return rows.flatten(0, 1)
 
     def is_of(self, phi: Parameters) -> bool:
-        """Whether phi still holds the tensors this was made of, none of them moved or written to since (by this process)."""
+        """Whether phi still holds the tensors this was made of, none of them written to since (by this process) or given other `.data`."""
         made_of = self._made_of
         return len(phi) == len(made_of) and all(
-            value is tensor and _version(value) == version
-            for value, (tensor, version) in zip(phi.values(), made_of, strict=True)
+            value is tensor and value.untyped_storage() is storage and _version(value) == version
+            for value, (tensor, storage, version) in zip(phi.values(), made_of, strict=True)
         )
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Another one after a write in place or an assignment to `.data`; of inference tensors torch counts no writes."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors are not counted
 
 
 _FEW_TASKS = 8  # up to which sums over tokens are cheaper as products with zeros and ones

@@ -27,7 +27,6 @@ from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
 from mcdi_fast.errors import McdiError
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
-    FORMAT_VERSION,
     dumps,
     load_tensors,
     make_folder,
@@ -40,6 +39,9 @@ from mcdi_fast.weights import WeightLayout
 
 FILES = ("config.json", "model.safetensors")
 _NORMALIZERS = ("normalizer", "condition_normalizer")
+
+FORMAT = 2
+"""Of config.json. 1 told the network no positions: its tokens are read as exchangeable, as they were trained."""
 
 _KIND = "generator"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -192,7 +194,7 @@ class WeightGenerator:
         folder = make_folder(folder)
         tensors = {name: value.cpu() for name, value in self._tensors().items()}
         config = {
-            "format": FORMAT_VERSION,
+            "format": FORMAT,
             "kind": _KIND,
             "diffusion": asdict(self.diffusion),
             "layout": self.layout.to_dict(),
@@ -233,9 +235,9 @@ class WeightGenerator:
             raise McdiError(
                 f"{where}: not the configuration of a weight generator; give the folder that save_pretrained wrote"
             )
-        if config.get("format") != FORMAT_VERSION:
+        if type(config.get("format")) is not int or config["format"] not in (1, FORMAT):
             raise McdiError(
-                f"{where}: made by format {config.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; use the version that made it"
+                f"{where}: made by format {config.get('format')!r:.40}, this mcdi_fast reads 1 and {FORMAT}; use the version that made it"
             )
         tensors, meta = load_tensors(folder / "model.safetensors", _KIND)
         for name in [f"{normalizer}.{part}" for normalizer in _NORMALIZERS for part in ("mean", "std")]:
@@ -243,8 +245,16 @@ class WeightGenerator:
                 raise McdiError(f"{model}: tensor {name} is missing; the file is damaged or from another version")
         try:
             # none may be left to a default: it can be another one by now
-            given = {field.name: config["diffusion"][field.name] for field in fields(DiffusionConfig)}
-            diffusion = check(DiffusionConfig(**given | config["diffusion"]), f"{where}: diffusion.")
+            settings, layout = config["diffusion"], config["layout"]
+            if config["format"] == 1:
+                settings = {"residual": "scaled"} | settings  # no setting then
+                layout = layout | {"exchangeable": True}
+                if settings["objective"] != "local-consistency":
+                    raise McdiError(
+                        f"{where}: objective {settings['objective']!r:.40} of format 1, which trained it with a wrong scale; train it again"
+                    )
+            given = {field.name: settings[field.name] for field in fields(DiffusionConfig)}
+            diffusion = check(DiffusionConfig(**given | settings), f"{where}: diffusion.")
             if not isinstance(config["provenance"], dict):
                 raise McdiError(f"{where}: provenance is {type(config['provenance']).__name__}, expected a dict")
             if meta.get("config") != _digest(config):
@@ -258,7 +268,7 @@ class WeightGenerator:
             phi = {name.removeprefix("phi."): value for name, value in tensors.items() if name.startswith("phi.")}
             return cls(
                 phi,
-                WeightLayout.from_dict(config["layout"]),
+                WeightLayout.from_dict(layout),
                 normalizer,
                 condition_normalizer,
                 diffusion,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -32,6 +33,9 @@ CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 ta
 FEW_ROWS = 20
 """Tokens of all tasks up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4 heads of 5 ways. Measured: one
 head 1.2 ms against 2.8, four 5.5 against 5.7, six alike, more slower (one thread, docs/performance.md)."""
+ONE_THREAD_ROWS = 64
+"""Tokens of all tasks up to which a chain by torch runs on one thread of a CPU, whatever torch is set to. Beside busy processes a second thread is
+waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
 
 
 @functools.cache
@@ -59,6 +63,20 @@ def _outside_compiled_code(method: _Method) -> _Method:
         return disabled[0](*args, **options)
 
     return cast(_Method, call)
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """Torch's products on one thread inside, where `wanted`; the calling thread's setting is as before behind it."""
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1 or not torch.backends.openmp.is_available():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Sampler:
@@ -166,7 +184,9 @@ class Sampler:
             )
             x = torch.cat([self._sample_by_steps(*part, num_steps, eta_noise, None) for part in parts])
         else:
-            x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
+            few = self.device.type == "cpu" and len(seeds) * condition.shape[1] <= ONE_THREAD_ROWS
+            with _one_thread(few):
+                x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
         tokens = self.generator.normalizer.denormalize(x)
         if self.device.type == "cpu":
             _check_finite(

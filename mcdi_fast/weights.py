@@ -104,11 +104,16 @@ class WeightLayout:
                     raise McdiError(
                         f"layout: {prefix!r} and {name!r} overlap (a parameter holds no other); make the layout again"
                     )
-        if self.num_tokens * self.width > MAX_ELEMENTS:
+        if self.num_tokens * max(self.width, self.position_width) > MAX_ELEMENTS:
             raise McdiError(
-                f"layout: {self.num_tokens} tokens of width {self.width}, expected {MAX_ELEMENTS} numbers at most; "
+                f"layout: {self.num_tokens} tokens of width {self.width}, with positions of width {self.position_width}, expected "
+                f"{MAX_ELEMENTS} numbers at most; "
                 "select fewer parameters"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the positions: another process makes its own."""
+        return {"entries": self.entries, "exchangeable": self.exchangeable}
 
     @classmethod
     def from_module(

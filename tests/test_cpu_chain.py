@@ -185,7 +185,7 @@ def test_padding_stays_as_by_torch(taken):
     layout = WeightLayout.from_module(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)))
     assert not layout.mask.all()
     shape = (layout.num_tokens, layout.width)
-    phi = parameters(layout.width, 4, 6, 16, 2)
+    phi = parameters(layout.width, 4 + layout.num_tokens, 6, 16, 2)
     normal = Normalizer(torch.zeros(shape), torch.ones(shape))
     raw_normal = Normalizer(torch.zeros(layout.num_tokens, 4), torch.ones(layout.num_tokens, 4))
     made = WeightGenerator(phi, layout, normal, raw_normal, DiffusionConfig(steps=6), {})

@@ -165,7 +165,7 @@ def test_a_configuration_that_is_none(folder, value):
     assert str(folder / "config.json") in error_of(WeightGenerator.from_pretrained, folder)
 
 
-@pytest.mark.parametrize("value", [0, 2, "1", None])
+@pytest.mark.parametrize("value", [0, 3, "1", 2.0, True, None, [2]])
 def test_another_format(folder, value):
     edit(folder, lambda data: data.__setitem__("format", value))
     message = error_of(WeightGenerator.from_pretrained, folder)
@@ -410,3 +410,44 @@ def test_equal_are_those_that_write_the_same():
         assert one != other
     with pytest.raises(TypeError, match="unhashable"):
         hash(one)
+
+
+def as_format_1(folder, **diffusion):
+    """What the version before this one wrote: positions and the residual were no entries."""
+
+    def older(data):
+        data["format"] = 1
+        del data["layout"]["exchangeable"], data["diffusion"]["residual"]
+        data["diffusion"] |= diffusion
+
+    edit(folder, older)
+    sign(folder)
+
+
+def test_format_1_is_read_as_it_was_trained(tmp_path):
+    """Without positions, whatever the layout; a row a token in the normalisers, all alike."""
+    layout = WeightLayout.from_module(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))  # 5 tokens, some of them padded
+    older = WeightLayout(layout.entries, exchangeable=True)
+    mean = torch.randn(1, 5).expand(5, -1)
+    parts = {"normalizer": Normalizer(mean.masked_fill(~layout.mask, 0), torch.ones(5, 5))}
+    parts["condition_normalizer"] = Normalizer(torch.randn(1, C).expand(5, -1).contiguous(), torch.ones(5, C))
+    one = make(layout=older, **parts)
+    one.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 2
+    as_format_1(tmp_path)
+    two = WeightGenerator.from_pretrained(tmp_path)
+    assert two == one
+    assert two.diffusion.residual == "scaled"
+    condition, x = torch.randn(2, 5, C), torch.randn(2, 5, 5)
+    assert torch.equal(one.f(condition)(x, 3), two.f(condition)(x, 3))
+
+
+@pytest.mark.parametrize("objective", ["vanilla", "naive-local"])
+def test_format_1_of_a_wrong_scale_is_refused_by_name(tmp_path, objective):
+    make(
+        DiffusionConfig(7, objective=objective), layout=WeightLayout(LAYOUT.entries, exchangeable=True)
+    ).save_pretrained(tmp_path)
+    as_format_1(tmp_path)
+    message = error_of(WeightGenerator.from_pretrained, tmp_path)
+    assert f"objective {objective!r} of format 1" in message
+    assert "train it again" in message

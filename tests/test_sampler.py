@@ -25,8 +25,8 @@ PLAIN = nn.Linear(4, 3)  # N = 3, D = 5
 PADDED = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))  # N = 5, D = 5; two tokens are 4 wide
 
 
-def make(module, objective="local-consistency", rows=None, seed=0, exchangeable=False):
-    layout = WeightLayout.from_module(module, exchangeable=exchangeable)
+def make(module, objective="local-consistency", rows=None, seed=0):
+    layout = module if isinstance(module, WeightLayout) else WeightLayout.from_module(module)
     g = torch.Generator().manual_seed(seed)
     shapes = init_parameters(layout.width, C + layout.position_width, T, 16, 2, 0)
     phi = {name: torch.randn(value.shape, generator=g) / len(value) ** 0.5 for name, value in shapes.items()}
@@ -422,9 +422,7 @@ def test_sampled_in_inference_mode_then_outside():
 
 
 def head_generator(ways=5, rows=None):
-    made = make(torch.nn.Linear(7, ways), rows=rows, exchangeable=True)
-    assert made.layout == head_layout(ways, 7)
-    return made
+    return make(head_layout(ways, 7), rows=rows)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -491,3 +489,51 @@ def test_a_generator_of_five_ways_writes_heads_of_two_to_twenty(tmp_path):
             weights = sampler.sample(new, range(tasks))
             assert weights.tokens.shape == (tasks, ways, 4)
             assert float((weights.tokens - new @ turn).square().mean()) < 0.1, ways  # of a variance of 1
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_few_tasks_by_torch_wait_for_no_thread(two_threads):
+    sampler, seen = Sampler(make(PLAIN)), []
+    few = sampler_module.ONE_THREAD_ROWS // 3
+    for tasks in (1, few, few + 1):
+        seen.clear()
+        sampler.sample(
+            conditions(sampler.generator, tasks),
+            range(tasks),
+            callback=lambda t, x: seen.append(torch.get_num_threads()),
+        )
+        assert set(seen) == {1 if tasks <= few else 2}
+        assert torch.get_num_threads() == 2
+
+    def stop(t, x):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        sampler.sample(conditions(sampler.generator, 1), 0, callback=stop)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("module", [PLAIN, PADDED, head_layout(5, 7)])
+def test_through_the_kernel(module):
+    """In Triton's interpreter: positions, padding and other numbers of tokens reach it as they reach torch."""
+    pytest.importorskip("triton")
+    generator = make(module, rows=1)
+    kernel, plain = Sampler(generator, impl="triton", precision="ieee"), Sampler(generator, impl="torch")
+    for tokens in (2, 5, 10) if generator.any_number_of_tokens else (generator.layout.num_tokens,):
+        condition = torch.randn(2, tokens, C, generator=torch.Generator().manual_seed(tokens))
+        found, expected = (sampler.sample(condition, [0, 1], num_steps=3) for sampler in (kernel, plain))
+        torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-4, atol=1e-5)
+        assert found.layout == expected.layout
+    if generator.any_number_of_tokens:
+        assert "at most 64 tokens, here are 65" in error_of(kernel.sample, torch.zeros(1, 65, C), 0)
+    for value in generator.phi.values():  # a phi that is still trained
+        value.mul_(0.9)
+    found, expected = (sampler.sample(condition, [0, 1], num_steps=3).tokens for sampler in (kernel, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

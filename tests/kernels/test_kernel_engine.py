@@ -33,7 +33,7 @@ MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wid
 
 
 def make_bank(folder, module="plain", tasks=20):
-    layout = WeightLayout.from_module(MODULES[module])
+    layout = WeightLayout.from_module(MODULES[module], exchangeable=True)
     generator = torch.Generator().manual_seed(0)
     bank = TrajectoryBank.create(folder, layout, 3, 7)
     targets = torch.randn(tasks, 3, layout.num_tokens, layout.width, generator=generator) * layout.mask
