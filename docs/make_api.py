@@ -29,7 +29,8 @@ MORE = {
     "mcdi_fast.ranks": ["Ranks", "join"],
     "mcdi_fast.noise": ["philox_normal"],
     "mcdi_fast.store": ["save_tensors", "load_tensors", "write_json", "read_json", "atomic_write"],
-    "mcdi_fast.hub": ["HubGenerator", "fetch"],
+    "mcdi_fast.hub": ["HubGenerator"],
+    "mcdi_fast.generator": ["fetch"],
     "mcdi_fast.diffusers_scheduler": ["McdiScheduler"],
     "mcdi_fast.peft_files": ["adapter_state_dict"],
 }

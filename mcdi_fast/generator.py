@@ -226,8 +226,6 @@ class WeightGenerator:
         """
         folder = Path(path_or_hub_id).expanduser()
         if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not folder.parent.exists():
-            from mcdi_fast.hub import fetch
-
             folder = fetch(path_or_hub_id, revision=revision)
         config = read_json(folder / "config.json")
         where, model = show_path(folder / "config.json"), show_path(folder / "model.safetensors")
@@ -280,6 +278,30 @@ class WeightGenerator:
             ) from error
         except McdiError as error:
             raise error if str(error).startswith(where) else McdiError(f"{show_path(folder)}: {error}") from error
+
+
+def fetch(repo_id: str, **options: Any) -> Path:
+    """Download a generator's two files, or find them in the hub's cache (also offline); returns their folder.
+
+    Args:
+        repo_id: "owner/name". options: of `huggingface_hub.snapshot_download`: revision, cache_dir, local_files_only, …
+
+    Raises:
+        McdiError: no such repository, no network and nothing cached.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise McdiError(
+            "the hub needs huggingface_hub, which is not installed; run pip install 'mcdi_fast[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(FILES), **options))
+    except Exception as error:  # the library has a dozen words for no network, no access, no such thing
+        reason = " ".join(str(error).split())[:160]
+        raise McdiError(
+            f"hub repository {repo_id!r:.100}: cannot be read ({reason}); check its name and the network, or give a folder"
+        ) from error
 
 
 def _digest(config: dict[str, Any]) -> str:

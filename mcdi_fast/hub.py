@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generated import GeneratedWeights
-from mcdi_fast.generator import FILES, WeightGenerator
+from mcdi_fast.generator import WeightGenerator, fetch
 from mcdi_fast.noise import Seeds
 from mcdi_fast.sampler import Sampler
 
 try:
-    from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+    from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
     raise McdiError(
         "the hub needs huggingface_hub, which is not installed; run pip install 'mcdi_fast[hub]'"
@@ -104,21 +104,3 @@ class HubGenerator(
 
 
 _OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
-
-def fetch(repo_id: str, **options: Any) -> Path:
-    """Download a generator's two files, or find them in the hub's cache (also offline); returns their folder.
-
-    Args:
-        repo_id: "owner/name". options: of `huggingface_hub.snapshot_download`: revision, cache_dir, local_files_only, …
-
-    Raises:
-        McdiError: no such repository, no network and nothing cached.
-    """
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(FILES), **options))
-    except Exception as error:  # the library has a dozen words for no network, no access, no such thing
-        reason = " ".join(str(error).split())[:160]
-        raise McdiError(
-            f"hub repository {repo_id!r:.100}: cannot be read ({reason}); check its name and the network, or give a folder"
-        ) from error
