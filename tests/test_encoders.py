@@ -190,12 +190,25 @@ def test_projection_against_the_decomposition(tmp_path):
     assert torch.equal(again(x), found)
 
 
+def test_features_that_are_never_negative_are_rooted(tmp_path):
+    x = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    rooted = Projection.fit(x, None)
+    centred = x.sqrt() - x.sqrt().mean(0)
+    assert torch.allclose(rooted(x), centred / centred.square().sum(1).mean().sqrt(), atol=1e-6)
+    assert torch.allclose(rooted(-x) + rooted.mean @ rooted.basis, -(rooted(x) + rooted.mean @ rooted.basis), atol=1e-6)
+    assert rooted.fingerprint != Projection(rooted.mean, rooted.basis, False).fingerprint
+    rooted.save(tmp_path / "p.safetensors")
+    assert torch.equal(Projection.load(tmp_path / "p.safetensors")(x), rooted(x))
+    x[3, 2] = -0.1
+    assert not Projection.fit(x, None).root
+
+
 def test_projections_that_cannot_be(tmp_path):
     assert "all features are alike" in refused(Projection.fit, torch.ones(5, 3), 2)
     assert "expected at least 2 and 1" in refused(Projection.fit, torch.ones(1, 3), 2)
     assert "expected at least 2 and 1" in refused(Projection.fit, torch.randn(5, 3), 0)
-    bad = Projection(torch.zeros(3), torch.full((3, 2), float("nan")))
+    bad = Projection(torch.zeros(3), torch.full((3, 2), float("nan")), False)
     bad.save(tmp_path / "p.safetensors")
     assert "holds no projection" in refused(Projection.load, tmp_path / "p.safetensors")
-    Projection(torch.zeros(4), torch.zeros(3, 2)).save(tmp_path / "p.safetensors")
+    Projection(torch.zeros(4), torch.zeros(3, 2), False).save(tmp_path / "p.safetensors")
     assert "holds no projection" in refused(Projection.load, tmp_path / "p.safetensors")

@@ -186,17 +186,20 @@ def encode(encoder: Encoder, data: LabelledRows, cache_dir: Path, stage: Stage =
 class Projection:
     """Features for heads: the principal components of the training classes' features, scaled to mean square norm 1.
 
-    A norm of 1 puts a head's bias on a par with its weights; one scale for all components keeps the encoder's angles.
+    A norm of 1 puts a head's bias on a par with its weights; one scale for all components keeps the encoder's angles. Features that are
+    never negative, as behind a ReLU, are skewed: their square root is taken first (Tiny-ImageNet, 5-way 1-shot, 256 components: prototypes
+    61.1 -> 65.1, tuned fine-tuning 69.2 -> 68.9, the prior's head 71.4 -> 71.9 %; flowers 63.7 -> 65.7).
 
     Attributes:
-        mean: float32 [F]. basis: float32 [F, K], orthonormal columns over the scale.
+        mean: float32 [F]. basis: float32 [F, K], orthonormal columns over the scale. root: whether square roots are taken.
     """
 
     mean: Tensor
     basis: Tensor
+    root: bool
 
     @classmethod
-    def fit(cls, features: Tensor, components: int | None = 128) -> Projection:
+    def fit(cls, features: Tensor, components: int | None = 256) -> Projection:
         """Fit on features [n, F] of training classes only. components: K; None or more than there are keeps all F.
 
         Raises:
@@ -205,7 +208,8 @@ class Projection:
         n, width = features.shape
         if n < 2 or (components is not None and components < 1):
             raise McdiError(f"projection of {n} features on {components} components: expected at least 2 and 1")
-        x = features.double()
+        root = bool((features >= 0).all())
+        x = _signed_root(features.double()) if root else features.double()
         mean = x.mean(0)
         centred = x - mean
         basis = torch.eye(width, dtype=torch.float64)
@@ -216,30 +220,34 @@ class Projection:
         scale = (centred @ basis).square().sum(1).mean().sqrt()
         if not scale > 0:
             raise McdiError("projection: all features are alike; look at the encoder that made them")
-        return cls(mean.float(), (basis / scale).float())
+        return cls(mean.float(), (basis / scale).float(), root)
 
     def __call__(self, features: Tensor) -> Tensor:
         """[..., F] -> [..., K]."""
-        return (features - self.mean) @ self.basis
+        return ((_signed_root(features) if self.root else features) - self.mean) @ self.basis
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with its numbers."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.root).encode())
         for tensor in (self.mean, self.basis):
             digest.update(repr(list(tensor.shape)).encode() + tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write it, to travel with a generator. Raises McdiError as `store.save_tensors`."""
-        save_tensors(path, {"mean": self.mean, "basis": self.basis}, {}, "projection")
+        save_tensors(path, {"mean": self.mean, "basis": self.basis}, {"root": self.root}, "projection")
 
     @classmethod
     def load(cls, path: Path) -> Projection:
         """Read it. Raises McdiError, naming the file, unless `save` wrote it."""
-        tensors, _ = load_tensors(path, "projection")
+        tensors, meta = load_tensors(path, "projection")
         mean, basis = (tensors.get(name, torch.empty(0)) for name in ("mean", "basis"))
-        fits = mean.ndim == 1 and basis.ndim == 2 and len(mean) == len(basis)
+        fits = mean.ndim == 1 and basis.ndim == 2 and len(mean) == len(basis) and type(meta.get("root")) is bool
         if not fits or not all(t.dtype == torch.float32 and t.isfinite().all() for t in (mean, basis)):
             raise McdiError(f"{show_path(path)}: holds no projection (mean [F], basis [F, K]); make or copy it again")
-        return cls(mean, basis)
+        return cls(mean, basis, meta["root"])
+
+
+def _signed_root(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().sqrt()
