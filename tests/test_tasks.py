@@ -15,6 +15,7 @@ from torch import nn
 from mcdi_fast import bounds, cli, train
 from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.heads import prototype_head
 from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, find_family, register
 from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions, draw_episodes
@@ -401,3 +402,66 @@ def test_waves():
     after = family.trajectories(tasks.support, FEW, 1, torch.Generator())[:, -1]
     assert family.scores(after, tasks.query).mean() < 0.9 * family.scores(before, tasks.query).mean()
     check_family(family)
+
+
+# --- photographs ---
+
+
+def feature_file(folder, classes=(8, 5, 5), per_class=9):
+    """Features that are never negative, as behind a ReLU, of classes in three splits."""
+    rng = np.random.default_rng(0)
+    total = sum(classes)
+    rows = np.abs(rng.normal(size=(total, 1, 12))) + 0.5 * np.abs(rng.normal(size=(total, per_class, 12)))
+    splits = np.repeat(["train"] * classes[0] + ["val"] * classes[1] + ["test"] * classes[2], per_class)
+    path = folder / "features.npz"
+    np.savez(
+        path,
+        features=rows.reshape(-1, 12).astype(np.float32),
+        labels=np.repeat(np.arange(total), per_class),
+        splits=splits,
+    )
+    return path
+
+
+def photos(path, **changes):
+    entry = find_family("tiny-imagenet")
+    options = dataclasses.replace(entry.options(), source=str(path), ways=3, queries=4, components=8, **changes)
+    return entry.family(options, Setup())
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_photos(tmp_path, shots):
+    """Differences from the class prior's head: 0 is that head; flipped components are the same task in other features."""
+    family = photos(feature_file(tmp_path), shots=shots)
+    check_family(family)
+    tasks = family.tasks("train", 0, 6, 0)
+    plain = {name: value for name, value in tasks.train.items() if name != "flip"}
+    recipe = PrepareConfig(steps=4, learning_rate=0.05)
+    found, expected = (
+        family.trajectories(data, recipe, 2, torch.Generator().manual_seed(0)) for data in (tasks.train, plain)
+    )
+    assert torch.equal(found * tasks.train["flip"].unsqueeze(1), expected)
+    assert torch.equal(tasks.condition * tasks.train["flip"], family.condition(family.support_features(tasks)))
+    assert (tasks.train["flip"][..., -1] == 1).all()
+    assert len({tuple(flip.flatten().tolist()) for flip in tasks.train["flip"]}) > 3
+    test = family.tasks("test", 0, 40, 0)
+    zero = torch.zeros(40, *family.layout.mask.shape)
+    base = (family.support_features(test), test.query, family.scores(zero, test.query))
+    assert torch.equal(family.scores(family.baselines()["class-prior"](test), test.query), base[2])
+    prototype = family.baselines()["nearest-prototype"](test) + test.support["base"]
+    torch.testing.assert_close(prototype, prototype_head(base[0]))
+    assert base[2].mean() > 0.6
+
+
+def test_photos_of_another_data_set(tmp_path):
+    (tmp_path / "other").mkdir()
+    source, target = feature_file(tmp_path), feature_file(tmp_path / "other", (4, 0, 0), 12)
+    family = photos(source, target=str(target))
+    check_family(family)
+    assert family.provenance()["source"]["test"] != photos(source).provenance()["source"]["test"]
+
+
+def test_photos_without_splits(tmp_path):
+    path = tmp_path / "features.npz"
+    np.savez(path, features=np.random.rand(20, 4).astype(np.float32), labels=np.arange(20) % 4)
+    assert "no train split; expected classes split into train, val and test" in error_of(photos, path)

@@ -284,9 +284,7 @@ def check_family(family: TaskFamily, backend: Backend = Backend()) -> None:  # n
                     f"tasks({split!r}): task 2 of seed 7 has another {part}[{name!r}] in another batch; "
                     "draw it from (seed, its number) alone",
                 )
-        expect(
-            _same(tasks.condition[1:], again.condition), f"tasks({split!r}): task 2 differs between two batches"
-        )
+        expect(_same(tasks.condition[1:], again.condition), f"tasks({split!r}): task 2 differs between two batches")
         other_seed = family.tasks(split, 1, 2, 8)
         expect(not torch.equal(tasks.condition, other_seed.condition), f"tasks({split!r}): seeds 7 and 8 give the same")
 

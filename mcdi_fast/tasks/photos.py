@@ -25,7 +25,7 @@ from mcdi_fast.optim import trajectory
 from mcdi_fast.tasks import Data, Setup, TaskBatch, optimizer_steps, register
 from mcdi_fast.tasks.encoders import Projection, encode, load_encoder
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
-from mcdi_fast.tasks.images import LabelledRows, check_class_splits, load
+from mcdi_fast.tasks.images import LabelledRows, check_class_splits, join, load
 from mcdi_fast.tasks.prior import ClassPrior, informed_head, ridge_head
 
 _BASE = 9.0  # length of the base head: that of heads trained on every image of a class (measured on validation classes)
@@ -162,10 +162,8 @@ def photo_family(
         encoder = load_encoder(options.encoder, setup.device)
         made_by = f"{options.encoder} {encoder.fingerprint}"
         parts = {split: encode(encoder, part, cache, setup.stage) for split, part in parts.items()}
-    # features behind a ReLU are skewed: their roots are nearer to a Gaussian, and every method gains (validation classes)
-    rows = {split: part.rows.sign() * part.rows.abs().sqrt() for split, part in parts.items()}
-    projection = Projection.fit(rows["train"], options.components)
-    features = {split: part.with_rows(projection(rows[split])) for split, part in parts.items()}
+    projection = Projection.fit(parts["train"].rows, options.components)
+    features = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
     prior = ClassPrior.fit(features["train"])
     provenance = {
         "source": {split: part.fingerprint for split, part in features.items()},
@@ -196,6 +194,6 @@ def tiny_imagenet(options: PhotoOptions, setup: Setup) -> PhotoFamily:
         target = None
         if options.target is not None:
             found = load(options.target, data_dir=setup.data_dir, stage=setup.stage)
-            target = found["all"] if "all" in found else found["test"]
+            target = join(list(found.values()))  # all of its classes, whatever its splits
             bar.update()
     return photo_family(source, target, options, setup, setup.cache_dir)
