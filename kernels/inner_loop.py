@@ -89,9 +89,7 @@ class InnerLoop:
         b, k, s, n, d = self.shape = batch.x.shape
         self.depth, self.width = depth_of(phi), phi["out.token"].shape[0]
         self.wide = wide = padded(self.width)
-        flat = (
-            torch.empty(sum(value.numel() for value in phi.values()), device=batch.x.device) if delta is None else delta
-        )
+        flat = phi["out.token"].new_empty(sum(value.numel() for value in phi.values())) if delta is None else delta
         self.delta = named_views(flat, {name: tuple(value.shape) for name, value in phi.items()})
         self.precision, self.linear = precision, {}
         rows = {name: n if name == "in.condition" else s if name.endswith(".sample") else s * n for name in phi}

@@ -124,20 +124,28 @@ class MetaStep:
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
         if bytes_ > RESIDENT_SHARE * free:
             return None
-        targets, condition = self.bank.gather(torch.arange(len(self.bank)))
+        targets, condition = self.bank.gather(range(len(self.bank)))
         return targets.flatten(0, 1).to(self.device), condition.to(self.device)
 
     def step(self, draws: Draws, number: int, scalars: OuterScalars) -> Tensor:
         """Take outer step `number`; returns `loss`, on the device, without waiting for it."""
         row = draws.task * self.bank.num_segments + draws.segment
-        integers = [row, draws.task, draws.segment, draws.step.flatten(), draws.streams, torch.tensor([number])]
-        self._copy(self._inbox, torch.cat([*integers, torch.tensor(scalars, dtype=torch.float64).view(torch.int64)]))
+        integers = [
+            row,
+            draws.task,
+            draws.segment,
+            draws.step.flatten(),
+            draws.streams,
+            torch.tensor([number], device="cpu"),
+        ]
+        numbers = torch.tensor(scalars, dtype=torch.float64, device="cpu").view(torch.int64)
+        self._copy(self._inbox, torch.cat([*integers, numbers]))
         if self._resident is not None:
             torch.index_select(self._resident[0], 0, self._row, out=self._target)
             torch.index_select(self._resident[1], 0, self._task, out=self._condition)
         else:
             targets, condition = self.bank.gather(draws.task)
-            chosen = targets[torch.arange(len(targets)), draws.segment]
+            chosen = targets[torch.arange(len(targets), device="cpu"), draws.segment]
             self._copy(self._target, chosen)
             self._copy(self._condition, condition)
         if self._replay is None and self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:

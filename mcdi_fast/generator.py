@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.bounds import check
-from mcdi_fast.config import DiffusionConfig
+from mcdi_fast.config import DenoiserConfig, DiffusionConfig
 from mcdi_fast.denoiser import (
     ChainDenoiser,
     FoldedDenoiser,
@@ -149,6 +149,11 @@ class WeightGenerator:
     def condition_width(self) -> int:
         """C."""
         return self.condition_normalizer.mean.shape[1]
+
+    @property
+    def denoiser(self) -> DenoiserConfig:
+        """The sizes of the network."""
+        return DenoiserConfig(len(self.phi["out.token"]), depth_of(self.phi))
 
     def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""

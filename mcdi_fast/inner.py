@@ -19,13 +19,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from mcdi_fast.denoiser import Parameters, denoise, depth_of
+from mcdi_fast.denoiser import Parameters, denoise, depth_of, full_precision
 from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
 
 
+@full_precision
 def inner_loop(
     phi: Parameters,
     batch: InnerBatch,
@@ -33,7 +34,7 @@ def inner_loop(
     impl: str = "torch",
     stacked: bool | None = None,
 ) -> tuple[Parameters, Tensor]:
-    """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given.
+    """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given, in `torch.autocast` too.
 
     Args:
         phi: shared start of all tasks. inner_lr: eta.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
 from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.bounds import check
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes, token_condition
 from mcdi_fast.diffusion import Draws, InnerBatch, diffusion_tables, draw_steps, make_inner_batch
@@ -25,7 +27,7 @@ from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_no
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
-from mcdi_fast.store import load_tensors, save_tensors, show_path
+from mcdi_fast.store import difference, load_tensors, output_file, save_tensors, show_path
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 _FIT_TASKS = (
     4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
 )
-_RECIPE = 4  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
+_RECIPE = 5  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
+_SHOW_EVERY = 20  # outer steps between losses in the progress bar: reading one waits for the device
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
 
 
@@ -55,42 +58,53 @@ class MetaTrainer:
         denoiser: DenoiserConfig | None = None,
         seed: int = 0,
         *,
+        start: WeightGenerator | None = None,
         device: torch.device | str = "cpu",
         impl: str = "auto",
         precision: str = DEFAULT_PRECISION,
         ranks: Ranks = ALONE,
     ):
-        """Fit the normalisers on the bank and draw phi. impl: backend.py, or one of `inner.ORACLES`. precision: of the kernels' products."""
-        self.bank, self.seed, self.precision, self.ranks = bank, seed, precision, ranks
+        """Fit the normalisers on the bank and draw phi, or take both from `start`.
+
+        Args:
+            bank: of at least one task. Tasks appended to it later are not seen.
+            diffusion, denoiser: defaults: those of `start`, else the defaults.
+            start: of `fit`. impl: backend.py, or one of `inner.ORACLES`. precision: of the kernels' products.
+        """
+        self.bank, self.precision, self.ranks = bank, precision, ranks
         self.device = check_device(device)
         check_precision(precision)
         self.impl = impl if impl in ORACLES else resolve(impl, self.device)
-        self.meta, self.diffusion, self.denoiser = (
-            meta or MetaConfig(),
-            diffusion or DiffusionConfig(),
-            denoiser or DenoiserConfig(),
-        )
+        self.meta = check(meta or MetaConfig(), "--meta.")
         check_meta(self.meta, ranks)
-        check_seed(seed)
+        self.seed = check_seed(seed)
+        self.diffusion = check(diffusion or (start.diffusion if start else DiffusionConfig()), "--diffusion.")
+        self.denoiser = check(denoiser or (start.denoiser if start else DenoiserConfig()), "--denoiser.")
         if len(bank) == 0:
-            raise McdiError(f"bank {bank.folder}: holds no task; append trajectories first")
+            raise McdiError(f"bank {show_path(bank.folder)}: holds no task; append trajectories first")
         if bank.num_segments != self.diffusion.segments:
             raise McdiError(
-                f"segments k = {self.diffusion.segments}, but the bank {bank.folder} holds {bank.num_segments} local targets a task; set k to that"
+                f"segments k = {self.diffusion.segments}, but the bank {show_path(bank.folder)} holds {bank.num_segments} "
+                "local targets a task; set k to that"
             )
         d = self.diffusion
         self.schedule, self.objective = diffusion_tables(d)
-        every = torch.linspace(0, len(bank) - 1, min(len(bank), _FIT_TASKS), dtype=torch.float64).long()
-        targets, condition = bank.gather(every)
-        mask = bank.layout.mask
-        self.normalizer = Normalizer.fit(targets, mask, self.meta.normalizer_floor)
-        self.condition_normalizer = Normalizer.fit(
-            condition.unsqueeze(1), torch.ones(condition.shape[1:], dtype=torch.bool), self.meta.normalizer_floor
-        )
         condition_width = bank.condition_width + bank.layout.position_width
         sizes = (bank.layout.width, condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
         self._shapes = parameter_shapes(*sizes)
-        self.state = OuterState.start(init_parameters(*sizes, seed), self.device)
+        if start is not None:
+            _check_start(start, bank, self.diffusion, self.denoiser)
+            start = start.to("cpu")
+            self.normalizer, self.condition_normalizer = start.normalizer, start.condition_normalizer
+            phi = {name: start.phi[name] for name in self._shapes}
+        else:
+            self.normalizer, self.condition_normalizer = _fit_normalizers(bank, self.meta.normalizer_floor)
+            phi = init_parameters(*sizes, self.seed)
+        self.state = OuterState.start(phi, self.device)
+        self._start = None if start is None else _digest(self.state.phi, self.normalizer, self.condition_normalizer)
+        self._bank: dict[str, Any] = {"tasks": len(bank), "contents": bank.contents()}
+        mask = bank.layout.mask
+        self._mask = None if mask.all() else mask.to(torch.float32)
         self.step = 0
         self._skipped = self._skipped_before = 0
         self._saved: tuple[Path, int] | None = None
@@ -128,11 +142,11 @@ class MetaTrainer:
         """The random choices of an outer step, a function of (seed, step)."""
         m = self.meta
         generator = draw_generator(self.seed, META_TRAINING, step)
-        task = torch.randint(len(self.bank), (m.meta_batch,), generator=generator)
-        choices = torch.tensor(self.objective.targets)
-        segment = choices[torch.randint(len(choices), (m.meta_batch,), generator=generator)]
+        task = torch.randint(self._bank["tasks"], (m.meta_batch,), generator=generator, device="cpu")
+        choices = torch.tensor(self.objective.targets, device="cpu")
+        segment = choices[torch.randint(len(choices), (m.meta_batch,), generator=generator, device="cpu")]
         steps = draw_steps(self.objective, segment, m.inner_steps, m.samples, generator)
-        return Draws(task, segment, steps, (step << 32) + torch.arange(m.meta_batch))
+        return Draws(task, segment, steps, (step << 32) + torch.arange(m.meta_batch, device="cpu"))
 
     def _share(self, draws: Draws) -> Draws:
         """This process's tasks of a meta-batch."""
@@ -143,7 +157,7 @@ class MetaTrainer:
         """The meta-batch of an outer step, this process's share of it: a function of (seed, step), not of the number of processes."""
         draws, layout = self._share(self.draws(step)), self.bank.layout
         targets, condition = self.bank.gather(draws.task)
-        target = self.normalizer.normalize(targets[torch.arange(len(targets)), draws.segment])
+        target = self.normalizer.normalize(targets[torch.arange(len(targets), device="cpu"), draws.segment])
         shape = (*draws.step.shape, layout.num_tokens, layout.width)
         # by Philox, which the kernel draws too: the same noise on every path
         eps = philox_normal([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
@@ -246,38 +260,39 @@ class MetaTrainer:
             phi, self.bank.layout, self.normalizer, self.condition_normalizer, self.diffusion, provenance or {}
         )
 
-    def identity(self) -> str:
-        """16 hex digits of what a checkpoint must agree with: configuration, seed, bank. Not device or processes: a run may move."""
-        parts = [
-            _RECIPE,
-            asdict(self.meta) | dict.fromkeys(FREE),
-            asdict(self.diffusion),
-            asdict(self.denoiser),
-            self.seed,
-            len(self.bank),
-        ]
-        parts += [self.bank.layout.to_dict(), self.bank.meta]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: settings, seed, bank and start. Not device or processes: a run may move."""
+        meta = {name: value for name, value in asdict(self.meta).items() if name not in FREE}
+        return {
+            "recipe": _RECIPE,
+            "meta": meta,
+            "diffusion": asdict(self.diffusion),
+            "denoiser": asdict(self.denoiser),
+            "seed": self.seed,
+            "bank": self._bank,
+            "start": self._start,
+        }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint atomically: one safetensors file. Raises as `check`."""
         self.check()
         tensors = {name: value.cpu() for name, value in vars(self.state).items()}
-        meta = {"step": self.step, "skipped": self.skipped, "identity": self.identity()}
+        meta = {"step": self.step, "skipped": self.skipped, "made_from": self.identity()}
         save_tensors(path, tensors, meta, "meta-checkpoint")
-        self._saved = path, self.step
+        self._saved = Path(path), self.step
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint.
 
         Raises:
-            McdiError: naming the file, when it is damaged or belongs to another configuration, seed or bank.
+            McdiError: naming the file, when it is damaged or belongs to other settings, another seed, bank or start (says which).
         """
         tensors, found = load_tensors(path, "meta-checkpoint")
-        if found.get("identity") != self.identity():
+        trouble = self._stranger(found.get("made_from"))
+        if trouble:
             raise McdiError(
-                f"{show_path(path)}: made with another configuration, seed or bank ({found.get('identity')!r:.20}, expected "
-                f"{self.identity()!r}); give the same options as before, or another --run-dir"
+                f"{show_path(path)}: {trouble}; give what it was made with, or another checkpoint (of the command: another --run-dir), "
+                "or remove it to train from the beginning"
             )
         for name in ("step", "skipped"):
             if type(found.get(name)) is not int or not 0 <= found[name] <= self.meta.steps:
@@ -297,7 +312,22 @@ class MetaTrainer:
             self._kernels.reset()
         self.step, self._skipped = found["step"], found["skipped"]
         self._skipped_before = self._skipped
-        self._saved = path, self.step
+        self._saved = Path(path), self.step
+
+    def _stranger(self, theirs: Any) -> str:
+        """What of a checkpoint's identity differs from ours, in words; empty where nothing does."""
+        ours = self.identity()
+        if not isinstance(theirs, dict) or theirs.get("recipe") != _RECIPE:
+            return "made by another version of mcdi_fast"
+        if theirs.get("bank") != ours["bank"]:
+            tasks = theirs["bank"].get("tasks") if isinstance(theirs.get("bank"), dict) else None
+            where = show_path(self.bank.folder)
+            if tasks != self._bank["tasks"]:
+                return f"made with a bank of {tasks!r:.20} tasks, {where} holds {self._bank['tasks']} (start= goes on with a bank that has grown)"
+            return f"made with a bank of other contents than {where}, with as many tasks ({tasks})"
+        if theirs.get("start") != ours["start"]:
+            return f"made {'without a' if theirs.get('start') is None else 'from another'} start"
+        return "" if theirs == ours else f"made with another {difference('', theirs, ours)}"
 
     def start_together(self) -> None:
         """Take rank 0's state, so that all processes start from the same one."""
@@ -308,35 +338,60 @@ class MetaTrainer:
 
 
 def check_meta(meta: MetaConfig, ranks: Ranks = ALONE) -> None:
-    """Raise McdiError, naming the option, for a value out of range, or too small a meta-batch for so many processes."""
-    for name in ("steps", "meta_batch", "inner_steps", "samples", "checkpoint_every"):
-        if getattr(meta, name) < 1:
-            raise McdiError(f"--meta.{name.replace('_', '-')} = {getattr(meta, name)}: expected at least 1")
-    for name in ("inner_lr", "outer_lr"):
-        if not 0 < getattr(meta, name) < float("inf"):
-            raise McdiError(f"--meta.{name.replace('_', '-')} = {getattr(meta, name)}: expected a positive number")
-    if not 0 <= meta.normalizer_floor < float("inf"):
-        raise McdiError(f"--meta.normalizer-floor = {meta.normalizer_floor}: expected 0 or more")
-    if not 0 <= meta.ema < 1:
-        raise McdiError(f"--meta.ema = {meta.ema}: expected 0 <= ema < 1")
-    if meta.outer not in ("adam", "reptile"):
-        raise McdiError(f"--meta.outer = {meta.outer!r}: expected adam or reptile")
+    """Raise McdiError for too small a meta-batch for so many processes."""
     if meta.meta_batch < ranks.size:
         raise McdiError(
             f"--meta.meta-batch = {meta.meta_batch}: fewer tasks than the {ranks.size} processes; start fewer or raise it"
         )
-    if meta.on_bad_step not in ("stop", "skip"):
-        raise McdiError(f"--meta.on-bad-step = {meta.on_bad_step!r}: expected stop or skip")
+
+
+def _fit_normalizers(bank: TrajectoryBank, floor: float) -> tuple[Normalizer, Normalizer]:
+    """Of weights and of conditions."""
+    every = torch.linspace(0, len(bank) - 1, min(len(bank), _FIT_TASKS), dtype=torch.float64, device="cpu").long()
+    targets, condition = bank.gather(every)
+    whole = torch.ones(condition.shape[1:], dtype=torch.bool, device="cpu")
+    return Normalizer.fit(targets, bank.layout.mask, floor), Normalizer.fit(condition.unsqueeze(1), whole, floor)
+
+
+def _check_start(
+    start: WeightGenerator, bank: TrajectoryBank, diffusion: DiffusionConfig, denoiser: DenoiserConfig
+) -> None:
+    """Raise McdiError, naming what differs, unless training can go on from a generator."""
+    pairs = {
+        "layout": (start.layout.to_dict(), bank.layout.to_dict()),
+        "condition_width": (start.condition_width, bank.condition_width),
+        "diffusion": (asdict(start.diffusion), asdict(diffusion)),
+        "denoiser": (asdict(start.denoiser), asdict(denoiser)),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            whose = (
+                f"the bank {show_path(bank.folder)} has" if name in ("layout", "condition_width") else "asked for is"
+            )
+            raise McdiError(
+                f"start: a generator with another {difference(name, theirs, ours)}, as {whose}; "
+                "start from one that fits, or without"
+            )
+
+
+def _digest(phi: Tensor, *normalizers: Normalizer) -> str:
+    """16 hex digits of a start."""
+    found = hashlib.sha256()
+    for tensor in (phi, *(part for one in normalizers for part in (one.mean, one.std))):
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
 
 
 def fit(
-    bank: TrajectoryBank,
+    bank: TrajectoryBank | str | os.PathLike[str],
     meta: MetaConfig | None = None,
     diffusion: DiffusionConfig | None = None,
     denoiser: DenoiserConfig | None = None,
     *,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    start: WeightGenerator | None = None,
+    progress: bool | None = None,
     on_step: Callable[[MetaTrainer, Tensor], None] | None = None,
     on_start: Callable[[MetaTrainer], None] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -348,7 +403,12 @@ def fit(
     """Train a weight generator from a bank.
 
     Args:
-        checkpoint: a file; where it exists training goes on from it, bit for bit as if it had not stopped.
+        bank: or its folder. meta, diffusion, denoiser: defaults where not given (config.py).
+        checkpoint: a file, written every `meta.checkpoint_every` steps; where it exists training goes on from it, bit for bit as if it had
+            not stopped. Its folder is made.
+        start: a generator to go on from, with its phi and normalisers, its diffusion and the sizes of its denoiser; `meta.steps` more steps,
+            with fresh moments and the rates from the beginning. The bank may have grown. Another seed gives other draws than before.
+        progress: whether a bar is drawn; None: where tqdm is installed and stderr is a terminal.
         on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss, a
             number on the device: reading it waits for the device.
         device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products.
@@ -356,23 +416,49 @@ def fit(
             The result is that of one process up to rounding.
 
     Raises:
-        McdiError: NaN in the bank (naming the shard), bad configuration, a checkpoint that does not belong, a loss that is not finite,
-            another process that has ended.
+        McdiError: NaN in the bank (naming the shard), bad configuration, a checkpoint that does not belong or cannot be written, a start
+            that does not fit, a loss that is not finite, another process that has ended.
     """
+    if not isinstance(bank, TrajectoryBank):
+        bank = TrajectoryBank.open(bank)
+    file = output_file(checkpoint) if checkpoint is not None and ranks.is_main else None
     bank.check_finite()
     trainer = MetaTrainer(
-        bank, meta, diffusion, denoiser, seed, device=device, impl=impl, precision=precision, ranks=ranks
+        bank, meta, diffusion, denoiser, seed, start=start, device=device, impl=impl, precision=precision, ranks=ranks
     )
-    checkpoint = checkpoint if ranks.is_main else None
-    if checkpoint is not None and checkpoint.exists():
-        trainer.restore(checkpoint)
+    if file is not None and file.exists():
+        trainer.restore(file)
     trainer.start_together()
     if on_start:
         on_start(trainer)
-    while trainer.step < trainer.meta.steps:
-        loss = trainer.outer_step()
-        if on_step:  # before the checkpoint: what it writes must not lack a step that the checkpoint has
-            on_step(trainer, loss)
-        if checkpoint is not None and trainer.checkpoint_due():
-            trainer.save(checkpoint)
+    with _bar(trainer, progress if ranks.is_main else False) as show:
+        while trainer.step < trainer.meta.steps:
+            loss = trainer.outer_step()
+            if on_step:  # before the checkpoint: what it writes must not lack a step that the checkpoint has
+                on_step(trainer, loss)
+            show(loss)
+            if file is not None and trainer.checkpoint_due():
+                trainer.save(file)
     return trainer.generator(provenance)
+
+
+@contextlib.contextmanager
+def _bar(trainer: MetaTrainer, progress: bool | None) -> Iterator[Callable[[Tensor], None]]:
+    """What is to be called with the loss after each step."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        if progress:
+            raise McdiError("progress = True: tqdm is not installed; install it, or leave progress out") from error
+        yield lambda loss: None
+        return
+    hidden = None if progress is None else not progress  # None: tqdm looks whether stderr is a terminal
+    options: dict[str, Any] = {"unit": " steps", "dynamic_ncols": True, "smoothing": 0.05, "disable": hidden}
+    with tqdm(total=trainer.meta.steps, initial=trainer.step, desc="meta-training", **options) as bar:
+
+        def show(loss: Tensor) -> None:
+            if not bar.disable and trainer.step % _SHOW_EVERY == 0:
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.update()
+
+        yield show

@@ -90,7 +90,9 @@ def draw_generator(seed: int, purpose: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed[0]))
 
 
-def check_seed(seed: int) -> None:
-    """Raise McdiError unless a run can take this seed: its draws are numbered seed * 2^32 + step, in 63 bits."""
-    if type(seed) is not int or not 0 <= seed < 2**31:
+def check_seed(seed: int) -> int:
+    """The seed as Python's integer. Raises McdiError unless a run can take it: its draws are numbered seed * 2^32 + step, in 63 bits."""
+    number = int(seed) if isinstance(seed, np.integer) else seed
+    if type(number) is not int or not 0 <= number < 2**31:
         raise McdiError(f"seed {seed!r:.40}: expected an integer from 0 to {2**31 - 1}")
+    return number

@@ -66,7 +66,7 @@ class Ranks:
 
     def broadcast_number(self, number: int) -> int:
         """Rank 0's number."""
-        found = torch.tensor([number])
+        found = torch.tensor([number], device="cpu")
         self.broadcast_(found)
         return int(found)
 

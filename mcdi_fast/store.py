@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,6 +76,26 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         _cannot_write(folder, error)
     return folder
+
+
+def output_file(path: str | os.PathLike[str]) -> Path:
+    """A file that a person wants written later: its folder made, seen to be writable, and what killed writes left of it removed.
+
+    Raises:
+        McdiError: the path is a folder; its own folder cannot be made or written to.
+    """
+    path = user_path(path)
+    make_folder(path.parent)
+    try:
+        if path.is_dir():
+            raise McdiError(f"cannot write {show_path(path)}: it is a folder, expected a file; name a file in it")
+        remove_temporaries(path.parent, path.name)
+        descriptor, probe = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        os.close(descriptor)
+        os.unlink(probe)
+    except (OSError, ValueError) as error:
+        _cannot_write(path, error)
+    return path
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -142,10 +163,11 @@ def locked(path: Path, wait: float, busy: str) -> Iterator[None]:
         lock.release()
 
 
-def remove_temporaries(folder: str | os.PathLike[str], name: str = "*") -> None:
-    """Remove what killed `atomic_write`s of a file (of any) left in a folder. Only where nobody writes there at the moment."""
-    for leftover in Path(folder).glob(f".{name}.*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", leftover.name):
+def remove_temporaries(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove what killed `atomic_write`s of a file (None: of any) left in a folder. Only where nobody writes there at the moment."""
+    pattern = rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.tmp"
+    for leftover in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(pattern, leftover.name):
             with contextlib.suppress(OSError):
                 leftover.unlink()
 

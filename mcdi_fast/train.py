@@ -192,6 +192,7 @@ def _train(
             checkpoint=folder / "checkpoint.safetensors",
             on_start=on_start,
             on_step=on_step,
+            progress=False,
             provenance=provenance | {"git": git_sha(), "config": plain},
             device=config.device,
             ranks=ranks,

@@ -1,10 +1,19 @@
 """`fit` and MetaTrainer: what a bank gives them, checkpoints, going on. Whole runs: test_train.py; implementations: test_same_result.py."""
 
+import io
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from mcdi_fast import store
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import WeightLayout
@@ -57,3 +66,179 @@ def test_positions_tell_tokens_apart(tmp_path):
         errors[exchangeable] = float((tokens - place).square().mean().sqrt() / place.std(0).mean())
     assert errors[False] < 0.4
     assert errors[True] > 0.7
+
+
+def error_of(call, *args, **options):
+    with pytest.raises(McdiError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def same(one, two):
+    return all(torch.equal(one.phi[name], two.phi[name]) for name in two.phi)
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_is_of_one_bank_seed_and_setting(tmp_path):
+    """What differs is said in words: another bank of the same shape, and each setting."""
+    bank, path = make_bank(tmp_path / "bank"), tmp_path / "fit.safetensors"
+    first = fit(bank, META, *RECIPE, checkpoint=path)
+    steps = []
+    again = fit(bank, META, *RECIPE, checkpoint=path, on_step=lambda *_: steps.append(1))
+    assert same(again, first)
+    assert not steps
+    kept = path.read_bytes()
+    other, grown = make_bank(tmp_path / "other", seed=1), make_bank(tmp_path / "grown", tasks=17)
+    settings = {"meta": META, "diffusion": RECIPE[0], "denoiser": RECIPE[1]}
+    for words, options in {
+        "a bank of other contents than": {"bank": other},
+        "a bank of 16 tasks": {"bank": grown},
+        "another seed (0, now 7)": {"seed": 7},
+        "another meta.steps (20, now 30)": {"meta": replace(META, steps=30)},
+        "another meta.inner_lr (0.005, now 0.01)": {"meta": replace(META, inner_lr=0.01)},
+        "another diffusion.carry ('scaled', now 'full')": {"diffusion": replace(RECIPE[0], carry="full")},
+        "another denoiser.width (8, now 9)": {"denoiser": replace(RECIPE[1], width=9)},
+        "without a start": {"start": first},
+    }.items():
+        message = error_of(fit, **{"bank": bank, "checkpoint": path} | settings | options)
+        assert words in message
+        assert "fit.safetensors" in message
+        assert path.read_bytes() == kept
+    free = replace(META, checkpoint_every=3, on_bad_step="skip")
+    assert same(fit(bank, free, *RECIPE, checkpoint=path), first)
+    tensors, meta = store.load_tensors(path, "meta-checkpoint")
+    for stranger in (
+        {"identity": "0123456789abcdef"},
+        {"made_from": 3},
+        {"made_from": meta["made_from"] | {"recipe": 4}},
+    ):
+        store.save_tensors(path, tensors, {"step": 3, "skipped": 0} | stranger, "meta-checkpoint")
+        assert "made by another version of mcdi_fast" in error_of(fit, bank, META, *RECIPE, checkpoint=path)
+
+
+def test_where_a_checkpoint_goes(tmp_path, monkeypatch):
+    """As text, with ~, in a folder that is made; what cannot be written is said before any step, and leftovers of a kill are gone."""
+    bank = make_bank(tmp_path / "bank")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = fit(bank, META, *RECIPE)
+    (tmp_path / "new").mkdir()
+    leftover = tmp_path / "new" / ".fit.safetensors.0123abcd.tmp"
+    leftover.write_bytes(b"half")
+    for place in ("~/new/fit.safetensors", str(tmp_path / "a" / "b" / "fit"), tmp_path / "c" / "fit"):
+        assert same(fit(bank, META, *RECIPE, checkpoint=place), expected)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"fit.safetensors"}
+    (tmp_path / "plain").write_bytes(b"")
+    for place, words in (
+        (tmp_path, "it is a folder, expected a file"),
+        (tmp_path / "plain" / "fit", "plain"),
+        (tmp_path / "nul\0", "null"),
+        (tmp_path / ("x" * 300), "too long"),
+        ("~nobody-of-this-name/fit", "home"),
+    ):
+        steps = []
+        message = error_of(fit, bank, META, *RECIPE, checkpoint=place, on_step=lambda *_: steps.append(1))  # noqa: B023
+        assert words in message
+        assert not steps
+
+
+# --- going on from a generator ---
+
+
+def test_going_on_from_a_generator(tmp_path):
+    """Its phi and normalisers are the start; the bank may have grown; diffusion and denoiser are its own unless given."""
+    bank = make_bank(tmp_path / "bank")
+    first = fit(bank, META, *RECIPE)
+    bank.append(*make_bank(tmp_path / "more", tasks=5, seed=3).gather(range(5)))
+    trainer = MetaTrainer(bank, META, seed=1, start=first)
+    for name, value in trainer.phi.items():
+        assert torch.equal(value, first.phi[name])
+    assert (trainer.diffusion, trainer.denoiser) == RECIPE
+    assert not trainer.state.exp_avg.any()
+    assert int(trainer.draws(0).task.max()) < 21
+    path = tmp_path / "fit.safetensors"
+    second = fit(bank, META, *RECIPE, seed=1, start=first, checkpoint=path)
+    assert not same(second, first)
+    for name in ("normalizer", "condition_normalizer"):
+        assert torch.equal(getattr(second, name).mean, getattr(first, name).mean)
+    assert same(fit(bank, META, seed=1, start=first, checkpoint=path), second)  # the checkpoint at the end
+    assert "made from another start" in error_of(fit, bank, META, seed=1, start=second, checkpoint=path)
+    first.save_pretrained(tmp_path / "generator")
+    kept = WeightGenerator.from_pretrained(tmp_path / "generator")
+    assert same(fit(bank, META, seed=1, start=kept), second)
+
+
+def test_a_start_must_fit(tmp_path):
+    first = fit(make_bank(tmp_path / "bank"), META, *RECIPE)
+    other = make_bank(tmp_path / "other", layout=WeightLayout.from_module(nn.Linear(4, 2), exchangeable=True))
+    assert "start: a generator with another layout.num_tokens (3, now 2)" in error_of(fit, other, META, start=first)
+    wide = TrajectoryBank.create(tmp_path / "wide", LAYOUT, K, C + 1)
+    wide.append(torch.randn(4, K, 3, 5), torch.randn(4, C + 1))
+    assert "another condition_width (2, now 3)" in error_of(fit, wide, META, start=first)
+    bank = TrajectoryBank.open(tmp_path / "bank")
+    assert "diffusion.steps (12, now 6)" in error_of(fit, bank, META, replace(RECIPE[0], steps=6), start=first)
+    assert "denoiser.depth (2, now 1)" in error_of(fit, bank, META, None, replace(RECIPE[1], depth=1), start=first)
+
+
+# --- what surrounds a call ---
+
+
+def test_autocast_and_other_defaults_change_nothing(tmp_path):
+    bank = make_bank(tmp_path)
+    expected = fit(bank, META, *RECIPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(fit(bank, META, *RECIPE), expected)
+        for impl in ("vmap", "reference"):
+            assert MetaTrainer(bank, META, *RECIPE, impl=impl).outer_step().dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert same(fit(bank, META, *RECIPE), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_plain_arguments(tmp_path):
+    bank = make_bank(tmp_path / "bank")
+    expected = fit(bank, META, *RECIPE, seed=3)
+    diffusion, denoiser = DiffusionConfig(steps=np.int64(12)), DenoiserConfig(width=np.int32(8))
+    found = fit(str(tmp_path / "bank"), replace(META, steps=np.int64(20)), diffusion, denoiser, seed=np.int64(3))
+    assert same(found, expected)
+    found.save_pretrained(tmp_path / "generator")
+    assert "--diffusion.steps = 12.0: expected an integer" in error_of(fit, bank, META, DiffusionConfig(steps=12.0))
+    assert "--meta.ema = 1" in error_of(fit, bank, replace(META, ema=1.0))
+    for seed in (-1, 2**31, 1.0, "1", None, True):
+        assert f"seed {seed!r}" in error_of(fit, bank, META, *RECIPE, seed=seed)
+
+
+def test_a_bank_that_grows_meanwhile_is_not_seen(tmp_path):
+    bank = make_bank(tmp_path / "bank")
+    more = make_bank(tmp_path / "more", tasks=30, seed=3).gather(range(30))
+    expected = fit(bank, META, *RECIPE)
+    found = fit(bank, META, *RECIPE, on_step=lambda trainer, _: trainer.step == 3 and bank.append(*more))
+    assert len(bank) == 46
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize(("terminal", "progress"), [(True, None), (False, None), (False, True), (True, False)])
+def test_progress(tmp_path, monkeypatch, terminal, progress):
+    pytest.importorskip("tqdm")
+    bank, said = make_bank(tmp_path), io.StringIO()
+    said.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", said)
+    fit(bank, META, *RECIPE, progress=progress)
+    shown = progress or (terminal and progress is None)
+    assert ("meta-training: 100%" in said.getvalue()) == shown
+    assert ("20/20" in said.getvalue()) == shown
+    assert ("loss=" in said.getvalue()) == shown
+
+
+def test_without_tqdm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    bank = make_bank(tmp_path)
+    fit(bank, META, *RECIPE)
+    assert capsys.readouterr() == ("", "")
+    assert "tqdm is not installed" in error_of(fit, bank, META, *RECIPE, progress=True)

@@ -231,6 +231,7 @@ class Workshop:
                 device=self.backend.device,
                 on_start=on_start,
                 on_step=on_step,
+                progress=False,
             )
             training = {"training_seconds": round(stage.seconds, 2), "preparation_seconds": round(seconds, 2)}
         generator = replace(generator, provenance={"cell": asdict(cell), "training": training})
