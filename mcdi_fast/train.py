@@ -199,6 +199,7 @@ def _train(
             **compute,
         )
     generator.save_pretrained(folder / "generator")
+    family.save(folder / "generator")
 
     with stages("evaluation", 4, "parts") as bar:
         sampler = Sampler(generator, config.device, **compute)

@@ -142,6 +142,9 @@ class TaskFamily:
                 parts.append(vmap(self.score, randomness="different")(theta[rows], part))
         return torch.cat(parts)
 
+    def save(self, folder: Path) -> None:
+        """Write beside a generator what its user needs to make conditions. Nothing by default."""
+
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
         """Further methods by name, tasks -> weights [B, N, D], beyond fine-tuning, trained targets and what the bank gives."""
         return {}

@@ -28,7 +28,7 @@ from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 from mcdi_fast.tasks.images import LabelledRows, check_class_splits, join, load
 from mcdi_fast.tasks.prior import ClassPrior, informed_head, ridge_head
 
-_BASE = 9.0  # length of the base head: that of heads trained on every image of a class (measured on validation classes)
+BASE = 9.0  # length of the base head: that of heads trained on every image of a class (measured on validation classes)
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,28 @@ class PhotoOptions(HeadOptions):
 
 
 class PhotoFamily(HeadFamily):
-    """Differences [ways, K + 1] from the base head, on K components. Data also have "base" [B, ways, K + 1]."""
+    """Differences [ways, K + 1] from the base head, on K components. Data also have "base" [B, ways, K + 1] and "trust" [B, 1, 1].
 
-    def __init__(self, splits: dict[str, ClassRows], options: PhotoOptions, prior: ClassPrior, *rest: Any):
-        """prior: of the training classes."""
+    A head is base + trust * difference. Far from the training classes, where a generator has seen nothing, trust goes to 0.
+    """
+
+    def __init__(
+        self, splits: dict[str, ClassRows], options: PhotoOptions, prior: ClassPrior, projection: Projection, *rest: Any
+    ):
+        """prior, projection: fitted on the training classes. rest: of `HeadFamily`."""
         super().__init__(splits, options, *rest)
-        self.prior = prior
+        self.prior, self.projection = prior, projection
+
+    def save(self, folder: Path) -> None:
+        """Projection and prior, without which nobody can tell the generator of a task (docs/images.md)."""
+        self.projection.save(folder / "projection.safetensors")
+        self.prior.save(folder / "class-prior.safetensors")
 
     def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
         """Of `HeadFamily`; a training task also has "flip", signs of the components that make other features of the same geometry of it."""
         tasks = super().tasks(split, start, count, seed)
-        base = {"base": _BASE * tasks.condition}
+        trust = 1 - self.prior.distance(self.support_features(tasks))
+        base = {"base": BASE * tasks.condition, "trust": trust[:, None, None]}
         train, condition = tasks.train | base, tasks.condition
         if split == "train":
             signs = [
@@ -74,21 +85,25 @@ class PhotoFamily(HeadFamily):
         """The base head at length 1."""
         return informed_head(self.prior, support)
 
+    def heads(self, theta: Tensor, data: Data) -> Tensor:
+        """Whole heads of differences: base + trust * theta, of one task or of all."""
+        return data["base"] + data["trust"] * theta
+
     def loss(self, theta: Tensor, data: Data) -> Tensor:
-        """Of the base and the difference together."""
-        return super().loss(data["base"] + theta, data)
+        """Of the whole head."""
+        return super().loss(self.heads(theta, data), data)
 
     def score(self, theta: Tensor, data: Data) -> Tensor:
-        """Of both together."""
-        return super().score(data["base"] + theta, data)
+        """Of the whole head."""
+        return super().score(self.heads(theta, data), data)
 
     def scores(self, theta: Tensor, data: Data) -> Tensor:
-        """Of both together."""
-        return super().scores(data["base"] + theta, data)
+        """Of the whole heads."""
+        return super().scores(self.heads(theta, data), data)
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
-        """By hand, of both together."""
-        return super().gradient(data["base"] + theta, data)
+        """By hand."""
+        return data["trust"] * super().gradient(self.heads(theta, data), data)
 
     def trajectories(
         self,
@@ -103,7 +118,7 @@ class PhotoFamily(HeadFamily):
         weight = data["weight"][0] if "weight" in data else None
 
         def gradient(theta: Tensor, _: int) -> Tensor:
-            slope = heads.head_gradient(data["base"] + theta, x, label, 0.0, weight)
+            slope = data["trust"] * heads.head_gradient(self.heads(theta, data), x, label, 0.0, weight)
             return slope.add_(theta, alpha=config.weight_decay)
 
         start = self.start(len(label), config, generator).to(x.device)
@@ -117,7 +132,7 @@ class PhotoFamily(HeadFamily):
         """
 
         def away(head: Callable[[Tensor], Tensor], tasks: TaskBatch) -> Tensor:
-            return head(self.support_features(tasks)) - tasks.support["base"]
+            return (head(self.support_features(tasks)) - tasks.support["base"]) / tasks.support["trust"].clamp_min(1e-6)
 
         def adam(support: Tensor) -> Tensor:
             recipe = PrepareConfig(steps=100, learning_rate=0.02, rho=0.0, weight_decay=0.3, start_std=0.0)
@@ -150,7 +165,7 @@ def photo_family(
         raise McdiError(
             f"--task.source {options.source}: no {missing[0]} split; expected classes split into train, val and test (docs/images.md)"
         )
-    parts = {split: source[split] for split in ("train", "val", "test") if split in source}
+    parts: dict[str, LabelledRows] = {split: source[split] for split in ("train", "val", "test") if split in source}
     check_class_splits(parts, options.source)
     if target is not None:
         parts["test"] = target
@@ -163,7 +178,7 @@ def photo_family(
         made_by = f"{options.encoder} {encoder.fingerprint}"
         parts = {split: encode(encoder, part, cache, setup.stage) for split, part in parts.items()}
     projection = Projection.fit(parts["train"].rows, options.components)
-    features = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
+    features: dict[str, LabelledRows] = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
     prior = ClassPrior.fit(features["train"])
     provenance = {
         "source": {split: part.fingerprint for split, part in features.items()},
@@ -172,8 +187,8 @@ def photo_family(
         "class_prior": prior.fingerprint,
         "task": {name: getattr(options, name) for name in ("ways", "shots", "support_loss_weight")},
     }
-    splits = {split: ClassRows(part.rows, part.counts) for split, part in features.items()}
-    return PhotoFamily(splits, options, prior, provenance, setup.device)
+    splits: dict[str, ClassRows] = {split: ClassRows(part.rows, part.counts) for split, part in features.items()}
+    return PhotoFamily(splits, options, prior, projection, provenance, setup.device)
 
 
 def _defaults(config: TrainConfig) -> TrainConfig:
