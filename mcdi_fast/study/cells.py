@@ -158,9 +158,8 @@ def _reptile(shop: Workshop, cell: Cell) -> dict[str, Any]:
                 stage.update()
                 if (outer + 1) % c.checkpoint_every == 0 or outer + 1 == total:
                     stage.notes[f"seconds {lr}"] = before + time.perf_counter() - clock
-                    stage.keep()
                     start.save(path)
-                    shop.pause_if_late()
+                    stage.keep()
 
     def count_correct(start: Start, split: str, number: int, at: list[int]) -> list[list[int]]:
         """The correct query images of each task after each of `at` steps. A network's tasks come one by one: their weights are large."""
@@ -176,7 +175,6 @@ def _reptile(shop: Workshop, cell: Cell) -> dict[str, Any]:
                 bar.update(len(right))
                 if len(counts) % 20 == 0:
                     stage.keep()
-                    shop.pause_if_late()
         return counts
 
     evaluate, tried = shop.config.evaluate, []
@@ -195,7 +193,7 @@ def _reptile(shop: Workshop, cell: Cell) -> dict[str, Any]:
     return {
         **scored([correct for (correct,) in counts], queries),
         "adapt_ms": round(latency_ms(lambda tasks: adapt(family, start, tasks.support, [-count])[0], test), 4),
-        "training_seconds": round(stage.notes[f"seconds {lr}"] if outer else 0.0, 2),
+        "training_seconds": round(stage.notes.get(f"seconds {lr}", 0.0) if outer else 0.0, 2),
         "gradient_steps": -count,
         "chosen": {
             "lr": lr,

@@ -36,20 +36,33 @@ class PausedError(Exception):
 class Stage:
     """A piece of work over all its interruptions: a progress bar, and seconds and notes that are kept in a file."""
 
-    def __init__(self, path: Path, bar: Any):
+    def __init__(self, path: Path, bar: Any, pause_if_late: Callable[[], None]):
         """path: JSON beside the work's own checkpoint."""
         found: dict[str, Any] = read_json(path) if path.exists() else {"seconds": 0.0, "notes": {}}
-        self.path, self.notes, self.update = path, found["notes"], bar.update
-        self._before, self._start = float(found["seconds"]), time.perf_counter()
+        self.path, self.notes, self.update, self._pause_if_late = path, found["notes"], bar.update, pause_if_late
+        self._before, self._clock, self._begun = float(found["seconds"]), time.perf_counter(), 0
 
     @property
     def seconds(self) -> float:
         """So far."""
-        return self._before + time.perf_counter() - self._start
+        return self._before + time.perf_counter() - self._clock
 
-    def keep(self) -> None:
-        """Write seconds and notes, to go on from them."""
+    def start(self, done: int) -> None:
+        """So many units are there already."""
+        self._begun = done
+        self.update(done)
+
+    def step(self, step: int, every: int) -> None:
+        """Step number `step` is done. The one behind a checkpoint of this call, written every so many steps, is where to pause."""
+        if step > self._begun + 1 and (step - 1) % every == 0:
+            self._pause_if_late()
+        self.update()
+
+    def keep(self, pause: bool = True) -> None:
+        """Write seconds and notes, to go on from them; pause: the work itself is kept too."""
         write_json(self.path, {"seconds": self.seconds, "notes": self.notes})
+        if pause:
+            self._pause_if_late()
 
 
 class Workshop:
@@ -77,28 +90,19 @@ class Workshop:
         from tqdm import tqdm
 
         with tqdm(total=total, unit=f" {unit}", desc=f"  {name}", leave=False, dynamic_ncols=True) as bar:
-            yield Stage(self.folder / folder / f"{name}.json", bar)
+            yield Stage(self.folder / folder / f"{name}.json", bar, self.pause_if_late)
 
     # ------------------------------------------------------------------ backbone, features, tasks
 
     def _network(self) -> nn.Module:
-        config, begun = self.config.task.backbone, [0]
+        config, folder = self.config.task.backbone, make_folder(self.config.cache_dir / "backbones")
         with self.stage("backbone", config.steps, "episodes") as stage:
 
-            def on_start(step: int) -> None:
-                begun[0] = step
-                stage.update(step)
-
             def on_step(step: int, loss: float) -> None:
-                if (
-                    step > begun[0] + 1 and (step - 1) % config.checkpoint_every == 0
-                ):  # a checkpoint of this call is behind it
-                    self.pause_if_late()
-                stage.update()
+                stage.step(step, config.checkpoint_every)
 
-            cache_dir = make_folder(self.config.cache_dir / "backbones")
-            done: dict[str, Any] = {"on_start": on_start, "on_step": on_step}
-            return bb.train_backbone(self.data, config, cache_dir, device=self.backend.device, **done)
+            done: dict[str, Any] = {"on_start": stage.start, "on_step": on_step}
+            return bb.train_backbone(self.data, config, folder, device=self.backend.device, **done)
 
     def _features(self) -> dict[str, Tensor]:
         """float32 [versions, classes, images_per_class, F] of each split: the images and, but for val, augmented ones."""
@@ -187,7 +191,6 @@ class Workshop:
             def on_tasks(count: int) -> None:
                 stage.update(count)
                 stage.keep()
-                self.pause_if_late()
 
             options: dict[str, Any] = {"meta": meta, "on_start": stage.update, "on_tasks": on_tasks}
             seconds = stage.seconds
@@ -207,19 +210,13 @@ class Workshop:
             return generator, generator.provenance["training"]
         config = train_config(self.config, cell)
         bank, seconds = self.bank(cell)
-        checkpoint, begun = self.folder / "partial" / f"{cell.name}.safetensors", [0]
+        checkpoint = self.folder / "partial" / f"{cell.name}.safetensors"
         with self.stage(cell.name, config.meta.steps, "steps") as stage:
 
-            def on_start(trainer: MetaTrainer) -> None:
-                begun[0] = trainer.step
-                stage.update(trainer.step)
-
             def on_step(trainer: MetaTrainer, loss: Tensor) -> None:
-                if trainer.step > begun[0] + 1 and (trainer.step - 1) % config.meta.checkpoint_every == 0:
-                    self.pause_if_late()  # a checkpoint of this call is behind it
-                stage.update()
-                if trainer.checkpoint_due():
-                    stage.keep()
+                stage.step(trainer.step, config.meta.checkpoint_every)
+                if trainer.checkpoint_due():  # it is written behind this call
+                    stage.keep(pause=False)
 
             generator = fit(
                 bank,
@@ -229,7 +226,7 @@ class Workshop:
                 seed=cell.seed,
                 checkpoint=checkpoint,
                 device=self.backend.device,
-                on_start=on_start,
+                on_start=lambda trainer: stage.start(trainer.step),
                 on_step=on_step,
                 progress=False,
             )
