@@ -114,7 +114,7 @@ class TrajectoryBank:
             McdiError: a bank with another header is there (names what differs); shards without a header; an unwritable
                 folder.
         """
-        folder = store.make_folder(store.user_path(folder))
+        folder = store.make_folder(folder)
         path = folder / _HEADER_FILE
         header = {
             "format": _FORMATS[-1],

@@ -33,6 +33,7 @@ from mcdi_fast.store import (
     read_json,
     save_tensors,
     show_path,
+    user_path,
     write_json,
 )
 from mcdi_fast.weights import WeightLayout
@@ -229,7 +230,7 @@ class WeightGenerator:
         Raises:
             McdiError: naming the file: missing, damaged, of another format or kind, or parts that do not fit; a hub that does not answer.
         """
-        folder = Path(path_or_hub_id).expanduser()
+        folder = user_path(path_or_hub_id)
         if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not folder.parent.exists():
             folder = fetch(path_or_hub_id, revision=revision)
         config = read_json(folder / "config.json")

@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import atomic_write, make_folder, user_path, write_json
+from mcdi_fast.store import atomic_write, make_folder, write_json
 
 _TOP = "base_model.model."
 # What stands in a module's names and not in a file's: the adapter's name, as in lora_A.default.weight.
@@ -60,7 +60,7 @@ def save_adapter(folder: str | os.PathLike[str], state: Mapping[str, Tensor], co
             f"config: {type(config).__name__}, expected a peft.LoraConfig or the dict of an adapter_config.json; "
             'give model.peft_config["default"]'
         )
-    folder = make_folder(user_path(folder))
+    folder = make_folder(folder)
     content = {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(state).items()}
     atomic_write(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))

@@ -1,7 +1,7 @@
 """The one way to and from the disk: atomic writes, strict JSON, safetensors files with a header of ours.
 
-No pickle anywhere. A file from a stranger can at worst be refused: what its header declares is checked against the
-file's size and a limit before anything is allocated for it.
+No pickle anywhere. A file from a stranger can at worst be refused: a limit is put on the header before it is read, and
+safetensors checks what it declares against the file's size before anything is allocated. `~` is the home folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import secrets
@@ -70,7 +69,7 @@ def _cannot_write(path: Path, error: BaseException) -> NoReturn:
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and those above it (no complaint where it exists). Raises McdiError naming it."""
-    folder = Path(path)
+    folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -107,7 +106,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         McdiError: naming path, reason (disk full, read-only, missing folder, …) and what to do. The file that was there
             is untouched, and the temporary file is gone.
     """
-    path = Path(path)
+    path = user_path(path)
     # A name of its own for every write: two processes must not write into one temporary file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") if path.name else path
     try:
@@ -197,24 +196,24 @@ def difference(name: str, found: Any, ours: Any) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read strict JSON: UTF-8, no NaN or infinity, no key twice, at most `MAX_JSON_BYTES`.
+    """Read strict JSON: UTF-8, no NaN or infinity, at most `MAX_JSON_BYTES`.
 
     Raises McdiError naming the file and what is wrong with it.
     """
-    path = Path(path)
+    path = user_path(path)
     size = _file_size(path)
     if size > MAX_JSON_BYTES:
         raise McdiError(
             f"{show_path(path)}: {size} bytes, expected JSON of at most {MAX_JSON_BYTES}; is it the right file?"
         )
-    return _loads(_read(path, 0, size), path, "the file")
+    return _loads(_read(path, size), path, "the file")
 
 
 def _loads(data: bytes | str, path: Path, what: str) -> Any:
     """Parse JSON strictly; `what` (of the file) is named in the error."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise McdiError(
             f"{show_path(path)}: {what} is not valid JSON ({_reason(error)}); it is damaged or not made by mcdi_fast"
@@ -223,18 +222,6 @@ def _loads(data: bytes | str, path: Path, what: str) -> Any:
 
 def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse(text[:20])  # 1e999 parses as infinity
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
 
 
 def _file_size(path: Path) -> int:
@@ -247,25 +234,15 @@ def _file_size(path: Path) -> int:
     return status.st_size
 
 
-def _read(path: Path, offset: int, count: int) -> bytes:
+def _read(path: Path, count: int) -> bytes:
+    """The first bytes."""
     try:
         with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(count)
+            return file.read(count)
     except OSError as error:
         raise McdiError(
             f"cannot read {show_path(path)}: {_reason(error)}; check the path and its permissions"
         ) from error
-    if len(data) < count:
-        _truncated(path, offset + len(data), offset + count)
-    return data
-
-
-def _truncated(path: Path, size: int, expected: int) -> NoReturn:
-    raise McdiError(
-        f"{show_path(path)}: truncated or no safetensors file: {size} bytes, expected at least {expected}; "
-        "make or copy it again"
-    )
 
 
 def save_tensors(
@@ -330,20 +307,29 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         McdiError: naming the file: missing, truncated, not made by mcdi_fast, of another format version or another
             kind.
     """
-    path = Path(path)
+    path = user_path(path)
     size = _file_size(path)
-    if size < 8:
-        _truncated(path, size, 8)
-    length = int.from_bytes(_read(path, 0, 8), "little")
+    length = int.from_bytes(_read(path, min(8, size)), "little")
     if length > MAX_JSON_BYTES:
         raise McdiError(
             f"{show_path(path)}: declares a header of {length} bytes, expected at most {MAX_JSON_BYTES}; "
             "it is damaged or no safetensors file"
         )
-    if size < 8 + length:
-        _truncated(path, size, 8 + length)
-    found = _loads(_read(path, 8, length), path, "its header")
-    ours = _our_header(found, path)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:  # whatever the parser or torch finds wrong with it: no one exception
+        raise McdiError(
+            f"{show_path(path)}: damaged, cut short or no safetensors file ({_reason(error)}); make or copy it again"
+        ) from error
+    if text is None:
+        raise McdiError(
+            f"{show_path(path)}: not made by mcdi_fast (no header of its own); give a file made by mcdi_fast"
+        )
+    ours = _loads(text, path, "its mcdi_fast header")
+    if not isinstance(ours, dict) or not isinstance(ours.get("meta"), dict):
+        raise McdiError(f"{show_path(path)}: its mcdi_fast header is no dict with a meta; the file is damaged")
     if ours.get("format") != FORMAT_VERSION:
         raise McdiError(
             f"{show_path(path)}: made by format {ours.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; "
@@ -353,38 +339,4 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         raise McdiError(
             f"{show_path(path)}: holds {ours.get('kind')!r:.60}, expected {kind!r}; give the path of a {kind} file"
         )
-    meta = ours.get("meta")
-    if not isinstance(meta, dict):
-        raise McdiError(f"{show_path(path)}: meta is {type(meta).__name__}, expected a dict; the file is damaged")
-    _check_extent(found, path, size - 8 - length)
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (no mapping)
-    except Exception as error:  # whatever the parser or torch finds wrong with a header that lies
-        raise McdiError(f"{show_path(path)}: damaged ({_reason(error)}); make or copy it again") from error
-
-
-def _our_header(found: Any, path: Path) -> dict[str, Any]:
-    metadata = found.get("__metadata__") if isinstance(found, dict) else None
-    text = metadata.get(_HEADER_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        raise McdiError(
-            f"{show_path(path)}: not made by mcdi_fast (no header of its own); give a file made by mcdi_fast"
-        )
-    ours = _loads(text, path, "its mcdi_fast header")
-    if not isinstance(ours, dict):
-        raise McdiError(f"{show_path(path)}: its mcdi_fast header is no dict; the file is damaged")
-    return ours
-
-
-def _check_extent(header: dict[str, Any], path: Path, available: int) -> None:
-    """A clear word for a file cut short in its data; every other lie about offsets is left to safetensors."""
-    needed = 0
-    for name, entry in header.items():
-        offsets = entry.get("data_offsets") if name != "__metadata__" and isinstance(entry, dict) else None
-        if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int):
-            needed = max(needed, offsets[1])
-    if needed > available:
-        raise McdiError(
-            f"{show_path(path)}: truncated: {available} bytes of tensors, expected {needed}; make or copy it again"
-        )
+    return tensors, ours["meta"]

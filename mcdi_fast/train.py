@@ -32,7 +32,7 @@ from mcdi_fast.prepare import check_segments, prepare_bank
 from mcdi_fast.ranks import Ranks, join
 from mcdi_fast.report import git_sha, machine, number, write_report
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.store import atomic_write
+from mcdi_fast.store import atomic_write, user_path
 from mcdi_fast.tasks import NoOptions, Setup, TaskFamily, find_family
 
 # What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
@@ -97,7 +97,7 @@ def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
         McdiError: bad settings or data, before anything is written; a full disk; a loss that is not finite.
     """
     name = config.dataset.replace(":", "-")
-    folder = config.run_dir or Path("runs") / f"{name}-seed{config.seed}"
+    folder = user_path(config.run_dir or Path("runs") / f"{name}-seed{config.seed}")
     entry = None if family is not None else find_family(config.dataset)
     task = config.task if config.task is not None else entry.options() if entry else NoOptions()
     with join(config.device) as (ranks, device), contextlib.ExitStack() as run:

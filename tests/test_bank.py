@@ -436,7 +436,7 @@ def test_damaged_folders_name_the_file(tmp_path):
     shutil.copytree(source, work)
     shard = "shard-000001.safetensors"
     for size in (0, 5, 100, (work / shard).stat().st_size - 1):
-        refused(cut(shard, size), shard, "truncated")
+        refused(cut(shard, size), shard, "cut short")
     refused(lambda: (work / shard).unlink(), shard, "missing")
     refused(lambda: (work / "shard-000000.safetensors").unlink(), "shard-000000")
     refused(lambda: (work / shard).rename(work / "shard-1.safetensors"), shard, "shard-1.")

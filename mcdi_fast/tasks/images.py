@@ -317,7 +317,7 @@ def load(
         McdiError: a source that is not there or is damaged; unreadable images, named and counted; a class without images; a class in two
             lists; a name that leads out of the folder; features that are not finite; labels out of range.
     """
-    path = _named_zip(str(source), data_dir) if str(source) in PACKED else Path(source)
+    path = _named_zip(str(source), data_dir) if str(source) in PACKED else user_path(source)
     readers = {".zip": _read_packed, ".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.is_dir():
         with _naming(path):
