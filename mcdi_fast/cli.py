@@ -95,6 +95,13 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
+def say(line: str) -> None:
+    """Print a line to stderr, above the progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
 class _Output:
     """A text stream that never raises: what its encoding lacks is escaped, and a reader that has gone is not missed.
 

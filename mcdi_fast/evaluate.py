@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from mcdi_fast.config import EvaluateConfig, PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import TaskBatch, TaskFamily
+from mcdi_fast.threads import latency
 
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # added to a run's seed: far from the seeds of training tasks
 OBJECTIVE_TITLES = {"local-consistency": "Mc-Di", "vanilla": "Mv-Di", "naive-local": "Tw-Di"}
@@ -30,8 +30,6 @@ WHAT = {
     "trained-target": "trained as a training task is (ceiling)",
 }
 GRADIENTS = ("finetune", "finetune-decay", "trained-target")  # methods that take gradients on the new task
-_LATENCY_REPEATS = 30
-_LATENCY_BUDGET_MS = 2000
 _CHAIN_SEEDS = 12
 _PLANE_POINTS = 41
 _CHUNK = 2000  # tasks of a bank at a time
@@ -81,19 +79,16 @@ def interval(values: Tensor) -> float:
     return 1.96 * float(values.double().std()) / len(values) ** 0.5
 
 
+def timed(adapt: Adapt, tasks: TaskBatch) -> dict[str, Any]:
+    """What the weights of one task take, its condition given: `threads.latency`."""
+    device = tasks.condition.device
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    return latency(lambda i: adapt(tasks[slice(i % len(tasks), i % len(tasks) + 1)]), wait)
+
+
 def latency_ms(adapt: Adapt, tasks: TaskBatch) -> float:
-    """Median milliseconds for the weights of one task, its condition given, after two warm-up calls; of a slow method after fewer calls."""
-    times: list[float] = []
-    for i in range(_LATENCY_REPEATS + 2):
-        if len(times) > 2 and sum(times) > _LATENCY_BUDGET_MS:
-            break
-        one = tasks[slice(i % len(tasks), i % len(tasks) + 1)]
-        start = time.perf_counter()
-        adapt(one)
-        if one.condition.device.type == "cuda":
-            torch.cuda.synchronize(one.condition.device)
-        times.append(1000 * (time.perf_counter() - start))
-    return median(times[2:])
+    """The lower quartile of `timed`, however busy the machine."""
+    return timed(adapt, tasks)["latency_quartile_ms"]
 
 
 def evaluate(
@@ -115,7 +110,7 @@ def evaluate(
         on_stage: called with the name of each of the four parts before it runs.
 
     Returns:
-        JSON-able: `metric`, `methods` (mean, ci95, latency_ms, what validation tasks chose), `sampling_steps`, `norms`, `plane` (report.py).
+        JSON-able: `metric`, `methods` (mean, ci95, `threads.latency`, what validation chose), `sampling_steps`, `norms`, `plane` (report.py).
     """
     generator, metric = sampler.generator, family.metric
     objective, num_steps = generator.diffusion.objective, config.sampling_steps or generator.diffusion.steps
@@ -157,7 +152,7 @@ def evaluate(
     for name, adapt in adapters.items():
         theta = targets[:, -1] if name == "trained-target" else adapt(test)
         scores[name] = family.scores(theta, test.query)
-        methods[name] = {**shown(scores[name]), "latency_ms": latency_ms(adapt, test), **chosen.get(name, {})}
+        methods[name] = {**shown(scores[name]), **timed(adapt, test), **chosen.get(name, {})}
         if name not in (objective, "trained-target"):
             difference = shown(scores[objective] - scores[name])
             methods[name] |= {

@@ -92,6 +92,11 @@ def number(value: float, like: float | None = None) -> str:
     return f"{value:.2f}" if abs(like if like is not None else value) >= 1 else f"{value:.3g}"
 
 
+def milliseconds(method: dict[str, Any]) -> str:
+    """Of one task; "busy" where the machine was too busy to measure them."""
+    return "busy" if method["latency_ms"] is None else f"{method['latency_ms']:.2f}"
+
+
 def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
     config, methods, axis = result["config"], result["methods"], _axis(result)
     options = ", ".join(f"{k} {v}" for k, v in (config["task"] or {}).items() if not isinstance(v, dict))
@@ -107,10 +112,18 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
     def row(name: str, m: dict[str, Any]) -> list[str]:
         what = WHAT.get(name, "weights drawn from noise, by this run's generator" if name in OBJECTIVE_TITLES else "")
         score = f"{number(m['mean'])} ± {number(m['ci95'], m['mean'])}"
-        return [f"{_title(name)}: {what}", score, f"{m['latency_ms']:.2f}", "yes" if name in GRADIENTS else "no"]
+        return [f"{_title(name)}: {what}", score, milliseconds(m), "yes" if name in GRADIENTS else "no"]
 
     lines += table(["method", axis, "one task, ms", "gradients at test time"], [row(n, m) for n, m in methods.items()])
-    lines += ["Paired over the same tasks:", ""]
+    load = max(m["latency_load"] or 0.0 for m in methods.values())
+    lines.append(
+        f"One task: lower quartile of some 30 calls on one thread; {load:.1f} processes wanted one of the cores at the time."
+    )
+    if any(m["latency_ms"] is None for m in methods.values()):
+        lines.append(
+            "**busy**: calls scattered, or waited for a core. The same command on an idle machine measures again."
+        )
+    lines += ["", "Paired over the same tasks:", ""]
     for name, m in methods.items():
         if "generated_minus_this" in m:
             difference, half = m["generated_minus_this"], m["generated_minus_this_ci95"]

@@ -117,9 +117,8 @@ class Threads:
             if self._record is not None and self._record.parent.is_dir():
                 write_json(self._record, self._stages)  # before it holds: a kill must not forget it
             times = ", ".join(f"{1000 * value:.0f} ms on {count}" for count, value in seconds.items())
-            self._say(
-                f"{self._stage}: {best} instead of {before} threads from step {step} on (a piece of it takes {times})"
-            )
+            behind = f" from step {step} on" if step else ""
+            self._say(f"{self._stage}: {_threads(best)} instead of {before}{behind} (a piece of it takes {times})")
         torch.set_num_threads(best)
         self._watch()
 
@@ -134,7 +133,7 @@ def halves(most: int) -> list[int]:
     return [most >> shift for shift in range(most.bit_length())]
 
 
-def measure(work: Work, counts: list[int], seconds: float = 0.3) -> dict[int, float]:
+def measure(work: Work, counts: list[int], seconds: float = 0.2) -> dict[int, float]:
     """Median seconds of a piece of work by number of threads, from many to few; those below a number that is much slower are left out.
 
     seconds: for each number, with two calls at least, the first of which is not counted.
@@ -165,6 +164,10 @@ def work_like_a_step() -> None:
         torch.nn.functional.silu(x).add_(x)
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _read(path: Path) -> dict[str, list[list[int]]]:
     found = read_json(path)
     good = isinstance(found, dict) and all(
@@ -187,9 +190,9 @@ def latency(
         calls, seconds: at most so many counted calls, and no further one after so long (three at least).
 
     Returns:
-        JSON-able. `latency_ms`: the lower quartile; None where the number would say more about the machine than about the call.
+        JSON-able. `latency_quartile_ms`: the lower quartile. `latency_ms`: the same; None where it says more of the machine than of the call.
         `latency_scatter`: upper quartile by lower. `latency_waited`: share of the lower quartile in which the call was not running (0 with
-        `wait`: the device's time is none of the processor's). `load`: processes that want a core, mean of the last minute.
+        `wait`: the device's time is none of the processor's). `latency_load`: processes that want a core, mean of the last minute.
     """
     before, found = torch.get_num_threads(), list[tuple[float, float]]()
     torch.set_num_threads(1)
@@ -210,9 +213,10 @@ def latency(
     steady = high <= _STEADY * low and waited <= _WAITED
     return {
         "latency_ms": 1000 * low if steady else None,
+        "latency_quartile_ms": 1000 * low,
         "latency_scatter": high / low,
         "latency_waited": waited,
-        "load": load(),
+        "latency_load": load(),
     }
 
 

@@ -22,22 +22,25 @@ import torch
 
 from mcdi_fast.backend import Backend, check_device, check_precision, resolve
 from mcdi_fast.bounds import check
-from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
+from mcdi_fast.cli import Stages, open_run, parse, run_command, say, stopped
 from mcdi_fast.config import TrainConfig
 from mcdi_fast.diffusion import diffusion_tables, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, evaluate, generate
+from mcdi_fast.inner import inner_loop
 from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_segments, prepare_bank
 from mcdi_fast.ranks import Ranks, join
-from mcdi_fast.report import git_sha, machine, number, write_report
+from mcdi_fast.report import git_sha, machine, milliseconds, number, write_report
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import atomic_write, user_path
 from mcdi_fast.tasks import NoOptions, Setup, TaskFamily, find_family
+from mcdi_fast.threads import Threads
 
 # What a run folder may be asked for with other values than before: where things lie, what computes and how the result is evaluated.
 _FREE = ("run_dir", "data_dir", "cache_dir", "device", "impl", "precision", "evaluate")
 _LOG_EVERY = 10  # outer steps between lines of metrics.jsonl
+_FEW = 32  # tasks on which the number of threads is measured
 
 
 def check_config(config: TrainConfig) -> TrainConfig:
@@ -105,11 +108,14 @@ def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
         check_meta(config.meta, ranks)
         backend = Backend.at_door(config.device, config.impl, config.precision)
         stages, taken = Stages(show=ranks.is_main), list[bool]()
+        fixed = backend.device.type != "cpu" or ranks.size > 1  # processes that share work keep torch's number
+        threads = run.enter_context(Threads(folder / "threads.json", say, fixed))
 
         def begin() -> None:
             if ranks.is_main and not taken:
                 run.enter_context(open_run(folder, config, _FREE))
                 run.enter_context(stopped())
+                threads.begin("data")
                 taken.append(True)
 
         if not ranks.is_main:
@@ -121,7 +127,7 @@ def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
         begin()
         if ranks.is_main:
             ranks.broadcast_number(0)
-            _train(config, family, folder, stages, backend, ranks)
+            _train(config, family, folder, stages, threads, backend, ranks)
         else:
             _follow(config, family, folder, backend, ranks)
     return folder
@@ -136,7 +142,13 @@ def _follow(config: TrainConfig, family: TaskFamily, folder: Path, backend: Back
 
 
 def _train(
-    config: TrainConfig, family: TaskFamily, folder: Path, stages: Stages, backend: Backend, ranks: Ranks
+    config: TrainConfig,
+    family: TaskFamily,
+    folder: Path,
+    stages: Stages,
+    threads: Threads,
+    backend: Backend,
+    ranks: Ranks,
 ) -> None:
     plain = json.loads(json.dumps(asdict(config), default=str))
     provenance = {"dataset": config.dataset, **family.provenance()}
@@ -144,7 +156,22 @@ def _train(
     validation = family.tasks("val", 0, config.evaluate.validation_tasks, VALIDATION_SEED + seed)
     test = family.tasks("test", 0, config.evaluate.tasks, TEST_SEED + seed)
 
+    few = family.tasks("train", 0, _FEW, seed).train
+    short = replace(config.prepare, steps=config.diffusion.segments)
+
+    def train_few() -> None:
+        family.trajectories(few, short, config.diffusion.segments, torch.Generator().manual_seed(0), backend)
+
     with stages("trajectories", config.prepare.tasks, "tasks") as bar:
+
+        def on_tasks(count: int) -> None:
+            bar.update(count)
+            threads.step(bar.n)
+
+        def on_prepared(count: int) -> None:
+            bar.update(count)
+            threads.begin("trajectories", count, train_few)
+
         bank = prepare_bank(
             folder / "bank",
             family,
@@ -152,8 +179,8 @@ def _train(
             config.diffusion.segments,
             seed,
             meta=provenance | {"prepare": asdict(config.prepare), "seed": seed},
-            on_start=bar.update,
-            on_tasks=bar.update,
+            on_start=on_prepared,
+            on_tasks=on_tasks,
             backend=backend,
             ranks=ranks,
         )
@@ -165,9 +192,14 @@ def _train(
         def on_start(trainer: MetaTrainer) -> None:
             metrics.append(Metrics(folder / "metrics.jsonl", trainer.step))
             bar.update(trainer.step)
+            lr = config.meta.inner_lr
+            threads.begin(
+                "meta-training", trainer.step, lambda: inner_loop(trainer.phi, trainer.batch(trainer.step), lr)
+            )
 
         def on_step(trainer: MetaTrainer, loss: torch.Tensor) -> None:
             bar.update()
+            threads.step(trainer.step)
             if trainer.step % _LOG_EVERY and not trainer.checkpoint_due():
                 return  # reading the loss waits for the device
             value = float(loss)
@@ -203,6 +235,7 @@ def _train(
 
     with stages("evaluation", 4, "parts") as bar:
         sampler = Sampler(generator, config.device, **compute)
+        threads.begin("evaluation", work=lambda: generate(sampler, validation[:_FEW], seed))
         result = evaluate(
             family, sampler, bank, test, validation, config.evaluate, config.prepare, seed, backend,
             on_stage=lambda _: bar.update(),
@@ -218,7 +251,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
     unit = result["metric"]["unit"]
     for name, m in result["methods"].items():
         score = f"{number(m['mean']):>8} ± {number(m['ci95'], m['mean'])} {unit}"
-        print(f"{name:18} {score:20} {m['latency_ms']:8.2f} ms a task")
+        print(f"{name:18} {score:20} {milliseconds(m):>8} ms a task")
     print(f"report: {folder / 'report.md'}")
 
 

@@ -78,7 +78,7 @@ def test_a_busy_machine(machine, tmp_path, costs, expected):
     assert torch.get_num_threads() == 3
     if expected == 1:
         (line,) = said
-        assert "meta-training: 1 instead of 3 threads from step 7 on" in line
+        assert "meta-training: 1 thread instead of 3 from step 7 on" in line
         assert f"{1000 * costs[3]:.0f} ms on 3, {1000 * costs[1]:.0f} ms on 1" in line
         assert json.loads((tmp_path / "threads.json").read_text()) == {"meta-training": [[7, 1]]}
     assert len(machine.measured) == 1
@@ -187,7 +187,8 @@ def test_the_same_bits_after_a_stop(machine, tmp_path):
     assert counts == [3] * 12
     changed, counts = run("changed", busy_from=6)
     assert counts == [3] * 9 + [1] * 3
-    assert any(not torch.equal(changed[name], value) for name, value in idle.items())  # else this shows nothing
+    if all(torch.equal(changed[name], value) for name, value in idle.items()):
+        pytest.skip("on this machine the bits do not depend on the number of threads: there is nothing to show")
     with pytest.raises(KeyboardInterrupt):
         run("stopped", busy_from=6, stop=11)
     again, counts = run("stopped")
@@ -224,7 +225,7 @@ def test_latency_of_steady_calls(machine):
     assert found["latency_ms"] == pytest.approx(10.2)
     assert found["latency_scatter"] < 1.1
     assert found["latency_waited"] == 0
-    assert "load" in found
+    assert "latency_load" in found
     assert torch.get_num_threads() == 3
 
 
@@ -245,6 +246,7 @@ def test_no_latency_where_calls_scatter(machine):
 
     found = latency(call)
     assert found["latency_ms"] is None
+    assert found["latency_quartile_ms"] == pytest.approx(10)
     assert found["latency_scatter"] == pytest.approx(3)
 
 
