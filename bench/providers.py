@@ -29,7 +29,7 @@ from mcdi_fast.tasks import optimizer_steps
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKEN, CONDITION, STEPS, DEPTH, RATE = 65, 64, 20, 2, 0.005
 WAYS, FEATURES = 5, 64
-RECIPE = PrepareConfig(steps=90, copies=1, learning_rate=0.05)
+RECIPE = PrepareConfig(steps=90, learning_rate=0.05)
 OPTIONAL = {
     name: importlib.util.find_spec(name) is not None
     for name in ("torchopt", "higher", "learn2learn", "pytorch_optimizer", "numba")

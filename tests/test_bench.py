@@ -36,12 +36,13 @@ def test_prepare(provider):
 
 
 def test_sampling(tmp_path):
-    generator, test = sampling.trained(tmp_path / "bank", meta_steps=3, tasks=20, width=16)
-    condition = sampling.support_condition(test.support[:2])
+    generator, family, test = sampling.trained(tmp_path / "bank", meta_steps=3, tasks=20, width=16)
+    condition = test.condition[:2]
     found = sampling.providers(generator, condition)
     for name in ("ours", "eager", "loop"):
         checks.close_to(sampling.reference(generator, condition, 20), 1e-4)(found[name]())
     checks.close_to(sampling.reference(generator, condition, sampling.FEWEST), 1e-4)(found["3 steps"]())
+    assert family.scores(found["ours"](), test[:2].query).shape == (2,)
 
 
 @pytest.mark.parametrize("name", kernel_list.NAMES)

@@ -139,11 +139,12 @@ def test_without_triton_everything_but_its_kernels_works(tmp_path):
     code = f"""{NO_TRITON}
 import torch
 from mcdi_fast import *
-from mcdi_fast.config import PrepareConfig, TaskConfig
+from mcdi_fast.config import PrepareConfig
 from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 import mcdi_fast.train
-features = torch.randn(1, 12, 8, 4)
-bank = prepare_bank("bank", features, TaskConfig(3, 1, 2), PrepareConfig(tasks=20, steps=6), 3, seed=0)
+family = HeadFamily({{"train": ClassRows.of_grid(torch.randn(12, 8, 4))}}, HeadOptions(3, 1, 2))
+bank = prepare_bank("bank", family, PrepareConfig(tasks=20, steps=6), 3, seed=0)
 settings = bank, MetaConfig(steps=3, meta_batch=4), DiffusionConfig(6), DenoiserConfig(8, 1)
 fit(*settings).save_pretrained("generator")
 shapes = [list(Sampler("generator").sample(torch.zeros(tasks, 5), range(tasks)).tokens.shape) for tasks in (1, 40)]
