@@ -31,6 +31,7 @@ from mcdi_fast.store import (
     load_tensors,
     make_folder,
     read_json,
+    remove_temporaries,
     save_tensors,
     show_path,
     user_path,
@@ -208,6 +209,8 @@ class WeightGenerator:
             "provenance": self.provenance,
         }
         dumps(config, folder / "config.json")  # complains before anything is written
+        for name in FILES:
+            remove_temporaries(folder, name)
         save_tensors(folder / "model.safetensors", tensors, {"config": _digest(config)}, _KIND)
         write_json(folder / "config.json", config)
 

@@ -112,6 +112,15 @@ def test_f_is_skip_x_plus_scale_net():
             torch.testing.assert_close(generator.f(condition)(x, t)[b].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_leftovers_of_a_killed_save_are_removed(folder):
+    leftover, other = folder / ".model.safetensors.0123abcd.tmp", folder / ".notes.0123abcd.tmp"
+    leftover.write_bytes(b"half")
+    other.write_bytes(b"")
+    make().save_pretrained(folder)
+    assert not leftover.exists()
+    assert other.exists()
+
+
 def test_saving_over_another_generator(folder):
     other = make(DiffusionConfig(steps=5), seed=3)
     other.save_pretrained(folder)
