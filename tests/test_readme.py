@@ -57,6 +57,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     for block in blocks * 2:  # people run things again
         exec(block, names)
     assert trained[0][0].dataset == "mine"
+    assert trained[0][1].provenance() == trained[1][1].provenance()  # else the second is refused: another start
     check_family(trained[0][1])
     assert names["logits"].shape == (3, 15, 5)
 

@@ -393,6 +393,12 @@ def test_a_family_of_one_s_own_through_the_door(tmp_path, capsys):
     other = json.loads((tmp_path / "b" / "report.json").read_text())
     assert other["methods"]["local-consistency"]["mean"] == report["methods"]["local-consistency"]["mean"]
 
+    net = network()  # another start is another bank: nothing is mixed
+    with torch.no_grad():
+        net[0].bias += 0.1
+    with pytest.raises(McdiError, match="module_weights"):
+        train.train(config, family=ModuleFamily(net, draw, mse, fingerprint="2.0"))
+
 
 def test_waves():
     for options in (WaveOptions(), WaveOptions(5, 4, 3, 2, 0.1, "gaussian"), WaveOptions(width=1, start="random")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,11 @@ class ModuleFamily(TaskFamily):
         self._places = find(self.layout.shapes, module)
         self._initial = self.layout.pack(module).detach().float()
         self.fingerprint = fingerprint
+        self._module_weights = _digest(module)
+
+    def provenance(self) -> dict[str, Any]:
+        """With a digest of the module's weights as they were given: a bank of another start is another bank."""
+        return {**super().provenance(), "module_weights": self._module_weights}
 
     def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
         """Of `draw`."""
@@ -70,3 +76,10 @@ class ModuleFamily(TaskFamily):
     def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
         """The module's own weights, plus Gaussian noise of `start_std`."""
         return self._initial + super().start(count, config, generator)
+
+
+def _digest(module: nn.Module) -> str:
+    found = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
