@@ -1,269 +1,171 @@
-"""Everything a GPU has to say about the kernels, in one command:
+"""Everything a GPU has to say about the kernels.
 
-    python bench/gpu_check.py [--output FILE] [--skip tests sanitizer main-job timings]
-    python bench/gpu_check.py --dry-run            # every timed case once, tiny, in Triton's interpreter: checks this script itself
+    python bench/gpu_check.py --output FOLDER [--groups NAME …]
+    python bench/gpu_check.py --output FOLDER --dry-run     # every group, tiny, in Triton's interpreter: checks this script itself
 
-In this order: the kernel tests compiled; compute-sanitizer on the kernels, where there is one; the main job on glyphs, short, on the GPU against
-the CPU; the timings. Writes bench/results/<date>-gpu.json after every part, so that one that is cut short leaves what it had: milliseconds of
-each kernel and of its torch reference on the same GPU and the same inputs, alone and as a CUDA graph, the bytes and operations where they
-are counted, and their share of the peaks measured in the same run (a large copy, large products).
+Needs torch, triton, numpy, einops and safetensors; more is used where it is there (pytest, compute-sanitizer). Each group is a process of its
+own, for an error of the device poisons a process. A group may take --seconds (590), then it and its children are ended. It writes
+FOLDER/<group>.json after every part, so that one that is cut short leaves what it had. Exits with 1 where a group failed.
+
+The groups, in this order:
+    facts        clocks, floors, peaks of this card
+    accuracy     every operation at default size against float64
+    repeats      the same bits again and again, beside a busy stream: what moves is a race
+    graph        a meta-step's replay against its eager run; NaN in a replay
+    timings      in graphs, with shares of the measured peaks, and against compiled and graphed torch
+    tests        tests/kernels, compiled
+    memcheck, initcheck, racecheck, synccheck    compute-sanitizer on one launch of each operation
+    profile      ten replayed meta-steps
+    main-job     glyphs on the GPU. To compare: run --groups main-job --device cpu before, and give its main-job.json as --cpu-report
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 DRY = "--dry-run" in sys.argv
 os.environ["TRITON_INTERPRET"] = "1" if DRY else "0"  # before anything imports triton
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # found without an installation, too
 
 import torch
 import triton
+import triton.language as tl
 
 from mcdi_fast.backend import PRECISIONS
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
-from mcdi_fast.denoiser import denoise, init_parameters, parameter_shapes
-from mcdi_fast.diffusion import InnerBatch, chain_table, make_objective, make_schedule
-from mcdi_fast.diffusion import sample_chain as torch_chain
+from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig, PrepareConfig
 from mcdi_fast.heads import head_layout
 from mcdi_fast.inner import inner_loop
-from mcdi_fast.kernels import api as K
+from mcdi_fast.kernels import meta_step
+from mcdi_fast.kernels.launch import capture
+from mcdi_fast.kernels.operations import DEFAULT, TINY, Maker, Operation, Sizes, convert, each, inner_batch
 from mcdi_fast.meta import MetaTrainer
-from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.report import machine
-from mcdi_fast.sampler import Sampler
+from mcdi_fast.sampler import Sampler, StaticSampler
 
-ROOT = Path(__file__).parents[1]
-
-
-def cases(device: str, tiny: bool):
-    """(name, {implementation: function}) at default sizes."""
-    g = torch.Generator().manual_seed(0)
-    b, k, s, n, d, c, h, depth, steps = (3, 2, 2, 3, 5, 4, 9, 1, 4) if tiny else (32, 3, 4, 5, 65, 64, 256, 2, 20)
-    heads, rows, features = (2, 6, 5) if tiny else (1000, 100, 64)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g).to(device)
-
-    schedule = make_schedule(steps, 3)
-    objective = make_objective(schedule, "local-consistency")
-    tables = K.noising_tables(objective)
-    segment = torch.randint(3, (b,), generator=g)
-    step = (torch.rand(b, k, s, generator=g) * objective.ends[segment][:, None, None]).long().to(device)
-    segment, target = segment.to(device), normal(b, n, d)
-    tables32, streams = tables.float().to(device), torch.arange(b, device=device)
-    seeds = torch.arange(5 if tiny else 4096, device=device)
-    signal = tables32[segment[:, None, None], step]
-    eps_shape = (b, k, s, n, d)
-
-    def noising_torch():  # what a torch implementation on the GPU would do, with torch's own generator
-        eps = torch.randn(eps_shape, device=device)
-        a, e, w, skip, _ = signal[..., None, None, :].unbind(-1)
-        x = a * target[:, None, None] + e * eps
-        return x, w * eps - skip * x
-
-    yield (
-        "noising",
-        {"triton": lambda: K.noising(target, segment, step, 0, streams, tables32), "torch": noising_torch},
-    )
-    yield (
-        "normal_noise, 4096 tasks",
-        {
-            "triton": lambda: K.normal_noise(seeds, (n, d)),
-            "torch": lambda: torch.randn(len(seeds), n, d, device=device),
-        },
-    )
-
-    net, gain, wanted = normal(b, s, n, d), normal(b, s), normal(b, s, n, d)
-    yield (
-        "consistency_loss",
-        {
-            "triton": lambda: K.consistency_loss(net, gain, wanted),
-            "torch": lambda: K.consistency_loss_ref(net, gain, wanted),
-        },
-    )
-
-    x, weight, bias = normal(b, s * n, h), normal(h, h) / h**0.5, normal(b, s, h)
-    earlier = (normal(k - 1, b, s * n, h), normal(k - 1, b, s * n, h))
-    fused = dict(broadcast=K.Broadcast(bias, n), activation="silu")
-    yield (
-        "task_linear",
-        {f"triton {p}": lambda p=p: K.task_linear(x, weight, earlier, 0.005, **fused, precision=p) for p in PRECISIONS}
-        | {"torch": lambda: K.task_linear_ref(x, weight, earlier, 0.005, **fused)},
-    )
-
-    inputs, gradients = normal(k, b, s * n, h), normal(k, b, s * n, h)
-    yield (
-        "reptile_delta",
-        {f"triton {p}": lambda p=p: K.reptile_delta(inputs, gradients, 0.005, precision=p) for p in PRECISIONS}
-        | {"torch": lambda: K.reptile_delta_ref(inputs, gradients, 0.005)},
-    )
-
-    weights = normal(b, h, h)
-    yield (
-        "sgd_step",
-        {
-            f"triton {p}": lambda p=p: K.sgd_step_(weights, inputs[0], gradients[0], 1e-6, precision=p)
-            for p in PRECISIONS
-        }
-        | {"torch": lambda: weights.baddbmm_(inputs[0].mT, gradients[0], alpha=-1e-6)},
-    )
-
-    theta, gradient = normal(heads, n * d), normal(heads, n * d)
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
-    yield "sam_ascent", {
-        "triton": lambda: K.sam_ascent(theta, gradient, 0.05), "torch": lambda: K.sam_ascent_ref(theta, gradient, 0.05)
-    }  # fmt: skip
-    yield (
-        "adam_step",
-        {
-            "triton": lambda: K.adam_step_(theta, gradient, first, second, 1e-6, 1.0),
-            "torch": lambda: K.adam_step_ref(theta, gradient, first, second, 1e-6, 1.0),
-        },
-    )
-
-    size = 50 if tiny else sum(i * o for i, o in parameter_shapes(d, c, steps, h, depth).values())
-    state, delta = OuterState(*(normal(size) for _ in range(3)), normal(size).abs()), normal(size)
-    scalars = outer_scalars(MetaConfig(outer_lr=1e-6), 5)
-    on_device, good = torch.tensor(scalars, device=device), torch.ones(1, dtype=torch.int32, device=device)
-    yield (
-        "outer_update",
-        {
-            "triton": lambda: K.outer_update_(state, delta, on_device, good, "adam"),
-            "torch": lambda: K.outer_update_ref(state, delta, scalars, "adam"),
-        },
-    )
-
-    config = PrepareConfig(steps=3) if tiny else PrepareConfig()
-    start, images = normal(heads, 5, features + 1) * 0.01, normal(2, heads, rows, features)
-    labels = torch.randint(5, (heads, rows), generator=g).to(device)
-    sample_weight = torch.full((rows,), 1 / rows, device=device)
-    pick = torch.randint(2, (config.steps, heads, rows), generator=g, dtype=torch.int32).to(device)
-    for name, rho in (("head_trajectory SAM", config.rho), ("head_trajectory Adam", 0.0)):
-        chosen = replace(config, rho=rho)
-        yield (
-            name,
-            {
-                f"triton {p}": lambda p=p, chosen=chosen: K.head_trajectory(
-                    start, images, labels, chosen, 3, pick, sample_weight, precision=p
-                )
-                for p in PRECISIONS
-            }
-            | {
-                "torch": lambda chosen=chosen: K.head_trajectory_ref(
-                    start, images, labels, chosen, 3, pick, sample_weight
-                )
-            },
-        )
-
-    phi = init_parameters(d, c, steps, h, depth, 0)
-    phi = {name: normal(*value.shape) / value.shape[0] ** 0.5 for name, value in phi.items()}
-    condition = normal(b, n, c)
-    batch = InnerBatch(normal(*eps_shape), step, condition, normal(b, k, s).abs() + 0.5, normal(*eps_shape))
-    yield (
-        "meta step, inner loops",
-        {
-            f"triton {p} {name}": lambda p=p, stacked=stacked: K.inner_loop_triton(
-                phi, batch, 0.005, stacked=stacked, precision=p
-            )
-            for p in PRECISIONS
-            for name, stacked in (("low-rank", False), ("stacked", True))
-        }
-        | {
-            "torch fused": lambda: inner_loop(phi, batch, 0.005, "torch"),
-            "torch vmap(grad)": lambda: inner_loop(phi, batch, 0.005, "vmap"),
-        },
-    )
-
-    chain_steps, coefficients = chain_table(schedule, objective)
-    chain_steps, coefficients = chain_steps.to(device), coefficients.float().to(device)
-    skip, scale = objective.skip.tolist(), objective.scale.tolist()
-    at = torch.arange(steps, device=device).view(-1, 1)
-    packed = {p: K.pack_weights(phi, torch.bfloat16 if p == "bf16" else torch.float32) for p in PRECISIONS}
-    for tasks in (3,) if tiny else (1, 32, 600, 4096):
-        noise, c_tasks = normal(tasks, n, d), normal(tasks, n, c)
-
-        def f(x, t, c_tasks=c_tasks):
-            return torch.add(skip[t] * x, denoise(phi, x.unsqueeze(-3), at[t], c_tasks).squeeze(-3), alpha=scale[t])
-
-        yield (
-            f"sampler, {tasks} tasks",
-            {
-                f"triton {p}": lambda p=p, noise=noise, c_tasks=c_tasks: K.sample_chain(
-                    packed[p], noise, c_tasks, chain_steps, coefficients, precision=p
-                )
-                for p in PRECISIONS
-            }
-            | {"torch": lambda f=f, noise=noise: torch_chain(f, noise, schedule)},
-        )
+CHAINS = (1, 2, 600, 4096)
+SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
 
 
-def engine_cases(device: str, tiny: bool, folder: Path):
-    """The same for what people call: a whole outer step, and `Sampler.sample` with its seeds on the device."""
-    layout, (tasks, width) = head_layout(5, 64), (8, 16) if tiny else (2000, 256)
-    bank = TrajectoryBank.create(folder, layout, 3, 65)
-    g = torch.Generator().manual_seed(0)
-    bank.append(torch.randn(tasks, 3, 5, 65, generator=g), torch.randn(tasks, 5, 65, generator=g))
-    meta = MetaConfig(steps=10**6, meta_batch=2 if tiny else 32)
-    options = dict(denoiser=DenoiserConfig(width=width), device=device)
-    ours = {p: MetaTrainer(bank, meta, **options, impl="triton", precision=p) for p in PRECISIONS}
-    plain = MetaTrainer(bank, meta, **options, impl="torch")
-    yield (
-        "outer step, whole",
-        {f"triton {p} (a graph inside)": trainer.outer_step for p, trainer in ours.items()}
-        | {"torch": plain.outer_step},
-    )
-    generator = plain.generator()
-    for tasks in (2,) if tiny else (1, 32, 4096):
-        condition = torch.randn(tasks, 5, 65, generator=g).to(device)
-        seeds = torch.arange(tasks, device=device)
-        samplers = {f"triton {p}": Sampler(generator, device, impl="triton", precision=p) for p in PRECISIONS}
-        samplers["torch"] = Sampler(generator, device, impl="torch")
-        yield (
-            f"sampler.sample, {tasks} tasks",
-            {
-                name: lambda sampler=sampler, condition=condition, seeds=seeds: sampler.sample(condition, seeds)
-                for name, sampler in samplers.items()
-            },
-        )
+@triton.jit
+def nothing_kernel(x):
+    """The floor of a launch."""
 
 
-def work() -> dict[str, dict[str, float]]:
-    """Bytes that must move and operations that must be done, at the sizes of `cases` (docs/kernels.md, Floors)."""
-    b, k, s, n, d, h, rows = 32, 3, 4, 5, 65, 256, 20
-    scores = 2 * rows * (k - 1) * rows * (h + h)
-    return {
-        "noising": {"bytes": 4 * (2 * b * k * s * n * d + b * n * d)},
-        "normal_noise, 4096 tasks": {"bytes": 4 * 4096 * n * d},
-        "task_linear": {
-            "bytes": 4 * (b * rows * h * (3 + 2 * (k - 1)) + h * h),
-            "flop": b * (2 * rows * h * h + scores),
-        },
-        "reptile_delta": {"bytes": 4 * (2 * k * b * rows * h + h * h), "flop": 2 * k * b * rows * h * h},
-        "sgd_step": {"bytes": 4 * (2 * b * h * h + 2 * b * rows * h), "flop": 2 * b * rows * h * h},
-        "sam_ascent": {"bytes": 4 * 3 * 1000 * n * d},
-        "adam_step": {"bytes": 4 * 7 * 1000 * n * d},
-        "meta step, inner loops": {"flop": 4.0e9},
-    }
+@triton.jit
+def stream_kernel(x, out, count, repeat, BLOCK: tl.constexpr):
+    """Reads `count` numbers `repeat` times, past the L1."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, repeat):
+        for first in range(0, count, BLOCK):
+            total += tl.load(x + first + tl.arange(0, BLOCK), cache_modifier=".cg")
+    tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), total)
 
 
-def peaks() -> dict[str, float]:
-    """GB/s of a large copy (bytes read plus bytes written) and TFLOP/s of large products, random data."""
-    x = torch.randn(2**28, device="cuda")
-    out = torch.empty_like(x)
-    found = {"copy GB/s": 2 * x.numel() * 4 / milliseconds(lambda: out.copy_(x)) / 1e6}
-    a, w = torch.randn(8192, 8192, device="cuda"), torch.randn(8192, 8192, device="cuda")
+@dataclass
+class Run:
+    """One group's run: where it computes, and its record, written after every part."""
+
+    group: str
+    folder: Path
+    device: str
+    cpu_report: Path | None
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.record: dict[str, Any] = {"group": self.group, "dry run": DRY, **machine(), "triton": triton.__version__}
+        if torch.cuda.is_available():
+            self.record["gpu"] = torch.cuda.get_device_name()
+        self.sizes: Sizes = TINY if DRY else DEFAULT
+        self.keep("began", time.strftime("%F %T"))
+
+    def keep(self, part: str, value: Any) -> None:
+        """Add to the record and write it."""
+        self.record[part] = value
+        (self.folder / f"{self.group}.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        print(f"{self.group}: {part}: {json.dumps(value)[:300]}", flush=True)
+
+    def attempt(self, part: str, function: Callable[[], Any]) -> None:
+        """Keep what the function gives, or how it failed: one failing part does not cost the others."""
+        try:
+            self.keep(part, function())
+        except Exception as error:
+            self.failed = True
+            self.keep(part, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+    def cases(self) -> Iterator[tuple[str, Operation, Sizes, str | None]]:
+        """Every operation, size and precision to look at."""
+        return each(self.sizes, () if DRY else CHAINS)
+
+
+def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """The largest of the tensors' errors, each relative to its norm; infinite where something is not finite."""
+    worst = 0.0
+    for one, two in zip(found, exact, strict=True):
+        if not bool(one.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300)))
+    return worst
+
+
+def microseconds(function: Callable[[], Any]) -> float:
+    """Of one call among many in a CUDA graph, the L2 warm: no launch from the host in between. Median."""
+    with torch.no_grad():
+        if DRY:
+            function()
+            return 0.0
+        from triton.testing import do_bench_cudagraph
+
+        return 1e3 * float(do_bench_cudagraph(function, rep=20, return_mode="median"))
+
+
+def wall_microseconds(function: Callable[[], Any], calls: int = 200) -> float:
+    """Of one call, host and device together."""
+    calls = 1 if DRY else calls
+    function()
+    if not DRY:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if not DRY:
+        torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - began) / calls
+
+
+# ---- groups
+
+
+def peaks(run: Run) -> dict[str, float]:
+    """GB/s of a large copy, GB/s of the L2, TFLOP/s of large products; random data."""
+    count, side = (2**10, 8) if DRY else (2**28, 8192)
+    x = torch.randn(count, device=run.device)
+    out, found = torch.empty_like(x), {}
+
+    def rate(amount: float, function: Callable[[], Any], unit: float) -> float:
+        us = microseconds(function)
+        return amount / us / unit if us else 0.0
+
+    found["copy GB/s"] = rate(8 * count, lambda: out.copy_(x), 1e3)
+    small, target = x[: 2**19], out[: 2**19]
+    found["L2 copy GB/s"] = rate(8 * small.numel(), lambda: target.copy_(small), 1e3)
+    a, w = (torch.randn(side, side, device=run.device) for _ in range(2))
     for name, kind, allowed in (
         ("ieee", torch.float32, False),
         ("tf32", torch.float32, True),
@@ -271,153 +173,378 @@ def peaks() -> dict[str, float]:
     ):
         torch.backends.cuda.matmul.allow_tf32 = allowed
         left, right = a.to(kind), w.to(kind)
-        found[f"{name} TFLOP/s"] = 2 * 8192**3 / milliseconds(lambda left=left, right=right: left @ right) / 1e9
+        found[f"{name} TFLOP/s"] = rate(2 * side**3, lambda left=left, right=right: left @ right, 1e6)
     torch.backends.cuda.matmul.allow_tf32 = False
     return found
 
 
-def main_job(folder: Path) -> dict:
-    """The command on glyphs, short, once on each device: the same draws, so the same numbers to rounding and Adam's sensitivity to it."""
-    short = "--task.backbone.steps 100 --prepare.tasks 1000 --meta.steps 500 --evaluate.tasks 200".split()
-    found = {}
-    for device in ("cpu", "cuda"):
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "mcdi_fast.train", "--device", device, *short]
-        command += ["--run-dir", str(folder / device), "--cache-dir", str(folder / "cache")]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+def facts(run: Run) -> None:
+    """Clocks, the floor of a launch, what a program gets from the L2, and the card's peaks."""
+    if shutil.which("nvidia-smi"):
+        asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv"], capture_output=True, text=True)
+        run.keep("nvidia-smi", said.stdout.splitlines())
+    x, count = torch.randn(2**10 if DRY else 2**18, device=run.device), 1 if DRY else 100
+
+    def hundred() -> None:
+        for _ in range(count):
+            nothing_kernel[(1,)](x)
+
+    def hundred_of_torch() -> None:
+        for _ in range(count):
+            x[:1].add_(0)
+
+    run.attempt("empty kernel in a graph, us", lambda: microseconds(hundred) / count)
+    run.attempt("add_ of one number in a graph, us", lambda: microseconds(hundred_of_torch) / count)
+    for programs in (1,) if DRY else (1, 8, 32, 132):
+        out = torch.empty(programs * 1024, device=run.device)
+
+        def read(programs: int = programs, out: torch.Tensor = out) -> float:
+            us = microseconds(lambda: stream_kernel[(programs,)](x, out, x.numel(), 20, 1024))
+            return 20 * 4 * x.numel() / us / 1e3 if us else 0.0
+
+        run.attempt(f"GB/s a program from the L2, {programs} programs", read)
+    run.attempt("peaks", lambda: peaks(run))
+
+
+def accuracy(run: Run) -> None:
+    """Relative error of every operation against float64 on the same inputs, and torch's float32 beside it."""
+    torch.backends.cudnn.allow_tf32 = False
+
+    def errors(operation: Operation, sizes: Sizes, precision: str | None) -> dict[str, float]:
+        inputs = operation.inputs(sizes, Maker(run.device))
+        exact, plain = operation.exact(inputs), operation.exact(inputs, torch.float32)
+        return {"error": error(operation(inputs, precision), exact), "float32": error(plain, exact)}
+
+    for name, operation, sizes, precision in run.cases():
+        run.attempt(name, lambda o=operation, z=sizes, p=precision: errors(o, z, p))
+
+
+def repeats(run: Run) -> None:
+    """How many of the repeats gave other bits, half of them beside a stream that keeps the chip busy. 0 is right."""
+    side = None if DRY else torch.cuda.Stream()
+    busy = torch.randn(8 if DRY else 4096, 8 if DRY else 4096, device=run.device)
+
+    def different(operation: Operation, sizes: Sizes, precision: str | None) -> int:
+        made = operation.inputs(sizes, Maker(run.device))
+        count, found, first = 2 if DRY else 30 if sizes.chains > 1000 else 200, 0, None
+        for number in range(count):
+            # an operation that writes its inputs starts from the same ones; a copy would lose the one storage that the deltas ask for
+            inputs = made if operation.changes in (None, ("layers",)) else convert(made, torch.float32)
+            if side is not None and number % 2:
+                with torch.cuda.stream(side):
+                    busy @ busy
+            again = [tensor.clone() for tensor in operation(inputs, precision)]
+            first = first or again
+            found += not all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+        if found:
+            run.failed = True
+        return found
+
+    for name, operation, sizes, precision in run.cases():
+        run.attempt(name, lambda o=operation, z=sizes, p=precision: different(o, z, p))
+
+
+@contextlib.contextmanager
+def trainers(run: Run, count: int = 1, **options: Any) -> Iterator[list[MetaTrainer]]:
+    """Meta-trainers on a bank of random targets."""
+    tasks, width = (8, 16) if DRY else (2000, DenoiserConfig().width)
+    layout, g = head_layout(5, 4 if DRY else 64), torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        bank = TrajectoryBank.create(Path(folder, "bank"), layout, 3, layout.width)
+        bank.append(
+            torch.randn(tasks, 3, 5, layout.width, generator=g), torch.randn(tasks, 5, layout.width, generator=g)
+        )
+        meta = MetaConfig(steps=10**6, meta_batch=2 if DRY else 32)
+        settings: Any = {"device": run.device, "impl": "triton", "denoiser": DenoiserConfig(width=width)}
+        if DRY:
+            settings["diffusion"] = DiffusionConfig(steps=4)
+        yield [MetaTrainer(bank, meta, **(settings | options)) for _ in range(count)]
+
+
+def graph(run: Run) -> None:
+    """A replay gives the eager step's bits; a NaN during a replay changes nothing and is reported."""
+    steps = 2 if DRY else 20
+
+    def same_bits() -> bool:
+        with trainers(run, 2) as (graphed, eager):
+            kept = meta_step.EAGER_STEPS
+            losses = [float(graphed.outer_step()) for _ in range(steps)]
+            meta_step.EAGER_STEPS = 10**9
+            others = [float(eager.outer_step()) for _ in range(steps)]
+            meta_step.EAGER_STEPS = kept
+            same = losses == others and torch.equal(graphed.state.phi, eager.state.phi)
+        run.failed |= not same
+        return same
+
+    def stops() -> str:
+        with trainers(run) as (one,):
+            for _ in range(steps):
+                one.outer_step()
+            before = one.state.phi.clone()
+            one._kernels._resident[0].fill_(float("nan"))  # type: ignore[union-attr, index]
+            one.outer_step()
+            assert torch.equal(one.state.phi, before), "a step that is not finite changed phi"
+            failure = one._kernels.failure()  # type: ignore[union-attr]
+            assert failure is not None
+            assert failure[0] == steps, failure
+        return "phi as before, step reported"
+
+    run.attempt("a graph's bits are the eager ones", same_bits)
+    run.attempt("NaN during a replay", stops)
+    if not DRY:
+        run.attempt("sampler's graph", lambda: graphed_sampler(run))
+
+
+def graphed_sampler(run: Run) -> bool:
+    """A captured StaticSampler call gives the eager call's bits."""
+    with trainers(run) as (one,):
+        static = StaticSampler(Sampler(one.generator(), run.device, impl="triton"), 1)
+        static.condition.normal_()
+        eager = static().tokens.clone()
+        replay = capture(static, torch.device(run.device))
+        static.weights.tokens.zero_()
+        replay()
+        return torch.equal(static.weights.tokens, eager)
+
+
+def timings(run: Run) -> None:
+    """Microseconds of every operation and of its reference in torch on the same inputs, in graphs; shares of the peaks measured here."""
+    run.attempt("peaks", lambda: peaks(run))
+    found = run.record["peaks"] if isinstance(run.record["peaks"], dict) else {}
+
+    def row(operation: Operation, sizes: Sizes, precision: str | None) -> dict[str, Any]:
+        inputs = operation.inputs(sizes, Maker(run.device))
+        us = microseconds(lambda: operation(inputs, precision))
+        work, row = operation.work(sizes), {"us": us}
+        for amount, unit, peak in ((work.bytes, 1e3, "copy GB/s"), (work.flop, 1e6, f"{precision or 'ieee'} TFLOP/s")):
+            if amount and us and found.get(peak):
+                row[f"share of {peak}"] = amount / us / unit / found[peak]
+        if precision in (None, "tf32") and operation.name not in (
+            "normal_noise",
+            "noise_batch",
+            "inner_loop",
+            "outer_update_",
+        ):
+            try:
+                row["torch us"] = microseconds(lambda: operation.reference(**inputs))
+            except Exception as error:  # one that looks at a number cannot be captured
+                row["torch us"] = f"not captured: {type(error).__name__}"
+        return row
+
+    for name, operation, sizes, precision in run.cases():
+        run.attempt(name, lambda o=operation, z=sizes, p=precision: row(o, z, p))
+    make = Maker(run.device)
+    phi, batch = make.phi(run.sizes), inner_batch(run.sizes, make)
+    fused = lambda: inner_loop(phi, batch, 0.005)  # noqa: E731
+    run.attempt("inner loops, torch, us", lambda: wall_microseconds(fused, 20))
+    run.attempt("inner loops, torch in a graph, us", lambda: microseconds(fused))
+    vmapped: Callable[..., Any] = lambda: inner_loop(phi, batch, 0.005, "vmap")  # noqa: E731
+    run.attempt("inner loops, vmap, us", lambda: wall_microseconds(vmapped, 20))
+    if not DRY:
+        run.attempt(
+            "inner loops, compiled vmap, us", lambda: wall_microseconds(torch.compile(vmapped, dynamic=False), 20)
+        )
+    for precision in PRECISIONS:
+
+        def whole(precision: str = precision) -> dict[str, float]:
+            with trainers(run, precision=precision) as (one,):
+                for _ in range(2 if DRY else meta_step.EAGER_STEPS + 2):
+                    one.outer_step()
+                times = {"whole us": wall_microseconds(one.outer_step)}
+                replay = one._kernels._replay  # type: ignore[union-attr]
+                if replay is not None:
+                    times["graph alone us"] = wall_microseconds(replay)
+                return times
+
+        run.attempt(f"meta-step {precision}", whole)
+    for tasks in (1,) if DRY else (1, 32, 4096):
+
+        def sampling(tasks: int = tasks) -> dict[str, float]:
+            with trainers(run) as (one,):
+                times = {}
+                for impl in ("triton", "torch"):
+                    static = StaticSampler(Sampler(one.generator(), run.device, impl=impl), tasks)
+                    times[f"{impl} us"] = wall_microseconds(static, 20)
+                    if not DRY and impl == "triton":
+                        times["in a graph us"] = wall_microseconds(capture(static, torch.device(run.device)))
+                return times
+
+        run.attempt(f"sampling {tasks} tasks", sampling)
+
+
+def tests(run: Run) -> None:
+    """tests/kernels compiled, a process a file, as many at a time as there are cores to spare."""
+    if importlib.util.find_spec("pytest") is None:
+        run.keep("tests", "pytest is not installed")
+        return
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))[: 1 if DRY else None]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    if DRY:
+        command.append("--collect-only")
+    waiting, running = files[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < max(1, min(6, (os.cpu_count() or 2) // 2)):
+            file = waiting.pop()
+            running[file] = subprocess.Popen(
+                [*command, str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        for file, process in list(running.items()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said, _ = process.communicate(timeout=1)
+                run.failed |= process.returncode != 0
+                run.keep(file.name, {"returncode": process.returncode, "tail": said.splitlines()[-8:]})
+                del running[file]
+
+
+def small(run: Run) -> None:
+    """One launch of each operation at odd sizes: what compute-sanitizer runs."""
+    for name, operation, sizes, precision in each(TINY, (1,)):
+        if precision in (None, "tf32"):
+            operation(operation.inputs(sizes, Maker(run.device)), precision)
+            print(name, flush=True)
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def sanitize(run: Run) -> None:
+    """compute-sanitizer's tool of this name on `small`."""
+    tool = shutil.which("compute-sanitizer")
+    if DRY:
+        small(run)
+    if not tool:
+        run.keep("result", "compute-sanitizer not found")
+        return
+    command = [
+        tool,
+        "--tool",
+        run.group,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        __file__,
+        "--group",
+        "small",
+        "--output",
+        str(run.folder),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True
+    )
+    run.failed = done.returncode != 0
+    run.keep("result", {"returncode": done.returncode, "tail": (done.stdout + done.stderr).splitlines()[-40:]})
+
+
+def profile(run: Run) -> None:
+    """torch.profiler's table of ten replayed meta-steps."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with trainers(run) as (one,):
+        for _ in range(1 if DRY else 5):
+            one.outer_step()
+        with profiler(activities=[ProfilerActivity.CPU if DRY else ProfilerActivity.CUDA]) as found:
+            for _ in range(1 if DRY else 10):
+                one.outer_step()
+            if not DRY:
+                torch.cuda.synchronize()
+    key = "self_cpu_time_total" if DRY else "self_cuda_time_total"
+    run.keep("meta-step", found.key_averages().table(sort_by=key, row_limit=40).splitlines())
+
+
+def main_job(run: Run) -> None:
+    """The main job on glyphs, short, by its function; accuracies beside those of a CPU's report."""
+    from mcdi_fast.tasks import find_family
+    from mcdi_fast.train import train
+
+    config: Any = find_family("glyphs").config()
+    config = replace(
+        config, device=run.device, cache_dir=run.folder / "cache", run_dir=run.folder / f"glyphs-{run.device}",
+        prepare=replace(config.prepare, tasks=1000), evaluate=replace(config.evaluate, tasks=200),
+        task=replace(config.task, backbone=replace(config.task.backbone, steps=100)),
+    )  # fmt: skip
+    if DRY:
+        config = replace(
+            config, impl="torch", prepare=PrepareConfig(tasks=4, steps=3), meta=MetaConfig(steps=2, meta_batch=2, samples=2),
+            diffusion=DiffusionConfig(steps=4), denoiser=DenoiserConfig(width=16, depth=1),
+            task=replace(config.task, ways=3, queries=3, backbone=replace(config.task.backbone, steps=2, ways=4)),
+            evaluate=replace(config.evaluate, tasks=4, validation_tasks=2, finetune_steps=(2,)),
         )  # fmt: skip
-        if done.returncode:
-            return found | {device: f"failed: {done.stderr[-500:]}"}
-        report = json.loads((folder / device / "report.json").read_text())
-        accuracy = {name: round(method["mean"], 3) for name, method in report["methods"].items()}
-        found[device] = {"seconds": time.perf_counter() - began, "stages": report["seconds"], "accuracy": accuracy}
-        print(f"main job, {device}: {found[device]}", flush=True)
-    return found
-
-
-def graphed(function):
-    """The same launches as one CUDA graph, or None where they cannot be captured."""
-    try:
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-
-
-def milliseconds(function) -> float:
-    """Median time of a call on the GPU, with the L2 cleared before each."""
-    from triton.testing import do_bench
-
-    with torch.no_grad():
-        return float(do_bench(function, warmup=50, rep=200, return_mode="median"))
-
-
-def run_tests(command: list[str], *selection: str, seconds: int = 540) -> dict:
-    """Run the kernel tests compiled."""
     began = time.perf_counter()
-    command = [*command, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *selection]
+    report = json.loads((train(config) / "report.json").read_text())
+    run.keep("seconds", time.perf_counter() - began)
+    run.keep("methods", report["methods"])
+    if run.cpu_report:
+        expected = json.loads(run.cpu_report.read_text())["methods"]
+        run.keep("methods of the CPU", expected)
+
+
+GROUPS: dict[str, tuple[Callable[[Run], None], dict[str, str]]] = {
+    "facts": (facts, {}),
+    "accuracy": (accuracy, {}),
+    "repeats": (repeats, {}),
+    "graph": (graph, {}),
+    "timings": (timings, {}),
+    "tests": (tests, {}),
+    **{name: (sanitize, {}) for name in SANITIZERS},
+    "profile": (profile, {}),
+    # cuBLAS and cuDNN round to tf32 where they are let (cuDNN: by default), which the CPU's report does not
+    "main-job": (main_job, {"NVIDIA_TF32_OVERRIDE": "0"}),
+    "small": (small, {}),
+}
+
+
+def ended(command: list[str], environment: dict[str, str], seconds: float) -> int:
+    """The command's exit status; it and all its children are ended after so many seconds (124)."""
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=seconds
-        )  # fmt: skip
-        code, tail = done.returncode, done.stdout.splitlines()[-15:]
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        code, tail = 124, [f"cut after {seconds} s"]
-    print("\n".join(tail), flush=True)
-    return {"returncode": code, "seconds": round(time.perf_counter() - began), "tail": tail}
-
-
-def time_case(name: str, functions: dict, measured_peaks: dict[str, float]) -> dict:
-    """One row: milliseconds, and rates where the work is counted."""
-    row: dict = {}
-    for implementation, function in functions.items():
-        try:
-            row[implementation] = milliseconds(function)
-            replay = None if "outer step" in name else graphed(function)
-            if replay:
-                row[f"{implementation}, CUDA graph"] = milliseconds(replay)
-        except Exception as error:  # report every case, then fail
-            row[implementation] = f"failed: {' '.join(str(error).split())[:300]}"
-    counted, rates = work().get(name, {}), {}
-    for implementation, ms in row.items():
-        if isinstance(ms, str):
-            continue
-        precision = next((p for p in PRECISIONS if p in implementation), "ieee")
-        rates[implementation] = rate = {}
-        for what, unit, peak in (("bytes", "GB/s", "copy GB/s"), ("flop", "TFLOP/s", f"{precision} TFLOP/s")):
-            if what in counted:
-                rate[unit] = counted[what] / ms / (1e6 if what == "bytes" else 1e9)
-                rate[f"share of peak {unit}"] = rate[unit] / measured_peaks[peak]
-    return {"milliseconds": row, "work": counted, "rates": rates}
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--skip", nargs="+", default=[], choices=("tests", "sanitizer", "main-job", "timings"))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=[name for name in GROUPS if name != "small"])
+    parser.add_argument("--group", choices=GROUPS, help="run this one in this process")
+    parser.add_argument("--seconds", type=float, default=590.0, help="for each group")
+    parser.add_argument("--device", help="cuda; cpu for the report to compare the main job with")
+    parser.add_argument("--cpu-report", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.dry_run:
-            for name, functions in (*cases("cpu", True), *engine_cases("cpu", True, Path(folder))):
-                for function in functions.values():
-                    with torch.no_grad():
-                        function()
-                print(f"{name}: {', '.join(functions)}", flush=True)
-            return 0
-        if not torch.cuda.is_available():
-            sys.exit(
-                "error: torch finds no CUDA device; this check is for a machine with a GPU (--dry-run checks the script without one)"
-            )
-        return check(options, Path(folder))
-
-
-def check(options: argparse.Namespace, folder: Path) -> int:
-    """All parts; 1 where a test or a timed case failed."""
-    record: dict = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "triton": triton.__version__,
-        **machine(),
-    }
-    path = options.output or ROOT / "bench" / "results" / f"{record['date'][:10]}-gpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def keep(**parts) -> None:
-        record.update(parts)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-
-    if "tests" not in options.skip:
-        keep(tests=run_tests([], "tests/kernels"))
-    if "sanitizer" not in options.skip:
-        sanitizer = shutil.which("compute-sanitizer")
-        small = ("tests/kernels", "-k", "not engine and not switch")  # one kernel at a time
-        command = [sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9"]
-        keep(memcheck=run_tests(command, *small) if sanitizer else "compute-sanitizer not found")
-    if "main-job" not in options.skip:
-        keep(main_job=main_job(folder))
-    if "timings" not in options.skip:
-        keep(peaks=peaks(), timings={})
-        print(record["peaks"], flush=True)
-        for name, functions in (*cases("cuda", False), *engine_cases("cuda", False, folder / "bank")):
-            row = record["timings"][name] = time_case(name, functions, record["peaks"])
-            keep()
-            shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row["milliseconds"].items()}
-            print(f"{name}: {', '.join(f'{k} {v}' for k, v in shown.items())}", flush=True)
-    print(f"wrote {path}")
-    failed = [
-        record.get("tests", {}).get("returncode"),
-        isinstance(record.get("memcheck"), dict) and record["memcheck"]["returncode"],
-        any(isinstance(part, str) for part in record.get("main_job", {}).values()),
-        any(isinstance(v, str) for row in record.get("timings", {}).values() for v in row["milliseconds"].values()),
-    ]
-    return int(any(failed))
+    device = options.device or ("cpu" if options.dry_run else "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; --dry-run checks this script without one")
+    options.output.mkdir(parents=True, exist_ok=True)
+    folder = options.output.resolve()
+    if options.group:
+        run = Run(options.group, folder, device, options.cpu_report)
+        GROUPS[options.group][0](run)
+        run.keep("ended", "failed" if run.failed else "well")
+        return int(run.failed)
+    results = {}
+    for name in options.groups:
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--group",
+            name,
+            "--output",
+            str(folder),
+            "--device",
+            device,
+        ]
+        command += ["--dry-run"] if options.dry_run else []
+        command += ["--cpu-report", str(options.cpu_report.resolve())] if options.cpu_report else []
+        began = time.perf_counter()
+        status = ended(command, GROUPS[name][1], options.seconds)
+        results[name] = {"status": status, "seconds": round(time.perf_counter() - began, 1)}
+        (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"== {name}: {results[name]}", flush=True)
+    return int(any(result["status"] for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def fits(ways: int, columns: int) -> bool:
 
 
 def head_options(device: torch.device, precision: str) -> dict[str, int]:
-    """One stage: features come from the L1. On tensor cores 4 warps of 168 registers, so that three programs share a multiprocessor."""
-    if precision == "ieee" or not chip(device).nvidia:
+    """One stage: features come from the L1. On Hopper's tensor cores 4 warps of 168 registers, so that three programs share a multiprocessor."""
+    if precision == "ieee" or chip(device).capability < 90:
         return {"num_warps": 8, "num_stages": 1, **all_registers(device)}
     return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
 

@@ -38,9 +38,9 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "cuda:80": Target(GPUTarget("cuda", 80, 32), Chip(True, 108, 163 * 1024), "sm_80"),
+    "cuda:80": Target(GPUTarget("cuda", 80, 32), Chip(80, 108, 163 * 1024), "sm_80"),
     "cuda:90": Target(GPUTarget("cuda", 90, 32), HOPPER, "sm_90a"),
-    "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), Chip(False, 304, 64 * 1024)),
+    "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), Chip(0, 304, 64 * 1024)),
 }
 
 

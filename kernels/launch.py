@@ -27,14 +27,14 @@ _INTERPRETED = tl.constexpr(interpreted())
 
 
 class Chip(NamedTuple):
-    """What launchers ask of a GPU. shared: bytes of shared memory a program can have."""
+    """What launchers ask of a GPU. capability: NVIDIA's, 90 for 9.0; 0 for other makes. shared: bytes of shared memory a program can have."""
 
-    nvidia: bool
+    capability: int
     multiprocessors: int
     shared: int
 
 
-HOPPER = Chip(True, 132, 227 * 1024)
+HOPPER = Chip(90, 132, 227 * 1024)
 
 
 class Launch(NamedTuple):
@@ -107,7 +107,8 @@ def chip(device: torch.device) -> Chip:
 def _chip(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)
     shared = getattr(found, "shared_memory_per_block_optin", 64 * 1024)
-    return Chip(torch.version.hip is None, found.multi_processor_count, shared)
+    capability = 0 if torch.version.hip else 10 * found.major + found.minor
+    return Chip(capability, found.multi_processor_count, shared)
 
 
 def check_tensor(
@@ -185,7 +186,7 @@ def stages(precision: str) -> int:
 
 def all_registers(device: torch.device) -> dict[str, int]:
     """Launch option: NVIDIA's assembler may use every register. On its own it aims for more programs a multiprocessor, and spills."""
-    return {"maxnreg": 255} if chip(device).nvidia else {}
+    return {"maxnreg": 255} if chip(device).capability else {}
 
 
 @triton.jit

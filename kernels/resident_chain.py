@@ -199,7 +199,7 @@ def fits(weights: ChainWeights, x: Tensor, condition: Tensor) -> bool:
     rows = tasks * tokens
     at_once = rows * max(_up(hidden), 2 * _up(condition.shape[-1])) * own * max(1, rows // 8)
     most_kept, most_at_once = LIMITS.get(depth, (0, 0))
-    return facts.nvidia and rows <= MAX_ROWS and kept <= most_kept and at_once <= most_at_once
+    return facts.capability > 0 and rows <= MAX_ROWS and kept <= most_kept and at_once <= most_at_once
 
 
 def resident_chain(

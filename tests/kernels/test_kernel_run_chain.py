@@ -159,9 +159,9 @@ def test_which_chain():
         {"condition": 300},
     ):
         assert chosen(**{"chains": 1} | more)[0] == "streamed_chain", more
-    assert chosen(Chip(False, 304, 2**16), chains=1)[0] == "streamed_chain"
-    assert chosen(Chip(True, 20, 2**17), chains=1)[0] == "streamed_chain"  # too much for each of its programs
-    assert chosen(Chip(True, 20, 2**17), chains=1, hidden=128) == ("resident_chain", 16)
+    assert chosen(Chip(0, 304, 2**16), chains=1)[0] == "streamed_chain"
+    assert chosen(Chip(90, 20, 2**17), chains=1)[0] == "streamed_chain"  # too much for each of its programs
+    assert chosen(Chip(90, 20, 2**17), chains=1, hidden=128) == ("resident_chain", 16)
     phi, _, x, condition = case(3, 20, 4, 5, 17, 1, 2)
     assert not fits(packed(phi), x, condition)
 
