@@ -331,8 +331,8 @@ class StaticSampler:
     >>> static()  # doctest: +SKIP
     >>> static.weights.functional_call(head, x)  # the same tensors after every call  # doctest: +SKIP
 
-    Through the kernels (backend.py) a call launches work and waits for nothing, so it may be captured in a larger CUDA graph. `torch.compile`
-    goes around the call, and as no shape or address changes, what is around it is compiled once.
+    Through the kernels (backend.py) a call is one CUDA graph, made at the first. It waits for nothing, so it may be captured in a larger one.
+    `torch.compile` goes around the call, and as no shape or address changes, what is around it is compiled once.
 
     Attributes:
         condition: float32 [B, N, C]. seeds: int64 [B], the seeds' bits. Both on the sampler's device, to be filled before each call.
@@ -358,17 +358,38 @@ class StaticSampler:
             self.seeds = torch.zeros(tasks, dtype=torch.int64, device=device)
             tokens = torch.zeros(tasks, layout.num_tokens, layout.width, dtype=torch.float32, device=device)
             self.weights = GeneratedWeights(layout, tokens)
+        self._graph: tuple[FoldedDenoiser, Callable[[], None]] | None = None
         self()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies: sent to another process, this one's memory would move, and both would write to it."""
         weights = GeneratedWeights(self.weights.layout, self.weights.tokens.clone())
-        return vars(self) | {"condition": self.condition.clone(), "seeds": self.seeds.clone(), "weights": weights}
+        return vars(self) | {
+            "condition": self.condition.clone(),
+            "seeds": self.seeds.clone(),
+            "weights": weights,
+            "_graph": None,
+        }
 
     @_outside_compiled_code
     @torch.no_grad()
     def __call__(self) -> GeneratedWeights:
         """Fill `weights` from `condition` and `seeds`. Raises as `Sampler.sample`."""
+        sampler, device = self._sampler, self._sampler.device
+        kernels = device.type == "cuda" and len(self.condition[0]) <= 64 and resolve(sampler.impl, device) == "triton"
+        if (
+            not kernels or torch.cuda.is_current_stream_capturing()
+        ):  # a graph of the caller's holds the launches themselves
+            self._fill()
+        elif self._graph is not None and self._graph[0] is sampler.generator.folded():
+            self._graph[1]()
+        else:
+            from mcdi_fast.kernels.launch import capture
+
+            self._fill()
+            self._graph = sampler.generator.folded(), capture(self._fill, device)
+        return self.weights
+
+    def _fill(self) -> None:
         found = self._sampler.sample(self.condition, self.seeds, num_steps=self._num_steps)
         self.weights.tokens.copy_(found.tokens)
-        return self.weights

@@ -18,6 +18,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import capture, recording
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.normal_noise import normal_noise
+from mcdi_fast.sampler import StaticSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,6 +205,43 @@ def test_a_capture_lets_other_threads_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     assert capture(lambda: asked.update(run=True), torch.device("cuda", 0)) == "replay"
     assert asked == {"capture_error_mode": "thread_local", "run": True}
+
+
+def test_a_static_sampler_holds_a_graph(monkeypatch):
+    """Made once, again when phi has changed, and never inside a capture of the caller's."""
+    done, capturing = [], False
+    monkeypatch.setattr(
+        "mcdi_fast.kernels.launch.capture",
+        lambda run, device: done.append("capture") or (lambda: done.append("replay")),
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr("mcdi_fast.sampler.resolve", lambda *_: "triton")
+    folded = ["of phi"]
+    static = object.__new__(StaticSampler)
+    generator = SimpleNamespace(folded=lambda: folded[0])
+    static._sampler = SimpleNamespace(device=torch.device("cuda", 0), impl="auto", generator=generator)
+    static.condition, static.weights, static._graph = torch.zeros(2, 5, 3), "weights", None
+    static._fill = lambda: done.append("fill")
+    for expected in (["fill", "capture"], ["replay"], ["replay"]):
+        done.clear()
+        assert static() == "weights"
+        assert done == expected
+    capturing = True
+    static()
+    assert done == ["replay", "fill"]
+    capturing, folded[0] = False, "of another phi"
+    static()
+    assert done[2:] == ["fill", "capture"]
+
+
+@pytest.mark.slow
+def test_gpu_check_goes_through_every_group(tmp_path):
+    command = [sys.executable, "bench/gpu_check.py", "--output", str(tmp_path), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    for name, result in json.loads((tmp_path / "summary.json").read_text()).items():
+        assert result["status"] == 0, name
+        assert json.loads((tmp_path / f"{name}.json").read_text())["ended"] == "well"
 
 
 @pytest.mark.slow
