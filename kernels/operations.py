@@ -70,7 +70,7 @@ DEFAULT = Sizes(
     DiffusionConfig().steps, 500, 100, 5, 64, PrepareConfig().steps, 32,
 )  # fmt: skip
 """5-way heads of 64 features, 100 rows a task."""
-TINY = Sizes(3, 2, 2, 3, 13, 7, 33, 2, 6, 3, 23, 3, 10, 6, 3)
+TINY = Sizes(3, 2, 2, 3, 13, 7, 33, 2, 4, 3, 23, 3, 10, 6, 3)
 """Odd and ragged, for the interpreter."""
 
 

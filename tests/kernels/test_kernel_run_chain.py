@@ -96,9 +96,9 @@ def test_many_tasks_a_program_and_per_task_bits():
 @pytest.mark.parametrize(
     ("shape", "masked"),
     [
-        ((2, 5, 13, 7, 32, 2, 3), False),
-        ((3, 3, 4, 5, 17, 1, 2), True),
-        ((1, 5, 7, 3, 20, 3, 2), True),
+        ((2, 5, 13, 7, 32, 2, 2), False),
+        ((3, 3, 4, 5, 17, 1, 3), True),
+        ((1, 5, 7, 3, 9, 3, 1), True),
         ((1, 16, 33, 2, 9, 2, 1), False),
     ],
 )

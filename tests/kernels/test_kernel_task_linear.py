@@ -102,6 +102,14 @@ def test_in_place_residual():
     assert torch.allclose(h, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_padded_rows_are_wider_than_the_weights():
+    rows, weight, (keys, values) = case(3, 7, 13, 9, 2)
+    wide = [torch.nn.functional.pad(t, (0, 32 - t.shape[-1])) for t in (rows, keys, values)]
+    found, _ = task_linear(wide[0], weight, (wide[1], wide[2]), RATE, out=poisoned(3, 7, 9))
+    expected, _ = task_linear(rows, weight, (keys, values), RATE)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_per_task():
     rows, weight, (keys, values) = case(5, 7, 13, 9, 2)
     one = slice(2, 3)
@@ -117,8 +125,9 @@ def test_bad_input():
     rows, weight, (keys, values) = case(3, 4, 5, 6, 2)
     for arguments, options, message in [
         ((rows[:0], weight), {}, "rows: shape"),
-        ((rows.mT, weight), {}, "rows: strides"),
-        ((rows, weight[:4]), {}, r"weight: shape \(4, 6\), expected \(5, 6\)"),
+        ((rows.transpose(0, 1), weight), {}, "rows: strides"),
+        ((rows[..., :4].contiguous(), weight), {}, r"rows: shape \(3, 4, 4\), expected \(3, 4, 5\)"),
+        ((rows, normal(2, 5, 6)), {}, r"weight: shape \(2, 5, 6\), expected \(3, 5, 6\)"),
         ((rows, weight.double()), {}, "weight: torch.float64"),
         ((rows, weight, (keys[..., :4], values)), {}, "keys: shape"),
         ((rows, weight, (keys, values[:1])), {}, "values: shape"),
