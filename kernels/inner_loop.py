@@ -90,7 +90,7 @@ class InnerLoop:
         self.depth, self.width = depth_of(phi), phi["out.token"].shape[0]
         self.wide = wide = padded(self.width)
         flat = phi["out.token"].new_empty(sum(value.numel() for value in phi.values())) if delta is None else delta
-        self.delta = named_views(flat, {name: tuple(value.shape) for name, value in phi.items()})
+        self.delta = named_views(flat, {name: (len(value), value.shape[1]) for name, value in phi.items()})
         self.precision, self.linear = precision, {}
         rows = {name: n if name == "in.condition" else s if name.endswith(".sample") else s * n for name in phi}
         # one storage for what goes into all layers, one for the gradients: the deltas are one launch
@@ -106,7 +106,7 @@ class InnerLoop:
                 parts.append(storage.narrow(0, starts[side], k * b * shape[2] * shape[3]).view(shape))
                 starts[side] += parts[-1].numel()
             back = 0 if name.startswith("in.") else self.width if name.endswith(".sample") else wide
-            self.linear[name] = _Linear(value, *parts, back, stacked, precision)
+            self.linear[name] = _Linear(value, parts[0], parts[1], back, stacked, precision)
         self.table = delta_table(self._layers())
         new = flat.new_empty
         self.real = real
