@@ -162,8 +162,13 @@ def optimizer_steps(backend: Backend) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the door
 
 
+Stage = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
+"""`with stage(name, total, unit) as bar: bar.update(n)` shows progress."""
+
+
 @contextlib.contextmanager
-def _no_stage(name: str, total: int, unit: str) -> Iterator[Any]:
+def no_stage(name: str, total: int, unit: str) -> Iterator[Any]:
+    """A `Stage` that shows nothing."""
     yield type("Bar", (), {"update": lambda self, n=1: None})()
 
 
@@ -180,7 +185,7 @@ class Setup:
     data_dir: Path | None = None
     cache_dir: Path = Path("runs/cache")
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    stage: Callable[..., contextlib.AbstractContextManager[Any]] = _no_stage
+    stage: Stage = no_stage
     begin: Callable[[], None] = lambda: None
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import load_tensors, make_folder, save_tensors, show_path
-from mcdi_fast.tasks.images import LabelledRows, Stage, quiet
+from mcdi_fast.tasks import Stage, no_stage
+from mcdi_fast.tasks.images import LabelledRows
 
 LITE0 = "efficientnet-lite0"
 CHUNK = 1024  # images a file of the cache: what a kill can lose, 10 to 20 s
@@ -149,7 +150,7 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
     return Encoder(name, network.to(device).eval().requires_grad_(False))
 
 
-def encode(encoder: Encoder, data: LabelledRows, cache_dir: Path, stage: Stage = quiet) -> LabelledRows:
+def encode(encoder: Encoder, data: LabelledRows, cache_dir: Path, stage: Stage = no_stage) -> LabelledRows:
     """The features of every image, computed once for these images and this encoder.
 
     Args:

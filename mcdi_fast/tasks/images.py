@@ -12,12 +12,13 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import show_path, user_path
+from mcdi_fast.store import MAX_JSON_BYTES, show_path, user_path
+from mcdi_fast.tasks import Stage, no_stage
 
 PACKED = {
     "tiny-imagenet": "tiny_imagenet_fewshot.zip",
@@ -40,27 +42,13 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 """Folders and lists of these names are splits; any other folder above the classes is a domain."""
 WHOLE = "all"  # the one split of a data set that has none
 
-Stage = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
-"""Called as stage(name, total, unit): a context with a progress bar that has `update(n)`, as `cli.Stages`."""
-
+_COLUMNS = {"class": "labels", "domain": "domains", "split": "splits"}  # in a source; names of each: class_names, …
 _NAMED = 3  # how many of many bad things a message names
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"]
 _MAX_PIXELS = 100_000_000  # of one image: larger than any camera's, and 300 MB once decoded
-_MAX_STRIP = 64 * 2**20  # bytes of a strip or meta.json of a packed zip; real strips have less than one MB
 _MAX_LIST = 64 * 2**20  # bytes of a split list
-_MAX_RATIO = 200  # unpacked to packed bytes of a part of an .npz: a zip bomb has 1000, features rarely 3
-
-
-@contextlib.contextmanager
-def quiet(name: str, total: int, unit: str) -> Iterator[Any]:
-    """A `Stage` that shows nothing."""
-
-    class Bar:
-        def update(self, count: int = 1) -> None:
-            pass
-
-    yield Bar()
+_MAX_RATIO = 200  # unpacked to packed bytes of a part of a zip: a zip bomb has 1000, features rarely 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,53 +75,24 @@ class LabelledRows:
     def of(
         cls,
         rows: Tensor,
-        labels: Tensor,
+        labels: Tensor | Sequence[str],
         class_names: Sequence[str] | None = None,
-        domains: Tensor | None = None,
+        domains: Tensor | Sequence[str] | None = None,
         domain_names: Sequence[str] | None = None,
         what: str = "data",
     ) -> LabelledRows:
         """Check the parts and sort the rows.
 
         Args:
-            rows: [n, ...], uint8 or floating, which becomes float32. labels, domains: integers [n].
-            class_names, domain_names: "0", "1", … by default.
+            rows: [n, ...], uint8 or floating, which becomes float32.
+            labels, domains: one a row, integers [n] or names.
+            class_names, domain_names: of the integers "0", "1", … by default; of names those there are, classes sorted.
             what: named in errors.
 
         Raises:
             McdiError: no rows; parts of different lengths; a label or domain out of range; a class without rows; a name twice; NaN or infinity.
         """
-        if rows.ndim < 2 or len(rows) == 0:
-            raise McdiError(f"{what}: rows of shape {list(rows.shape)}, expected [n, ...] with n >= 1")
-        if rows.dtype != torch.uint8:
-            if not rows.is_floating_point():
-                raise McdiError(f"{what}: rows of {rows.dtype}, expected uint8 images or floating features")
-            rows = rows.float()
-            bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten()
-            if len(bad):
-                raise McdiError(
-                    f"{what}: {len(bad)} of {len(rows)} rows hold NaN or infinity (first: row {int(bad[0])}); "
-                    "expected finite numbers: make them again"
-                )
-        labels, class_names = _checked_codes(labels, class_names, len(rows), "label", what)
-        order = labels
-        if domains is not None:
-            domains, domain_names = _checked_codes(domains, domain_names, len(rows), "domain", what)
-            order = labels * len(domain_names) + domains
-        empty = torch.bincount(labels, minlength=len(class_names)) == 0
-        if empty.any():
-            raise McdiError(
-                f"{what}: class {_some([class_names[i] for i in empty.nonzero().flatten().tolist()])} has no rows; leave it out"
-            )
-        order = order.argsort(stable=True)
-        in_order = bool((order.diff() > 0).all())  # then no copy of what may be gigabytes
-        return cls(
-            rows if in_order else rows[order],
-            labels[order],
-            tuple(class_names),
-            None if domains is None else domains[order],
-            () if domains is None else tuple(domain_names or ()),
-        )
+        return _by_split(what, rows, labels, class_names, domains, domain_names)[WHOLE]
 
     def __len__(self) -> int:
         """Rows, of all classes."""
@@ -173,18 +132,16 @@ class LabelledRows:
         Raises:
             McdiError: a class or domain that is not there or given twice; a class without rows in those domains.
         """
-        class_of = _renumbered(classes, self.class_names, "class")
-        labels, keep = class_of[self.labels], class_of[self.labels] >= 0
-        names, places = _names_at(class_of, self.class_names), self.domains
-        domain_names = self.domain_names
+        class_of, names = _chosen(classes, self.class_names, "class")
+        labels, places, domain_names = class_of[self.labels], self.domains, list(self.domain_names)
+        keep = labels >= 0
         if domains is not None:
             if places is None:
                 raise McdiError("this data has no domains to choose from; leave the domains out")
-            domain_of = _renumbered(domains, self.domain_names, "domain")
+            domain_of, domain_names = _chosen(domains, self.domain_names, "domain")
             places = domain_of[places]
             keep &= places >= 0
-            domain_names = _names_at(domain_of, self.domain_names)
-        what = f"classes {_some(names)}, domains {_some(domain_names)}" if domain_names else f"classes {_some(names)}"
+        what = f"classes {_some(names)}" + (f", domains {_some(domain_names)}" if domain_names else "")
         return LabelledRows.of(
             self.rows[keep], labels[keep], names, None if places is None else places[keep], domain_names, what
         )
@@ -216,21 +173,13 @@ def join(parts: Sequence[LabelledRows]) -> LabelledRows:
         raise McdiError(f"parts with rows of shapes {', '.join(shapes)}: expected one shape; read them at one side")
     if len({part.domains is None for part in parts}) != 1:
         raise McdiError("some parts have domains and some have none: expected them in all or none")
-    class_names = list(dict.fromkeys(name for part in parts for name in part.class_names))
-    domain_names = list(dict.fromkeys(name for part in parts for name in part.domain_names))
-    labels = [torch.tensor([class_names.index(name) for name in part.class_names])[part.labels] for part in parts]
-    domains = [
-        torch.tensor([domain_names.index(name) for name in part.domain_names])[part.domains]
-        for part in parts
-        if part.domains is not None
-    ]
-    return LabelledRows.of(
-        torch.cat([part.rows for part in parts]),
-        torch.cat(labels),
-        class_names,
-        torch.cat(domains) if domains else None,
-        domain_names,
-    )
+
+    def column(codes: str, names: str) -> tuple[list[str], list[str]]:
+        every = [getattr(part, names)[i] for part in parts for i in getattr(part, codes).tolist()]
+        return every, list(dict.fromkeys(name for part in parts for name in getattr(part, names)))
+
+    domains = (None, None) if parts[0].domains is None else column("domains", "domain_names")
+    return LabelledRows.of(torch.cat([part.rows for part in parts]), *column("labels", "class_names"), *domains)
 
 
 def check_class_splits(splits: Mapping[str, LabelledRows], what: str) -> None:
@@ -254,39 +203,98 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _checked_codes(
-    codes: Tensor, names: Sequence[str] | None, rows: int, kind: str, what: str
+def _by_split(
+    what: str,
+    rows: Tensor,
+    labels: Tensor | Sequence[str],
+    class_names: Sequence[str] | None = None,
+    domains: Tensor | Sequence[str] | None = None,
+    domain_names: Sequence[str] | None = None,
+    splits: Tensor | Sequence[str] | None = None,
+    split_names: Sequence[str] | None = None,
+) -> dict[str, LabelledRows]:
+    """What every source becomes: its columns, of one row each, checked, sorted and divided into splits."""
+    n = len(rows) if rows.ndim else 0
+    if rows.ndim < 2 or n == 0:
+        raise McdiError(f"{what}: rows of shape {list(rows.shape)}, expected [n, ...] with n >= 1")
+    if rows.dtype != torch.uint8:
+        if not rows.is_floating_point():
+            raise McdiError(f"{what}: rows of {rows.dtype}, expected uint8 images or floating features")
+        rows = rows.float()
+        bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten()
+        if len(bad):
+            raise McdiError(
+                f"{what}: {len(bad)} of {n} rows hold NaN or infinity (first: row {int(bad[0])}); "
+                "expected finite numbers: make them again"
+            )
+    label, class_names = _codes("class", labels, class_names, n, what)
+    domain, domain_names = (None, []) if domains is None else _codes("domain", domains, domain_names, n, what)
+    split, split_names = (label * 0, [WHOLE]) if splits is None else _codes("split", splits, split_names, n, what)
+    order = (label if domain is None else label * len(domain_names) + domain).argsort(stable=True)
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(split_names):
+        numbers.setdefault(SPLIT_NAMES.get(name.lower(), name), []).append(number)
+    parts = {}
+    for name, chosen in numbers.items():
+        at = order[torch.isin(split[order], torch.tensor(chosen))]
+        present, own = label[at].unique(return_inverse=True)
+        in_order = len(at) == n and bool((at.diff() > 0).all())  # then no copy of what may be gigabytes
+        parts[name] = LabelledRows(
+            rows if in_order else rows[at],
+            own,
+            tuple(class_names[i] for i in present.tolist()),
+            None if domain is None else domain[at],
+            tuple(domain_names),
+        )
+    return parts
+
+
+def _codes(
+    kind: str, column: Tensor | Sequence[str], names: Sequence[str] | None, rows: int, what: str
 ) -> tuple[Tensor, Sequence[str]]:
-    """int64 [n] codes within the names, and the names."""
-    if codes.ndim != 1 or len(codes) != rows or codes.is_floating_point() or codes.is_complex():
-        raise McdiError(f"{what}: {kind}s are {codes.dtype} {list(codes.shape)}, expected integers [{rows}], one a row")
-    codes = codes.long()
-    low, high = int(codes.min()), int(codes.max())
+    """int64 [rows], numbers of names, and the names."""
+    called = _COLUMNS[kind]
+    if not isinstance(column, Tensor):
+        if names is None:
+            names = sorted(set(column)) if kind == "class" else list(dict.fromkeys(column))
+        known = {name: number for number, name in enumerate(names)}
+        unknown = sorted(set(column) - set(known))
+        if unknown:
+            raise McdiError(f"{what}: {called} hold {_some(unknown)}, not among {kind}_names")
+        column = torch.tensor([known[name] for name in column])
+    if column.ndim != 1 or len(column) != rows or column.is_floating_point() or column.is_complex():
+        raise McdiError(
+            f"{what}: {called} are {column.dtype} {list(column.shape)}, expected integers [{rows}], one a row"
+        )
+    column = column.long()
+    low, high = int(column.min()), int(column.max())
     if names is None:
         names = [str(i) for i in range(high + 1)] if 0 <= high < 2**20 else []
     if low < 0 or high >= len(names):
-        raise McdiError(f"{what}: {kind}s from {low} to {high}, expected 0 to {max(len(names) - 1, 0)}")
-    if len(set(names)) != len(names):
-        raise McdiError(f"{what}: a {kind} name stands twice in {_some(sorted(names))}; give each its own")
-    return codes, names
+        raise McdiError(f"{what}: {called} from {low} to {high}, expected 0 to {max(len(names) - 1, 0)}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise McdiError(f"{what}: {kind} {_some(twice)} stands twice in {kind}_names; give each its own name")
+    empty = [names[i] for i in (torch.bincount(column, minlength=len(names)) == 0).nonzero().flatten().tolist()]
+    if empty and kind != "domain":
+        raise McdiError(f"{what}: {kind} {_some(empty)} has no rows; leave it out")
+    return column, names
 
 
-def _renumbered(chosen: Sequence[str | int] | None, names: tuple[str, ...], kind: str) -> Tensor:
-    """int64 [names], the new number of each, -1 where it was not chosen."""
+def _chosen(chosen: Sequence[str | int] | None, names: Sequence[str], kind: str) -> tuple[Tensor, list[str]]:
+    """int64 [names], the new number of each, -1 where it was not chosen; and the names chosen."""
+    known: dict[str | int, int] = {name: number for number, name in enumerate(names)}
     new = torch.full((len(names),), -1)
-    for number, choice in enumerate(range(len(names)) if chosen is None else chosen):
-        old = choice if isinstance(choice, int) else names.index(choice) if choice in names else -1
+    picked = []
+    for choice in range(len(names)) if chosen is None else chosen:
+        old = choice if isinstance(choice, int) else known.get(choice, -1)
         if not 0 <= old < len(names):
             raise McdiError(f"{kind} {choice!r:.60}: not among the {len(names)} there are ({_some(names)})")
         if new[old] >= 0:
             raise McdiError(f"{kind} {choice!r:.60}: given twice; name each once")
-        new[old] = number
-    return new
-
-
-def _names_at(new: Tensor, names: tuple[str, ...]) -> tuple[str, ...]:
-    order = sorted((number, name) for number, name in zip(new.tolist(), names, strict=True) if number >= 0)
-    return tuple(name for _, name in order)
+        new[old] = len(picked)
+        picked.append(names[old])
+    return new, picked
 
 
 def load(
@@ -295,7 +303,7 @@ def load(
     data_dir: Path | None = None,
     side: int = 128,
     splits: Path | None = None,
-    stage: Stage = quiet,
+    stage: Stage = no_stage,
 ) -> dict[str, LabelledRows]:
     """Read a data set: its splits by name, or {"all": rows} where it has none. A split holds only its own classes, numbered anew.
 
@@ -318,18 +326,17 @@ def load(
             lists; a name that leads out of the folder; features that are not finite; labels out of range.
     """
     path = _named_zip(str(source), data_dir) if str(source) in PACKED else user_path(source)
-    readers = {".zip": _read_packed, ".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.is_dir():
-        with _naming(path):
-            return _read_folder(path, side, splits, stage)
-    if path.suffix.lower() not in readers or not path.is_file():
+    readers = {".zip": _read_packed, ".npz": _read_features, ".safetensors": _read_features}
+    reader = readers.get(path.suffix.lower())
+    if not path.is_dir() and not (reader and path.is_file()):
         found = f"a file of kind {path.suffix!r}" if path.exists() else "no such file or folder"
         raise McdiError(
             f"{show_path(path)}: {found}; expected a folder of images, a packed .zip, features as .npz or .safetensors, "
             f"or one of {', '.join(PACKED)}"
         )
     with _naming(path):
-        return readers[path.suffix.lower()](path)
+        columns = reader(path) if reader and path.is_file() else _read_folder(path, side, splits, stage)
+        return _by_split(show_path(path), **columns)
 
 
 def _named_zip(name: str, data_dir: Path | None) -> Path:
@@ -367,101 +374,68 @@ def _naming(path: Path) -> Iterator[None]:
         raise McdiError(f"{show_path(path)}: damaged ({reason}); make or copy it again") from error
 
 
-def _split_up(
-    rows: Tensor,
-    labels: Tensor,
-    class_names: Sequence[str] | None,
-    domains: tuple[Tensor, Sequence[str] | None] | None,
-    splits: tuple[Tensor, Sequence[str] | None] | None,
-    what: str,
-) -> dict[str, LabelledRows]:
-    """All rows, checked, as one `LabelledRows` a split."""
-    places, domain_names = domains or (None, None)
-    if splits is None:
-        return {WHOLE: LabelledRows.of(rows, labels, class_names, places, domain_names, what)}
-    split, split_names = _checked_codes(*splits, len(rows), "split", what)
-    LabelledRows.of(rows, labels, class_names, places, domain_names, what)
-    parts = {}
-    for number, name in enumerate(split_names):
-        keep = split == number
-        if not keep.any():
-            raise McdiError(f"{what}: split {name!r:.60} has no rows; leave it out")
-        present, own = labels[keep].unique(return_inverse=True)
-        own_names = [str(i) if class_names is None else class_names[i] for i in present.tolist()]
-        parts[SPLIT_NAMES.get(name, name)] = LabelledRows.of(
-            rows[keep], own, own_names, None if places is None else places[keep], domain_names, what
-        )
-    return parts
+# Each reader gives the columns of a source, by the names of `_by_split`.
 
 
-def _numbered(names: Sequence[str], order: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
-    """Names as numbers, and the names in that order: of `order`, or of first appearance."""
-    known = {name: number for number, name in enumerate(order if order is not None else dict.fromkeys(names))}
-    return torch.tensor([known[name] for name in names]), list(known)
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    archive = zipfile.ZipFile(path)
+    for info in archive.infolist():
+        if info.file_size > _MAX_RATIO * max(info.compress_size, 1000):
+            raise McdiError(
+                f"{show_path(path)}: {info.filename!r:.60} unpacks from {info.compress_size} to {info.file_size} bytes; refused as a zip bomb"
+            )
+    return archive
 
 
-# --- packed zips ---
-
-
-def _read_packed(path: Path) -> dict[str, LabelledRows]:
+def _read_packed(path: Path) -> dict[str, Any]:
     pillow, what = _pillow(), show_path(path)
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        meta = _packed_meta(archive, members, what)
+    with _open_zip(path) as archive:
+        members = set(archive.namelist())
+
+        def member(name: str) -> IO[bytes]:
+            if name not in members:
+                raise McdiError(f"{what}: {name!r:.80} is not in it; it is no packed zip of images, or truncated")
+            return archive.open(name)
+
+        meta = _checked_meta(json.loads(member("meta.json").read(MAX_JSON_BYTES)), what)
         size, columns, strips = meta["size"], meta["tile_columns"], meta["strips"]
-        tiles, numbers, domains, splits = list[np.ndarray](), list[int](), list[str](), list[str]()
+        tiles = []
         for strip in strips:
-            data = archive.read(_member(members, strip["strip"], what))
-            image = pillow.open(io.BytesIO(data), formats=["JPEG", "PNG"])
-            count = strip["count"]
-            lines = -(-count // columns)
+            image = pillow.open(member(strip["strip"]), formats=["JPEG", "PNG"])
+            lines = -(-strip["count"] // columns)
             if image.size != (columns * size, lines * size):
                 raise McdiError(
                     f"{what}: strip {strip['strip']!r:.80} is {image.size[0]}x{image.size[1]} pixels, expected "
-                    f"{columns * size}x{lines * size} for {count} tiles; pack it again"
+                    f"{columns * size}x{lines * size} for {strip['count']} tiles; pack it again"
                 )
             pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
-            tiles.append(pixels.reshape(lines * columns, size, size, 3)[:count])
-            numbers += [strip["label"]] * count
-            domains += [strip.get("domain", "")] * count
-            splits += [strip.get("split", "")] * count
-    return _split_up(
-        torch.from_numpy(np.concatenate(tiles)),
-        torch.tensor(numbers),
-        meta["class_names"],
-        _numbered(domains) if "domain" in strips[0] else None,
-        _numbered(splits) if "split" in strips[0] else None,
-        what,
-    )
+            tiles.append(pixels.reshape(-1, size, size, 3)[: strip["count"]])
+
+    def column(key: str) -> list[Any] | None:
+        return [strip[key] for strip in strips for _ in range(strip["count"])] if key in strips[0] else None
+
+    return {
+        "rows": torch.from_numpy(np.concatenate(tiles)),
+        "labels": torch.tensor(column("label")),
+        "class_names": meta["class_names"],
+        "domains": column("domain"),
+        "splits": column("split"),
+    }
 
 
-def _member(members: Mapping[str, zipfile.ZipInfo], name: str, what: str) -> zipfile.ZipInfo:
-    info = members.get(name)
-    if info is None:
-        raise McdiError(f"{what}: {name!r:.80} is not in it; it is no packed zip of images, or truncated")
-    stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
-    if not stored or info.file_size > _MAX_STRIP:
-        raise McdiError(
-            f"{what}: {name!r:.80} takes {info.compress_size} bytes for {info.file_size}, expected at most {_MAX_STRIP}, stored; pack it again"
-        )
-    return info
-
-
-def _packed_meta(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], what: str) -> dict[str, Any]:
-    meta = json.loads(archive.read(_member(members, "meta.json", what)))
-
+def _checked_meta(meta: Any, what: str) -> dict[str, Any]:
     def holds(entry: Any, **kinds: type) -> bool:
         return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
 
-    good = holds(meta, size=int, tile_columns=int, class_names=list, strips=list)
-    good = good and 1 <= meta["size"] <= 1024 and 1 <= meta["tile_columns"] <= 1024 and len(meta["strips"]) > 0
-    good = good and all(type(name) is str for name in meta["class_names"])
+    good = holds(meta, size=int, tile_columns=int, class_names=list, strips=list) and len(meta["strips"]) > 0
     if good:
         extra = {key: str for key in ("domain", "split") if key in meta["strips"][0]}  # in all strips, or in none
-        good = all(
-            holds(strip, strip=str, label=int, count=int, **extra)
-            and 1 <= strip["count"] * meta["size"] ** 2 <= _MAX_PIXELS
-            for strip in meta["strips"]
+        good = (
+            1 <= meta["size"] <= 1024
+            and 1 <= meta["tile_columns"] <= 1024
+            and all(type(name) is str for name in meta["class_names"])
+            and all(holds(strip, strip=str, label=int, count=int, **extra) for strip in meta["strips"])
+            and all(1 <= strip["count"] * meta["size"] ** 2 <= _MAX_PIXELS for strip in meta["strips"])
         )
     if not good:
         raise McdiError(
@@ -471,97 +445,90 @@ def _packed_meta(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     return meta
 
 
-# --- files of features ---
-
-
-def _read_npz(path: Path) -> dict[str, LabelledRows]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.file_size > _MAX_RATIO * max(info.compress_size, 1000):
-                raise McdiError(
-                    f"{show_path(path)}: {info.filename!r:.60} unpacks from {info.compress_size} to {info.file_size} bytes; refused as a zip bomb"
-                )
-    with np.load(path, allow_pickle=False) as file:
-        columns = {name: file[name] for name in file.files}
-    names = {}
-    for name, column in list(columns.items()):
-        if column.dtype.kind == "U":
-            names[name] = column.reshape(-1).tolist()
-            del columns[name]
-        elif column.dtype.kind not in "iuf":
-            raise McdiError(f"{show_path(path)}: {name!r:.60} holds {column.dtype}, expected numbers or text")
-    numbers = {name: torch.from_numpy(np.ascontiguousarray(_native(column))) for name, column in columns.items()}
-    return _features(path, numbers, names)
-
-
-def _native(column: np.ndarray) -> np.ndarray:
-    """In a dtype that torch has: native byte order, int64 for integers."""
-    return column.astype(np.int64 if column.dtype.kind in "iu" else column.dtype.newbyteorder("="))
-
-
-def _read_safetensors(path: Path) -> dict[str, LabelledRows]:
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        names = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name.endswith("_names")}
-    for name, listed in names.items():
-        if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
-            raise McdiError(f"{show_path(path)}: {name!r:.60} in its metadata is no JSON list of names")
-    return _features(path, numbers, names)
-
-
-def _features(path: Path, numbers: dict[str, Tensor], names: dict[str, list[str]]) -> dict[str, LabelledRows]:
+def _read_features(path: Path) -> dict[str, Any]:
     what = show_path(path)
-    features = numbers.get("features")
-    if features is None or features.ndim != 2 or not features.is_floating_point():
-        found = "absent" if features is None else f"{features.dtype} {list(features.shape)}"
+    columns: dict[str, Any] = {}  # tensors, and lists of names
+    names = [f"{kind}_names" for kind in _COLUMNS]
+    wanted = ["features", *_COLUMNS.values()]
+    if path.suffix.lower() == ".npz":
+        with _open_zip(path), np.load(path, allow_pickle=False) as arrays:
+            for name in {*wanted, *names} & set(arrays.files):
+                array = arrays[name]
+                if array.dtype.kind == "U":
+                    columns[name] = array.reshape(-1).tolist()
+                elif array.dtype.kind in "iuf" and name in wanted:  # in a dtype that torch has
+                    dtype = np.dtype(np.int64) if array.dtype.kind in "iu" else array.dtype.newbyteorder("=")
+                    columns[name] = torch.from_numpy(np.ascontiguousarray(array, dtype))
+                else:
+                    raise McdiError(
+                        f"{what}: {name} holds {array.dtype}, expected {'text' if name in names else 'numbers or text'}"
+                    )
+    else:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys() if name in wanted}  # noqa: SIM118 (no mapping)
+            listed = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in names}
+        for name, found in listed.items():
+            if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+                raise McdiError(f"{what}: {name!r} in its metadata is no JSON list of names")
+        columns |= listed
+    features = columns.pop("features", "absent")
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else f"{features!s:.60}"
         raise McdiError(f"{what}: features are {found}, expected floating numbers [n, F]")
-
-    def column(name: str, names_of: str) -> tuple[Tensor, Sequence[str] | None] | None:
-        if name in names:
-            order = names.get(names_of) or sorted(set(names[name]))
-            unknown = set(names[name]) - set(order)
-            if unknown:
-                raise McdiError(f"{what}: {name} hold {_some(sorted(unknown))}, not among {names_of}")
-            return _numbered(names[name], order)
-        return None if name not in numbers else (numbers[name], names.get(names_of))
-
-    labels = column("labels", "class_names")
-    if labels is None:
+    if "labels" not in columns:
         raise McdiError(f"{what}: labels are absent, expected integers [n] or names [n]")
-    return _split_up(features, *labels, column("domains", "domain_names"), column("splits", "split_names"), what)
-
-
-# --- folders ---
+    return {"rows": features, **columns}
 
 
 class _File(NamedTuple):
     path: Path
-    name: str  # of its class
+    label: str
     domain: str = ""
     split: str = ""
 
 
-def _read_folder(folder: Path, side: int, splits: Path | None, stage: Stage) -> dict[str, LabelledRows]:
+def _read_folder(folder: Path, side: int, splits: Path | None, stage: Stage) -> dict[str, Any]:
     if not 1 <= side <= 1024:
         raise McdiError(f"side = {side}: expected 1 to 1024 pixels")
-    lists = _find_lists(folder, splits)
+    lists = {split: (path, _read_list(path)) for split, path in _find_lists(folder, splits).items()}
     files = _listed_files(folder, lists) or _files_of(folder)
     if lists:
-        files = _by_lists(folder, files, lists)
-    images = _read_images(folder, files, side, stage)
-    labels, class_names = _numbered([file.name for file in files], sorted({file.name for file in files}))
-    return _split_up(
-        images,
-        labels,
-        class_names,
-        _numbered([file.domain for file in files]) if files[0].domain else None,
-        _numbered([file.split for file in files]) if files[0].split else None,
-        show_path(folder),
-    )
+        split_of = _split_of_classes({file.label for file in files}, folder, lists)
+        files = [file._replace(split=split_of[file.label]) for file in files if file.label in split_of]
+    return {
+        "rows": _read_images(folder, files, side, stage),
+        "labels": [file.label for file in files],
+        "domains": [file.domain for file in files] if files[0].domain else None,
+        "splits": [file.split for file in files] if files[0].split else None,
+    }
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _files_of(folder: Path) -> list[_File]:
+    """Every image of class folders, or of class folders one level down, where the level above is of splits or domains."""
+
+    def inside(parent: Path) -> list[Path]:
+        return sorted(sub for sub in parent.iterdir() if sub.is_dir() and not sub.name.startswith("."))
+
+    above = [sub for sub in inside(folder) if sub.name != "splits"]
+    images = {sub: _images_in(sub) for sub in above}
+    flat = any(images.values())
+    if not flat:
+        images = {sub: _images_in(sub) for parent in above for sub in inside(parent) or [parent]}
+    if not any(images.values()):
+        raise McdiError(
+            f"{show_path(folder)}: no images in class sub-folders; expected CLASS/image.jpg, DOMAIN/CLASS/image.jpg or train/CLASS/image.jpg"
+        )
+    empty = [str(sub.relative_to(folder)) for sub, found in images.items() if not found]
+    if empty:
+        raise McdiError(
+            f"{show_path(folder)}: {len(empty)} class folders hold no image ({_some(empty)}); put images there or remove them"
+        )
+    level = "split" if all(parent.name.lower() in SPLIT_NAMES for parent in above) else "domain"
+    return [
+        _File(image, sub.name, **({} if flat else {level: sub.parent.name}))
+        for sub, found in images.items()
+        for image in found
+    ]
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -575,47 +542,14 @@ def _images_in(folder: Path) -> list[Path]:
     return _images_in(inner) if not found and inner.is_dir() else found
 
 
-def _files_of(folder: Path) -> list[_File]:
-    """Every image of class folders, or of class folders one level down, where the level above is of splits or domains."""
-    classes = [(sub, _images_in(sub)) for sub in _folders(folder) if sub.name != "splits"]
-    if any(images for _, images in classes):
-        _no_empty(folder, classes)
-        return [_File(image, sub.name) for sub, images in classes for image in images]
-    files = []
-    is_split = all(above.name.lower() in SPLIT_NAMES for above, _ in classes)
-    for above, _ in classes:
-        inner = [(sub, _images_in(sub)) for sub in _folders(above)]
-        _no_empty(above, inner)
-        level = ("", SPLIT_NAMES[above.name.lower()]) if is_split else (above.name, "")
-        files += [_File(image, sub.name, *level) for sub, images in inner for image in images]
-    if not files:
-        raise McdiError(
-            f"{show_path(folder)}: no images in class sub-folders; expected CLASS/image.jpg, DOMAIN/CLASS/image.jpg or train/CLASS/image.jpg"
-        )
-    return files
-
-
-def _no_empty(folder: Path, classes: Sequence[tuple[Path, Sequence[Path]]]) -> None:
-    empty = [sub.name for sub, images in classes if not images]
-    if empty or not classes:
-        raise McdiError(
-            f"{show_path(folder)}: {len(empty) or 'all'} class folders hold no image ({_some(empty)}); put images there or remove them"
-        )
-
-
 def _find_lists(folder: Path, splits: Path | None) -> dict[str, Path]:
     """The split lists, train first; none are asked for where `splits` is None."""
-    places = [folder, folder / "splits"] if splits is None else [splits]
-    for place in places:
+    for place in [folder, folder / "splits"] if splits is None else [splits]:
         found: dict[str, Path] = {}
-        for name, split in SPLIT_NAMES.items():
-            for path in (place / f"{name}.txt", place / f"{name}.csv"):
-                if path.is_file():
-                    if split in found:
-                        raise McdiError(
-                            f"{show_path(path)}: {found[split].name} is there too; keep one list of {split}"
-                        )
-                    found[split] = path
+        for path in (place / f"{name}{suffix}" for name in SPLIT_NAMES for suffix in (".txt", ".csv")):
+            split = SPLIT_NAMES[path.stem]
+            if path.is_file() and found.setdefault(split, path) != path:
+                raise McdiError(f"{show_path(path)}: {found[split].name} is there too; keep one list of {split}")
         if found:
             return found
     if splits is not None:
@@ -631,26 +565,27 @@ def _read_list(path: Path) -> list[dict[str, str]]:
                 f"{show_path(path)}: {path.stat().st_size} bytes, expected at most {_MAX_LIST}; is it a list?"
             )
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            rows = [{"label": line.strip()} for line in text.splitlines() if line.strip()]
-        else:
+        rows: list[dict[str, str]] = [{"label": line.strip()} for line in text.splitlines() if line.strip()]
+        if path.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
     if not rows or any(not row.get("label") for row in rows):
         raise McdiError(f"{show_path(path)}: expected a class a line, or a csv with a column `label` (and `filename`)")
-    for row in rows:
-        for name in (row["label"], row.get("filename") or "x"):
-            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-                raise McdiError(f"{show_path(path)}: {name!r:.80} leads out of the folder; expected a name below it")
+    for name in (row.get("filename") or "" for row in rows):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise McdiError(f"{show_path(path)}: {name!r:.80} leads out of the folder; expected a name below it")
     return rows
 
 
-def _listed_files(folder: Path, lists: Mapping[str, Path]) -> list[_File]:
+_Lists = Mapping[str, tuple[Path, list[dict[str, str]]]]  # split: the list's path and rows
+
+
+def _listed_files(folder: Path, lists: _Lists) -> list[_File]:
     """The images that lists name one by one, where they lie in one folder (how Mini-ImageNet comes); else none."""
-    rows = [(split, row) for split, path in lists.items() for row in _read_list(path) if row.get("filename")]
-    base = next((b for b in (folder, folder / "images") if rows and (b / rows[0][1]["filename"]).is_file()), None)
+    names = [(row["filename"], row["label"]) for _, rows in lists.values() for row in rows if row.get("filename")]
+    base = next((b for b in (folder, folder / "images") if names and (b / names[0][0]).is_file()), None)
     if base is None:
         return []
-    files = [_File(base / row["filename"], row["label"], split=split) for split, row in rows]
+    files = [_File(base / name, label) for name, label in names]
     missing = [file.path.name for file in files if not file.path.is_file()]
     if missing:
         raise McdiError(
@@ -659,12 +594,10 @@ def _listed_files(folder: Path, lists: Mapping[str, Path]) -> list[_File]:
     return files
 
 
-def _by_lists(folder: Path, files: Sequence[_File], lists: Mapping[str, Path]) -> list[_File]:
-    """The files of the classes that lists name, each with its split."""
+def _split_of_classes(known: set[str], folder: Path, lists: _Lists) -> dict[str, str]:
     split_of: dict[str, str] = {}
-    known = {file.name for file in files}
-    for split, path in lists.items():
-        names = list(dict.fromkeys(row["label"] for row in _read_list(path)))
+    for split, (path, rows) in lists.items():
+        names = list(dict.fromkeys(row["label"] for row in rows))
         unknown = [name for name in names if name not in known]
         if unknown:
             raise McdiError(
@@ -676,7 +609,7 @@ def _by_lists(folder: Path, files: Sequence[_File], lists: Mapping[str, Path]) -
                 f"{show_path(path)}: {len(twice)} classes are in the list of {split_of[twice[0]]} too: {_some(twice)}; keep each in one"
             )
         split_of |= dict.fromkeys(names, split)
-    return [file._replace(split=split_of[file.name]) for file in files if file.name in split_of]
+    return split_of
 
 
 def _read_images(folder: Path, files: Sequence[_File], side: int, stage: Stage) -> Tensor:
