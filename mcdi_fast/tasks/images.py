@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import zipfile
@@ -41,6 +40,8 @@ PACKED = {
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folders and lists of these names are splits; any other folder above the classes is a domain."""
 WHOLE = "all"  # the one split of a data set that has none
+
+Column = Tensor | Sequence[str]  # one a row: int64 [n], or names
 
 _COLUMNS = {"class": "labels", "domain": "domains", "split": "splits"}  # in a source; names of each: class_names, …
 _NAMED = 3  # how many of many bad things a message names
@@ -75,9 +76,9 @@ class LabelledRows:
     def of(
         cls,
         rows: Tensor,
-        labels: Tensor | Sequence[str],
+        labels: Column,
         class_names: Sequence[str] | None = None,
-        domains: Tensor | Sequence[str] | None = None,
+        domains: Column | None = None,
         domain_names: Sequence[str] | None = None,
         what: str = "data",
     ) -> LabelledRows:
@@ -92,7 +93,8 @@ class LabelledRows:
         Raises:
             McdiError: no rows; parts of different lengths; a label or domain out of range; a class without rows; a name twice; NaN or infinity.
         """
-        return _by_split(what, rows, labels, class_names, domains, domain_names)[WHOLE]
+        names = {"class_names": class_names, "domain_names": domain_names}
+        return _by_split(what, rows, labels, domains, **names)[WHOLE]
 
     def __len__(self) -> int:
         """Rows, of all classes."""
@@ -204,16 +206,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _by_split(
-    what: str,
-    rows: Tensor,
-    labels: Tensor | Sequence[str],
-    class_names: Sequence[str] | None = None,
-    domains: Tensor | Sequence[str] | None = None,
-    domain_names: Sequence[str] | None = None,
-    splits: Tensor | Sequence[str] | None = None,
-    split_names: Sequence[str] | None = None,
+    what: str, rows: Tensor, labels: Column, domains: Column | None = None, splits: Column | None = None, **names: Any
 ) -> dict[str, LabelledRows]:
-    """What every source becomes: its columns, of one row each, checked, sorted and divided into splits."""
+    """What every source becomes: its columns, of one row each, checked, sorted and divided into splits. names: class_names, …"""
     n = len(rows) if rows.ndim else 0
     if rows.ndim < 2 or n == 0:
         raise McdiError(f"{what}: rows of shape {list(rows.shape)}, expected [n, ...] with n >= 1")
@@ -227,9 +222,9 @@ def _by_split(
                 f"{what}: {len(bad)} of {n} rows hold NaN or infinity (first: row {int(bad[0])}); "
                 "expected finite numbers: make them again"
             )
-    label, class_names = _codes("class", labels, class_names, n, what)
-    domain, domain_names = (None, []) if domains is None else _codes("domain", domains, domain_names, n, what)
-    split, split_names = (label * 0, [WHOLE]) if splits is None else _codes("split", splits, split_names, n, what)
+    label, class_names = _codes("class", labels, names, n, what)
+    domain, domain_names = (None, ()) if domains is None else _codes("domain", domains, names, n, what)
+    split, split_names = (label * 0, (WHOLE,)) if splits is None else _codes("split", splits, names, n, what)
     order = (label if domain is None else label * len(domain_names) + domain).argsort(stable=True)
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(split_names):
@@ -244,16 +239,18 @@ def _by_split(
             own,
             tuple(class_names[i] for i in present.tolist()),
             None if domain is None else domain[at],
-            tuple(domain_names),
+            domain_names,
         )
     return parts
 
 
 def _codes(
-    kind: str, column: Tensor | Sequence[str], names: Sequence[str] | None, rows: int, what: str
-) -> tuple[Tensor, Sequence[str]]:
+    kind: str, column: Column, all_names: Mapping[str, Any], rows: int, what: str
+) -> tuple[Tensor, tuple[str, ...]]:
     """int64 [rows], numbers of names, and the names."""
-    called = _COLUMNS[kind]
+    called, names = _COLUMNS[kind], all_names.get(f"{kind}_names")
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise McdiError(f"{what}: {kind}_names are {names!r:.60}, expected a list of names")
     if not isinstance(column, Tensor):
         if names is None:
             names = sorted(set(column)) if kind == "class" else list(dict.fromkeys(column))
@@ -278,14 +275,14 @@ def _codes(
     empty = [names[i] for i in (torch.bincount(column, minlength=len(names)) == 0).nonzero().flatten().tolist()]
     if empty and kind != "domain":
         raise McdiError(f"{what}: {kind} {_some(empty)} has no rows; leave it out")
-    return column, names
+    return column, tuple(names)
 
 
 def _chosen(chosen: Sequence[str | int] | None, names: Sequence[str], kind: str) -> tuple[Tensor, list[str]]:
     """int64 [names], the new number of each, -1 where it was not chosen; and the names chosen."""
     known: dict[str | int, int] = {name: number for number, name in enumerate(names)}
     new = torch.full((len(names),), -1)
-    picked = []
+    picked: list[str] = []
     for choice in range(len(names)) if chosen is None else chosen:
         old = choice if isinstance(choice, int) else known.get(choice, -1)
         if not 0 <= old < len(names):
@@ -352,16 +349,6 @@ def _named_zip(name: str, data_dir: Path | None) -> Path:
     return path
 
 
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise McdiError(
-            "reading images needs pillow, which is not installed; run pip install 'mcdi_fast[train]'"
-        ) from error
-    return Image
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Whatever a library finds wrong with a file becomes one line with its name."""
@@ -369,6 +356,10 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except McdiError:
         raise
+    except ImportError as error:
+        raise McdiError(
+            "reading images needs pillow, which is not installed; run pip install 'mcdi_fast[train]'"
+        ) from error
     except Exception as error:  # zipfile, zlib, numpy, safetensors and Pillow have a dozen types for a damaged file
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise McdiError(f"{show_path(path)}: damaged ({reason}); make or copy it again") from error
@@ -388,96 +379,71 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _read_packed(path: Path) -> dict[str, Any]:
-    pillow, what = _pillow(), show_path(path)
-    with _open_zip(path) as archive:
-        members = set(archive.namelist())
+    from PIL import Image
 
-        def member(name: str) -> IO[bytes]:
-            if name not in members:
-                raise McdiError(f"{what}: {name!r:.80} is not in it; it is no packed zip of images, or truncated")
-            return archive.open(name)
+    what = show_path(path)
 
-        meta = _checked_meta(json.loads(member("meta.json").read(MAX_JSON_BYTES)), what)
-        size, columns, strips = meta["size"], meta["tile_columns"], meta["strips"]
-        tiles = []
-        for strip in strips:
-            image = pillow.open(member(strip["strip"]), formats=["JPEG", "PNG"])
-            lines = -(-strip["count"] // columns)
-            if image.size != (columns * size, lines * size):
-                raise McdiError(
-                    f"{what}: strip {strip['strip']!r:.80} is {image.size[0]}x{image.size[1]} pixels, expected "
-                    f"{columns * size}x{lines * size} for {strip['count']} tiles; pack it again"
-                )
-            pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
-            tiles.append(pixels.reshape(-1, size, size, 3)[: strip["count"]])
-
-    def column(key: str) -> list[Any] | None:
-        return [strip[key] for strip in strips for _ in range(strip["count"])] if key in strips[0] else None
-
-    return {
-        "rows": torch.from_numpy(np.concatenate(tiles)),
-        "labels": torch.tensor(column("label")),
-        "class_names": meta["class_names"],
-        "domains": column("domain"),
-        "splits": column("split"),
-    }
-
-
-def _checked_meta(meta: Any, what: str) -> dict[str, Any]:
     def holds(entry: Any, **kinds: type) -> bool:
         return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
 
-    good = holds(meta, size=int, tile_columns=int, class_names=list, strips=list) and len(meta["strips"]) > 0
-    if good:
-        extra = {key: str for key in ("domain", "split") if key in meta["strips"][0]}  # in all strips, or in none
-        good = (
-            1 <= meta["size"] <= 1024
-            and 1 <= meta["tile_columns"] <= 1024
-            and all(type(name) is str for name in meta["class_names"])
-            and all(holds(strip, strip=str, label=int, count=int, **extra) for strip in meta["strips"])
-            and all(1 <= strip["count"] * meta["size"] ** 2 <= _MAX_PIXELS for strip in meta["strips"])
-        )
-    if not good:
-        raise McdiError(
-            f"{what}: meta.json does not describe strips of images (size, tile_columns, class_names, strips with strip, label, count); "
-            "pack it again"
-        )
-    return meta
+    with _open_zip(path) as archive:
+
+        def member(name: str) -> IO[bytes]:
+            if name not in archive.NameToInfo:
+                raise McdiError(f"{what}: {name!r:.80} is not in it; it is no packed zip of images, or truncated")
+            return archive.open(name)
+
+        meta = json.loads(member("meta.json").read(MAX_JSON_BYTES))
+        strips = meta["strips"] if holds(meta, size=int, tile_columns=int, class_names=list, strips=list) else []
+        extra = {key: str for key in ("domain", "split") if strips and key in strips[0]}  # in all strips, or in none
+        if not strips or not all(holds(strip, strip=str, label=int, count=int, **extra) for strip in strips):
+            raise McdiError(
+                f"{what}: meta.json does not describe strips of images (size, tile_columns, class_names, strips with strip, label, count); "
+                "pack it again"
+            )
+        tiles, size, columns = [], meta["size"], meta["tile_columns"]
+        for strip in strips:
+            image, count = Image.open(member(strip["strip"]), formats=["JPEG", "PNG"]), strip["count"]
+            lines = -(-count // columns)
+            if image.size != (columns * size, lines * size):
+                raise McdiError(
+                    f"{what}: strip {strip['strip']!r:.80} is {image.size[0]}x{image.size[1]} pixels, expected "
+                    f"{columns * size}x{lines * size} for {count} tiles; pack it again"
+                )
+            pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
+            tiles.append(pixels.reshape(-1, size, size, 3)[:count])
+    found = {f"{key}s": [strip[key] for strip in strips for _ in range(strip["count"])] for key in ("label", *extra)}
+    found["labels"] = torch.tensor(found["labels"])
+    return {"rows": torch.from_numpy(np.concatenate(tiles)), "class_names": meta["class_names"], **found}
 
 
 def _read_features(path: Path) -> dict[str, Any]:
     what = show_path(path)
-    columns: dict[str, Any] = {}  # tensors, and lists of names
-    names = [f"{kind}_names" for kind in _COLUMNS]
-    wanted = ["features", *_COLUMNS.values()]
+    names = {f"{kind}_names" for kind in _COLUMNS}
+    wanted = {"features", *_COLUMNS.values(), *names}
     if path.suffix.lower() == ".npz":
-        with _open_zip(path), np.load(path, allow_pickle=False) as arrays:
-            for name in {*wanted, *names} & set(arrays.files):
-                array = arrays[name]
-                if array.dtype.kind == "U":
-                    columns[name] = array.reshape(-1).tolist()
-                elif array.dtype.kind in "iuf" and name in wanted:  # in a dtype that torch has
-                    dtype = np.dtype(np.int64) if array.dtype.kind in "iu" else array.dtype.newbyteorder("=")
-                    columns[name] = torch.from_numpy(np.ascontiguousarray(array, dtype))
-                else:
-                    raise McdiError(
-                        f"{what}: {name} holds {array.dtype}, expected {'text' if name in names else 'numbers or text'}"
-                    )
+        with _open_zip(path), np.load(path, allow_pickle=False) as file:
+            columns = {name: _from_numpy(file[name], f"{what}: {name}") for name in wanted & set(file.files)}
     else:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            columns = {name: file.get_tensor(name) for name in file.keys() if name in wanted}  # noqa: SIM118 (no mapping)
-            listed = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in names}
-        for name, found in listed.items():
-            if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-                raise McdiError(f"{what}: {name!r} in its metadata is no JSON list of names")
-        columns |= listed
-    features = columns.pop("features", "absent")
+            columns = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in names}
+            columns |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    features = columns.pop("features", None)
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-        found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else f"{features!s:.60}"
+        found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else "absent or text"
         raise McdiError(f"{what}: features are {found}, expected floating numbers [n, F]")
     if "labels" not in columns:
         raise McdiError(f"{what}: labels are absent, expected integers [n] or names [n]")
     return {"rows": features, **columns}
+
+
+def _from_numpy(array: np.ndarray, what: str) -> Column:
+    if array.dtype.kind == "U":
+        return array.reshape(-1).tolist()
+    if array.dtype.kind not in "iuf":
+        raise McdiError(f"{what} holds {array.dtype}, expected numbers or text")
+    dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.int64)  # torch has few others
+    return torch.from_numpy(np.ascontiguousarray(array, dtype))
 
 
 class _File(NamedTuple):
@@ -490,17 +456,29 @@ class _File(NamedTuple):
 def _read_folder(folder: Path, side: int, splits: Path | None, stage: Stage) -> dict[str, Any]:
     if not 1 <= side <= 1024:
         raise McdiError(f"side = {side}: expected 1 to 1024 pixels")
-    lists = {split: (path, _read_list(path)) for split, path in _find_lists(folder, splits).items()}
-    files = _listed_files(folder, lists) or _files_of(folder)
-    if lists:
-        split_of = _split_of_classes({file.label for file in files}, folder, lists)
+    listed = _read_lists(splits) if splits else _read_lists(folder) or _read_lists(folder / "splits")
+    if splits and not listed:
+        raise McdiError(f"{show_path(splits)}: holds no split list; expected train, val and test as .txt or .csv")
+    # lists may name images that lie in one folder, as Mini-ImageNet's do
+    named = [row for row in listed if row.filename]
+    base = next((b for b in (folder, folder / "images") if named and (b / named[0].filename).is_file()), None)
+    files = [_File(base / row.filename, row.label) for row in named] if base else _files_of(folder)
+    missing = [file.path.name for file in files if not file.path.is_file()] if base else []
+    if missing:
+        raise McdiError(
+            f"{show_path(folder)}: {len(missing)} of {len(files)} listed images are not there: {_some(missing)}"
+        )
+    split_of = {row.label: row.split for row in listed}
+    unknown = sorted(split_of.keys() - {file.label for file in files})
+    if unknown:
+        raise McdiError(
+            f"{show_path(splits or folder)}: {len(unknown)} of {len(split_of)} classes are not in {show_path(folder)}: {_some(unknown)}"
+        )
+    if listed:
         files = [file._replace(split=split_of[file.label]) for file in files if file.label in split_of]
-    return {
-        "rows": _read_images(folder, files, side, stage),
-        "labels": [file.label for file in files],
-        "domains": [file.domain for file in files] if files[0].domain else None,
-        "splits": [file.split for file in files] if files[0].split else None,
-    }
+    columns = {f"{name}s": [getattr(file, name) for file in files] for name in ("label", "domain", "split")}
+    given = {name: column for name, column in columns.items() if column[0]}
+    return {"rows": _read_images(folder, files, side, stage), **given}
 
 
 def _files_of(folder: Path) -> list[_File]:
@@ -542,78 +520,47 @@ def _images_in(folder: Path) -> list[Path]:
     return _images_in(inner) if not found and inner.is_dir() else found
 
 
-def _find_lists(folder: Path, splits: Path | None) -> dict[str, Path]:
-    """The split lists, train first; none are asked for where `splits` is None."""
-    for place in [folder, folder / "splits"] if splits is None else [splits]:
-        found: dict[str, Path] = {}
-        for path in (place / f"{name}{suffix}" for name in SPLIT_NAMES for suffix in (".txt", ".csv")):
-            split = SPLIT_NAMES[path.stem]
-            if path.is_file() and found.setdefault(split, path) != path:
-                raise McdiError(f"{show_path(path)}: {found[split].name} is there too; keep one list of {split}")
-        if found:
-            return found
-    if splits is not None:
-        raise McdiError(f"{show_path(splits)}: holds no split list; expected train, val and test as .txt or .csv")
-    return {}
+class _Listed(NamedTuple):
+    split: str
+    label: str
+    filename: str
 
 
-def _read_list(path: Path) -> list[dict[str, str]]:
-    """Rows of a split list: `label`, and `filename` where a csv has it."""
-    with _naming(path):
-        if path.stat().st_size > _MAX_LIST:
+def _read_lists(folder: Path) -> list[_Listed]:
+    """All rows of the split lists in a folder, train first."""
+    listed: list[_Listed] = []
+    for path in (folder / f"{name}{suffix}" for name in SPLIT_NAMES for suffix in (".txt", ".csv")):
+        if not path.is_file():
+            continue
+        split, split_of = SPLIT_NAMES[path.stem], {row.label: row.split for row in listed}
+        if split in split_of.values():
+            raise McdiError(f"{show_path(path)}: a second list of {split}; keep one list of it")
+        with _naming(path), open(path, encoding="utf-8-sig", newline="") as file:
+            if path.stat().st_size > _MAX_LIST:
+                raise McdiError(f"{show_path(path)}: larger than {_MAX_LIST} bytes; is it a list of classes?")
+            if path.suffix == ".csv":
+                rows = [(row.get("label") or "", row.get("filename") or "") for row in csv.DictReader(file)]
+            else:
+                rows = [(line.strip(), "") for line in file if line.strip()]
+        if not rows or any(not label for label, _ in rows):
             raise McdiError(
-                f"{show_path(path)}: {path.stat().st_size} bytes, expected at most {_MAX_LIST}; is it a list?"
+                f"{show_path(path)}: expected a class a line, or a csv with a column `label` (and `filename`)"
             )
-        text = path.read_text(encoding="utf-8-sig")
-        rows: list[dict[str, str]] = [{"label": line.strip()} for line in text.splitlines() if line.strip()]
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-    if not rows or any(not row.get("label") for row in rows):
-        raise McdiError(f"{show_path(path)}: expected a class a line, or a csv with a column `label` (and `filename`)")
-    for name in (row.get("filename") or "" for row in rows):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise McdiError(f"{show_path(path)}: {name!r:.80} leads out of the folder; expected a name below it")
-    return rows
-
-
-_Lists = Mapping[str, tuple[Path, list[dict[str, str]]]]  # split: the list's path and rows
-
-
-def _listed_files(folder: Path, lists: _Lists) -> list[_File]:
-    """The images that lists name one by one, where they lie in one folder (how Mini-ImageNet comes); else none."""
-    names = [(row["filename"], row["label"]) for _, rows in lists.values() for row in rows if row.get("filename")]
-    base = next((b for b in (folder, folder / "images") if names and (b / names[0][0]).is_file()), None)
-    if base is None:
-        return []
-    files = [_File(base / name, label) for name, label in names]
-    missing = [file.path.name for file in files if not file.path.is_file()]
-    if missing:
-        raise McdiError(
-            f"{show_path(base)}: {len(missing)} of {len(files)} listed images are not there: {_some(missing)}"
-        )
-    return files
-
-
-def _split_of_classes(known: set[str], folder: Path, lists: _Lists) -> dict[str, str]:
-    split_of: dict[str, str] = {}
-    for split, (path, rows) in lists.items():
-        names = list(dict.fromkeys(row["label"] for row in rows))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise McdiError(
-                f"{show_path(path)}: {len(unknown)} of {len(names)} classes are not in {show_path(folder)}: {_some(unknown)}"
-            )
-        twice = [name for name in names if name in split_of]
+        for _, name in rows:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise McdiError(f"{show_path(path)}: {name!r:.80} leads out of the folder; expected a name below it")
+        twice = sorted({label for label, _ in rows} & split_of.keys())
         if twice:
             raise McdiError(
                 f"{show_path(path)}: {len(twice)} classes are in the list of {split_of[twice[0]]} too: {_some(twice)}; keep each in one"
             )
-        split_of |= dict.fromkeys(names, split)
-    return split_of
+        listed += [_Listed(split, *row) for row in rows]
+    return listed
 
 
 def _read_images(folder: Path, files: Sequence[_File], side: int, stage: Stage) -> Tensor:
-    _pillow()
+    import PIL.Image  # noqa: F401 (where it is missing, no image is damaged)
+
     images = np.empty((len(files), side, side, 3), np.uint8)
     bad = []
 
