@@ -142,7 +142,7 @@ def test_a_prior_travels_in_a_file(tmp_path):
     assert torch.equal(again.head(support), prior.head(support))
     damaged = ClassPrior(prior.mean, prior.to_latent, -prior.between, prior.found_between, prior.found_within)
     damaged.save(tmp_path / "prior.safetensors")
-    with pytest.raises(McdiError, match="holds no class prior"):
+    with pytest.raises(McdiError, match="holds no class-prior"):
         ClassPrior.load(tmp_path / "prior.safetensors")
 
 

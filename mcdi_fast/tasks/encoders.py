@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,44 @@ def encode(encoder: Encoder, data: LabelledRows, cache_dir: Path, stage: Stage =
 
 
 @dataclass(frozen=True)
-class Projection:
+class Fitted:
+    """Tensors and flags that were fitted on training classes. They travel with a generator, in a file of their own."""
+
+    kind: ClassVar[str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with its numbers."""
+        digest = hashlib.sha256()
+        for value in (getattr(self, field.name) for field in fields(self)):
+            digest.update(value.contiguous().numpy().data if isinstance(value, Tensor) else str(value).encode())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write it. Raises McdiError as `store.save_tensors`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        flags = {name: value for name, value in values.items() if name not in tensors}
+        save_tensors(path, tensors, flags, self.kind)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read it. Raises McdiError, naming the file, unless `save` wrote it."""
+        tensors, flags = load_tensors(path, cls.kind)
+        names = {field.name: field.type == "Tensor" for field in fields(cls)}
+        good = dict.fromkeys(flags, False) | dict.fromkeys(tensors, True) == names
+        good = good and all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
+        if not good or not (found := cls(**flags | tensors))._fits():
+            raise McdiError(f"{show_path(path)}: holds no {cls.kind} that fits together; make or copy it again")
+        return found
+
+    def _fits(self) -> bool:
+        """Whether shapes and values go together."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Projection(Fitted):
     """Features for heads: the principal components of the training classes' features, scaled to mean square norm 1.
 
     A norm of 1 puts a head's bias on a par with its weights; one scale for all components keeps the encoder's angles. Features that are
@@ -195,6 +232,7 @@ class Projection:
         mean: float32 [F]. basis: float32 [F, K], orthonormal columns over the scale. root: whether square roots are taken.
     """
 
+    kind: ClassVar[str] = "projection"
     mean: Tensor
     basis: Tensor
     root: bool
@@ -227,27 +265,8 @@ class Projection:
         """[..., F] -> [..., K]."""
         return ((_signed_root(features) if self.root else features) - self.mean) @ self.basis
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with its numbers."""
-        digest = hashlib.sha256(str(self.root).encode())
-        for tensor in (self.mean, self.basis):
-            digest.update(repr(list(tensor.shape)).encode() + tensor.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-    def save(self, path: Path) -> None:
-        """Write it, to travel with a generator. Raises McdiError as `store.save_tensors`."""
-        save_tensors(path, {"mean": self.mean, "basis": self.basis}, {"root": self.root}, "projection")
-
-    @classmethod
-    def load(cls, path: Path) -> Projection:
-        """Read it. Raises McdiError, naming the file, unless `save` wrote it."""
-        tensors, meta = load_tensors(path, "projection")
-        mean, basis = (tensors.get(name, torch.empty(0)) for name in ("mean", "basis"))
-        fits = mean.ndim == 1 and basis.ndim == 2 and len(mean) == len(basis) and type(meta.get("root")) is bool
-        if not fits or not all(t.dtype == torch.float32 and t.isfinite().all() for t in (mean, basis)):
-            raise McdiError(f"{show_path(path)}: holds no projection (mean [F], basis [F, K]); make or copy it again")
-        return cls(mean, basis, meta["root"])
+    def _fits(self) -> bool:
+        return self.mean.ndim == 1 and self.basis.ndim == 2 and len(self.mean) == len(self.basis) and type(self.root) is bool
 
 
 def _signed_root(x: Tensor) -> Tensor:

@@ -412,7 +412,7 @@ def _read_packed(path: Path) -> dict[str, Any]:
                 )
             pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
             tiles.append(pixels.reshape(-1, size, size, 3)[:count])
-    found = {f"{key}s": [strip[key] for strip in strips for _ in range(strip["count"])] for key in ("label", *extra)}
+    found: dict[str, Any] = {f"{key}s": [strip[key] for strip in strips for _ in range(strip["count"])] for key in ("label", *extra)}
     found["labels"] = torch.tensor(found["labels"])
     return {"rows": torch.from_numpy(np.concatenate(tiles)), "class_names": meta["class_names"], **found}
 
@@ -423,7 +423,7 @@ def _read_features(path: Path) -> dict[str, Any]:
     wanted = {"features", *_COLUMNS.values(), *names}
     if path.suffix.lower() == ".npz":
         with _open_zip(path), np.load(path, allow_pickle=False) as file:
-            columns = {name: _from_numpy(file[name], f"{what}: {name}") for name in wanted & set(file.files)}
+            columns = {name: _from_numpy(file[name], f"{what}: {name}") for name in sorted(wanted & set(file.files))}
     else:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             columns = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in names}

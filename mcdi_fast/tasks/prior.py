@@ -6,16 +6,14 @@ N(mean, between), images of a class from N(its mean, within). Given a support, t
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
-from functools import cached_property
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import load_tensors, save_tensors, show_path
+from mcdi_fast.tasks.encoders import Fitted
 from mcdi_fast.tasks.images import LabelledRows
 
 SMOOTHING = 0.7
@@ -24,7 +22,7 @@ SMOOTHING = 0.7
 
 
 @dataclass(frozen=True)
-class ClassPrior:
+class ClassPrior(Fitted):
     """Fitted on features of training classes only.
 
     In latent coordinates z = (x - mean) @ to_latent classes have the covariance I within, and diag(between) of their means.
@@ -34,6 +32,7 @@ class ClassPrior:
         found_between, found_within: float32 [K], both variances in latent coordinates without smoothing.
     """
 
+    kind: ClassVar[str] = "class-prior"
     mean: Tensor
     to_latent: Tensor
     between: Tensor
@@ -89,13 +88,11 @@ class ClassPrior:
         shots = support.shape[2]
         z = self._latent(support)
         centre = self.distance(support)[:, None, None] * z.mean((1, 2)).unsqueeze(1)
-        kept = self.between / (
-            self.between + 1 / shots
-        )  # posterior mean of a class, as a share of what its support shows
+        # posterior mean of a class, as a share of what its support shows
+        kept = self.between / (self.between + 1 / shots)
         guess = kept * (z.mean(2) - centre)
-        weight = guess / (
-            1 + self.between * (1 - kept)
-        )  # over the predictive variance: within, and what is unknown of the mean
+        # over the predictive variance: within, and what is unknown of the mean
+        weight = guess / (1 + self.between * (1 - kept))
         # lengths differ by chance and by how typical a class is: equal ones are better (Tiny-ImageNet, 128 components: 71.1 against 70.5 %)
         weight = weight / (weight * guess).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
         bias = -(weight * centre).sum(-1, keepdim=True)
@@ -105,29 +102,10 @@ class ClassPrior:
     def _latent(self, x: Tensor) -> Tensor:
         return (x - self.mean) @ self.to_latent
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with its numbers."""
-        digest = hashlib.sha256()
-        for field in fields(self):
-            digest.update(getattr(self, field.name).contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-    def save(self, path: Path) -> None:
-        """Write it, to travel with a generator. Raises McdiError as `store.save_tensors`."""
-        save_tensors(path, {field.name: getattr(self, field.name) for field in fields(self)}, {}, "class-prior")
-
-    @classmethod
-    def load(cls, path: Path) -> ClassPrior:
-        """Read it. Raises McdiError, naming the file, unless `save` wrote it."""
-        tensors, _ = load_tensors(path, "class-prior")
-        parts = [tensors.get(field.name, torch.empty(0)) for field in fields(cls)]
-        width = len(parts[0])
-        shapes = [(width,), (width, width), (width,), (width,), (width,)]
-        fits = width > 0 and all(tuple(t.shape) == s for t, s in zip(parts, shapes, strict=True))
-        if not fits or not all(t.dtype == torch.float32 and t.isfinite().all() for t in parts) or parts[2].min() <= 0:
-            raise McdiError(f"{show_path(path)}: holds no class prior; make or copy it again")
-        return cls(*parts)
+    def _fits(self) -> bool:
+        k = self.mean.numel()
+        shapes = [list(getattr(self, field.name).shape) for field in fields(self)]
+        return k > 0 and shapes == [[k], [k, k], [k], [k], [k]] and bool((self.between > 0).all())
 
 
 def ridge_head(support: Tensor, penalty: Tensor | float) -> Tensor:
