@@ -266,7 +266,12 @@ class Projection(Fitted):
         return ((_signed_root(features) if self.root else features) - self.mean) @ self.basis
 
     def _fits(self) -> bool:
-        return self.mean.ndim == 1 and self.basis.ndim == 2 and len(self.mean) == len(self.basis) and type(self.root) is bool
+        return (
+            self.mean.ndim == 1
+            and self.basis.ndim == 2
+            and len(self.mean) == len(self.basis)
+            and type(self.root) is bool
+        )
 
 
 def _signed_root(x: Tensor) -> Tensor:

@@ -412,7 +412,9 @@ def _read_packed(path: Path) -> dict[str, Any]:
                 )
             pixels = np.asarray(image.convert("RGB")).reshape(lines, size, columns, size, 3).swapaxes(1, 2)
             tiles.append(pixels.reshape(-1, size, size, 3)[:count])
-    found: dict[str, Any] = {f"{key}s": [strip[key] for strip in strips for _ in range(strip["count"])] for key in ("label", *extra)}
+    found: dict[str, Any] = {
+        f"{key}s": [strip[key] for strip in strips for _ in range(strip["count"])] for key in ("label", *extra)
+    }
     found["labels"] = torch.tensor(found["labels"])
     return {"rows": torch.from_numpy(np.concatenate(tiles)), "class_names": meta["class_names"], **found}
 
