@@ -18,7 +18,6 @@ from mcdi_fast.heads import head_trajectory
 from mcdi_fast.meta import fit
 from mcdi_fast.noise import philox_normal
 from mcdi_fast.prepare import prepare_bank
-from mcdi_fast.sampler import FEW_ROWS
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 TASKS = [1, 4, 32, 600, 4096]
@@ -94,7 +93,7 @@ def reference(generator, condition, steps):
 @pytest.mark.parametrize("provider", ["ours", "torch", "3 steps", "eager", "compiled", "loop"])
 def test_sampling(benchmark, measure, setup, provider, tasks):
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
-    few = tasks * P.WAYS <= FEW_ROWS  # where ours is other code than torch's
+    few = tasks * P.WAYS <= Sampler(setup[0]).few_rows  # where ours is other code than torch's
     if (
         (provider == "loop" and tasks not in (32,))
         or (provider == "compiled" and tasks != 1)

@@ -9,14 +9,23 @@ The first call on a machine compiles, for about five seconds; numba keeps the re
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from mcdi_fast.denoiser import FoldedDenoiser
+from mcdi_fast.noise import box_muller
+
+if TYPE_CHECKING:
+    from mcdi_fast.generator import WeightGenerator
 
 _f32 = np.float32
+_box_muller = njit(box_muller)
+_LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)  # of Philox4x64
+_KEY_STEPS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
 
 
 @njit(inline="always")
@@ -88,32 +97,25 @@ def _add_to_each(rows, tokens, b, own):
             row[j] += own[j]
 
 
-@_compile
-def _chain(
-    x,
-    condition,
-    mask,
-    by_token,
-    by_mean,
-    matrices,
-    step_rows,
-    steps,
-    coefficients,
-    cond_bias,
-    task_cond_bias,
-    columns,
-    mean,
-    own,
-    u,
-    out,
-):
-    """x [R, D] becomes the chain's end, from condition [R, C].
+@njit
+def _take(scratch, rows, columns):
+    """The first rows x columns of scratch as a matrix, and the rest of scratch."""
+    return scratch[: rows * columns].reshape(rows, columns), scratch[rows * columns :]
 
-    Scratch: cond_bias [R, L H + D], task_cond_bias [1, L H], columns [R, D + L H], mean [B, D + L H or C], own [1, H], u [R, H], out [R, D].
-    """
+
+@njit(fastmath={"contract"})
+def _chain(x, tokens, condition, mask, by_token, by_mean, matrices, step_rows, steps, coefficients, scratch):
+    """x [R, D] becomes the chain's end, from condition [R, C]. mask: [N or 1, D], 0 where a token is padded."""
     rows, d = x.shape
-    tasks, h = len(mean), u.shape[1]
-    depth, tokens = len(step_rows), rows // tasks
+    depth, _, h = step_rows.shape
+    tasks = rows // tokens
+    cond_bias, scratch = _take(scratch, rows, depth * h + d)
+    task_cond_bias, scratch = _take(scratch, 1, depth * h)
+    columns, scratch = _take(scratch, rows, d + depth * h)
+    mean, scratch = _take(scratch, tasks, max(d + depth * h, condition.shape[1]))
+    own, scratch = _take(scratch, 1, h)
+    u, scratch = _take(scratch, rows, h)
+    out, scratch = _take(scratch, rows, d)
     cond_bias[:] = 0
     _product(condition, by_token, cond_bias)
     _mean(condition, tokens, 0, condition.shape[1], mean)
@@ -152,47 +154,123 @@ def _chain(
         keep, skip, scale = coefficients[s, 0], coefficients[s, 1], coefficients[s, 2]
         for i in range(rows):
             for j in range(d):
-                x[i, j] = keep * x[i, j] + mask[i % tokens, j] * (skip * x[i, j] + scale * out[i, j])
+                x[i, j] = keep * x[i, j] + mask[i % tokens % len(mask), j] * (skip * x[i, j] + scale * out[i, j])
+
+
+@njit
+def _words(key, block):
+    """Philox4x64-10: the four words of a block of the stream 0 of a seed (noise.py)."""
+    c0, c1, c2, c3 = np.uint64(block + 1), np.uint64(0), np.uint64(0), np.uint64(0)
+    k0, k1 = key, np.uint64(0)
+    for _ in range(10):
+        high0, low0 = _high(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
+        high1, low1 = _high(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
+    return c0, c1, c2, c3
+
+
+@njit
+def _high(a, b):
+    """The upper 64 bits of a product."""
+    a0, a1, b0, b1 = a & _LOW, a >> _32, b & _LOW, b >> _32
+    middle = a1 * b0 + (a0 * b0 >> _32)
+    return a1 * b1 + (middle >> _32) + (a0 * b1 + (middle & _LOW) >> _32)
+
+
+@njit
+def _draw(keys, out):
+    """out [B, any] becomes `noise.philox_normal(keys, any)`, to the bit: nothing here may be contracted."""
+    count = out.shape[1]
+    for b in range(len(keys)):
+        o = out[b]
+        for block in range((count + 7) // 8):
+            at = 8 * block
+            for word in _words(keys[b], block):
+                cos, sin = _box_muller(np.int32(word & _LOW), np.int32(word >> _32))
+                if at < count:
+                    o[at] = cos
+                if at + 1 < count:
+                    o[at + 1] = sin
+                at += 2
+
+
+@_compile
+def _sample(
+    keys,
+    condition,
+    position,
+    mask,
+    of_condition,
+    of_weights,
+    by_token,
+    by_mean,
+    matrices,
+    step_rows,
+    steps,
+    coefficients,
+    scratch,
+    x,
+):
+    """x [B, N, D] becomes weights, from seeds [B] and raw conditions [B, N, C].
+
+    position: [N, P] or [1, 0]. of_condition, of_weights: mean and deviation [2, N or 1, C or D]. The rest as of `_chain`.
+    """
+    tasks, tokens, d = x.shape
+    rows, c, own = tasks * tokens, condition.shape[2], of_condition.shape[1]
+    _draw(keys, x.reshape(tasks, tokens * d))
+    x, condition = x.reshape(rows, d), condition.reshape(rows, c)
+    told, scratch = _take(scratch, rows, c + position.shape[1])
+    for i in range(rows):
+        token = i % tokens
+        for j in range(c):
+            told[i, j] = (condition[i, j] - of_condition[0, token % own, j]) / of_condition[1, token % own, j]
+        for j in range(position.shape[1]):
+            told[i, c + j] = position[token, j]
+        for j in range(d):
+            x[i, j] *= mask[token % len(mask), j]
+    _chain(x, tokens, told, mask, by_token, by_mean, matrices, step_rows, steps, coefficients, scratch)
+    own = of_weights.shape[1]
+    for i in range(rows):
+        for j in range(d):
+            x[i, j] = x[i, j] * of_weights[1, i % tokens % own, j] + of_weights[0, i % tokens % own, j]
 
 
 class PackedChain:
-    """The matrices of a generator as the compiled chain reads them: copies of its own.
+    """What a generator is made of as the compiled chain reads it: copies of its own.
 
     A view would not do: torch moves a tensor's memory when the tensor is sent to another process, and frees the old.
     """
 
-    def __init__(self, folded: FoldedDenoiser):
-        """folded: on the CPU, float32."""
-        self.width = folded.width
+    def __init__(self, generator: WeightGenerator, mask: Tensor | None):
+        """generator: on the CPU. mask: float32 [N, D], 0 where a token is padded; None where none is."""
+        folded = generator.folded()
         pairs = zip(folded.token, folded.sample, strict=True)
         parts = [matrix.flatten() for pair in pairs for matrix in pair] + [folded.last.flatten()]
-        by_condition = folded.condition_token, folded.condition_mean
-        self._matrices = tuple(matrix.numpy().copy() for matrix in (*by_condition, torch.cat(parts)))
-        self._step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy().copy()
+        normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]
+        step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows])
+        mask = torch.ones(1, folded.token_width, dtype=torch.float32, device="cpu") if mask is None else mask
+        every = mask, *normalizers, folded.condition_token, folded.condition_mean, torch.cat(parts), step_rows
+        self._constants = tuple(np.array(tensor.numpy()) for tensor in (generator.layout.position(), *every))
+        self._width, (self._depth, _, self._hidden) = folded.token_width, step_rows.shape
 
-    def run(self, x: Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor, mask: Tensor | None) -> Tensor:
-        """The end of the chain from x.
+    def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
+        """Weights [B, N, D] by the noise-free chain.
 
         Args:
-            x: float32 [B, N, D]. condition: normalised, [B, N, C]. steps, coefficients: of `diffusion.chain_table`, float32.
-            mask: float32 [N, D], 0 where a token is padded.
+            seeds: as `noise.seed_numbers` makes them, or an int64 tensor of their bits. condition: float32 [B, N, C], raw.
+            steps, coefficients: of `diffusion.chain_table`, float32.
         """
-        tasks, tokens, d = x.shape
-        rows, hidden, depth = tasks * tokens, self.width, len(self._step_rows)
-        width = d + depth * hidden
-        end = x.reshape(rows, d).clone()
-        allowed = np.ones((tokens, d), np.float32) if mask is None else mask.numpy()
-        given = condition.reshape(rows, -1).contiguous().numpy()
-        widest = max(width, given.shape[1])
-        shapes = (rows, width), (1, width - d), (rows, width), (tasks, widest), (1, hidden), (rows, hidden), (rows, d)
-        _chain(
-            end.numpy(),
-            given,
-            allowed,
-            *self._matrices,
-            self._step_rows,
-            steps.numpy(),
-            coefficients.numpy(),
-            *(np.empty(shape, np.float32) for shape in shapes),
-        )
-        return end.view(tasks, tokens, d)
+        if isinstance(seeds, Tensor):
+            keys = seeds.cpu().contiguous().numpy().view(np.uint64)
+        else:
+            keys = np.array(seeds, np.uint64)
+        tasks, tokens, c = condition.shape
+        rows, d, units = tasks * tokens, self._width, self._depth * self._hidden
+        told = c + self._constants[0].shape[1]
+        size = rows * (told + 2 * (units + d) + self._hidden + d) + units + tasks * max(d + units, told) + self._hidden
+        x = np.empty((tasks, tokens, d), np.float32)
+        given = condition.detach().contiguous().numpy()
+        tables = steps.numpy(), coefficients.numpy()
+        _sample(keys, given, *self._constants, *tables, np.empty(size, np.float32), x)
+        return torch.from_numpy(x)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
-from mcdi_fast.denoiser import FoldedDenoiser
+from mcdi_fast.denoiser import FoldedDenoiser, products_a_row
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generated import GeneratedWeights
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
-FEW_ROWS = 20
-"""Tokens of all tasks up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4 heads of 5 ways. Measured: one
-head 1.2 ms against 2.8, four 5.5 against 5.7, six alike, more slower (one thread, docs/performance.md)."""
+FEW_PRODUCTS = 3_000_000
+"""Multiplications of a step, of all tokens of all tasks, up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4
+heads of 5 ways by a network of width 256 and depth 2, 29 by one of 128 and 1. Measured on one thread at this size: 0.7 to 1.0 of torch's time for
+widths of 64 to 256 and depths 1 and 2; at twice the size 0.9 to 1.4."""
 ONE_THREAD_ROWS = 64
 """Tokens of all tasks up to which a chain by torch runs on one thread of a CPU, whatever torch is set to. Beside busy processes a second thread is
 waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
@@ -88,6 +89,10 @@ class Sampler:
 
     On a GPU, `Sampler(generator, "cuda")`, a chain is one launch of a kernel (backend.py); with `seeds` as a tensor there, nothing in `sample` waits
     for the host, and a CUDA graph can hold the call. It may be sent to other processes: each makes its own caches.
+
+    Attributes:
+        generator: on the sampler's device. device, impl, precision: as given.
+        few_rows: tokens of all tasks up to which a chain is one call of compiled code, where numba is installed; 0 where it never is.
     """
 
     def __init__(
@@ -119,6 +124,17 @@ class Sampler:
         self._mask = None if mask.all() else mask.to(self.device, torch.float32)
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._packed: tuple[FoldedDenoiser, Any] | None = None
+        layout = self.generator.layout
+        self._expected = (
+            self.generator.normalizer.mean.device,
+            layout.num_tokens,
+            self.generator.condition_width,
+            self.generator.any_number_of_tokens,
+        )
+        self._kernels = kernels
+        self.few_rows = 0
+        if self.device.type == "cpu" and requested(impl) == "auto":
+            self.few_rows = FEW_PRODUCTS // products_a_row(self.generator.phi)
         if kernels:
             self._kernel_weights()
 
@@ -163,45 +179,57 @@ class Sampler:
                 out of range; weights that are not finite (on a CPU); impl="triton" with noise or a callback, which the kernel does not have.
         """
         condition = self._condition(condition)
-        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or not seeds.ndim:
+        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
             seeds = seed_numbers(seeds)
-        if len(seeds) != len(condition):
-            raise McdiError(f"seeds: {len(seeds)}, expected {len(condition)}, one a task")
-        missing = None
-        if condition.shape[1] > 64:
-            missing = f"its chain holds at most 64 tokens, here are {condition.shape[1]}"
-        elif eta_noise != 0:
-            missing = f"its chain is noise-free, eta_noise = {eta_noise}"
-        elif callback is not None:
-            missing = "its chain is one launch, without a callback"
-        if resolve(self.impl, self.device, missing) == "triton":
-            x = self._sample_in_one_launch(condition, seeds, num_steps)
-        elif self._few_rows(condition) and eta_noise == 0 and callback is None:
-            x = self._sample_few_tasks(condition, seeds, num_steps)
-        elif self.device.type == "cpu" and len(seeds) > CHUNK and callback is None:
-            parts = zip(
-                condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)), strict=True
-            )
-            x = torch.cat([self._sample_by_steps(*part, num_steps, eta_noise, None) for part in parts])
+        tasks, num_tokens, _ = condition.shape
+        if len(seeds) != tasks:
+            raise McdiError(f"seeds: {len(seeds)}, expected {tasks}, one a task")
+        few = tasks * num_tokens <= self.few_rows and eta_noise == 0 and callback is None
+        if few and _packed_chain() is not None:
+            packed = self._packed_as(lambda: _packed_chain()(self.generator, self._mask))  # type: ignore[misc]
+            tokens = packed.sample(seeds, condition, *self._table(num_steps))
         else:
-            few = self.device.type == "cpu" and len(seeds) * condition.shape[1] <= ONE_THREAD_ROWS
-            with _one_thread(few):
-                x = self._sample_by_steps(condition, seeds, num_steps, eta_noise, callback)
-        tokens = self.generator.normalizer.denormalize(x)
+            tokens = self.generator.normalizer.denormalize(
+                self._chain(condition, seeds, num_steps, eta_noise, callback)
+            )
         if self.device.type == "cpu":
             _check_finite(
                 tokens,
                 "weights of task {} are not finite: its condition is far from those of training, or the training diverged",
             )
         layout = self.generator.layout
-        return GeneratedWeights(
-            layout if tokens.shape[1] == layout.num_tokens else layout.resized(tokens.shape[1]), tokens
-        )
+        return GeneratedWeights(layout if num_tokens == layout.num_tokens else layout.resized(num_tokens), tokens)
+
+    def _chain(
+        self,
+        condition: Tensor,
+        seeds: list[int] | Tensor,
+        num_steps: int | None,
+        eta_noise: float,
+        callback: Callable[[int, Tensor], None] | None,
+    ) -> Tensor:
+        """Normalised weights by the kernel or by torch."""
+        tasks, num_tokens, _ = condition.shape
+        if self._kernels:
+            missing = None
+            if num_tokens > 64:
+                missing = f"its chain holds at most 64 tokens, here are {num_tokens}"
+            elif eta_noise != 0:
+                missing = f"its chain is noise-free, eta_noise = {eta_noise}"
+            elif callback is not None:
+                missing = "its chain is one launch, without a callback"
+            if resolve(self.impl, self.device, missing) == "triton":
+                return self._chain_in_one_launch(condition, seeds, num_steps)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and tasks > CHUNK and callback is None:
+            parts = zip(condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, tasks, CHUNK)), strict=True)
+            return torch.cat([self._chain_by_steps(*part, num_steps, eta_noise, None) for part in parts])
+        with _one_thread(on_cpu and tasks * num_tokens <= ONE_THREAD_ROWS):
+            return self._chain_by_steps(condition, seeds, num_steps, eta_noise, callback)
 
     def _condition(self, given: Any) -> Tensor:
         """float32 [B, N, C] on the device, checked."""
-        generator, device = self.generator, self.generator.normalizer.mean.device
-        tokens, width = generator.layout.num_tokens, generator.condition_width
+        device, tokens, width, free = self._expected
         condition = given if isinstance(given, Tensor) else _tensor(given, device)
         if not condition.is_floating_point():
             raise McdiError(f"condition: {condition.dtype}, expected floating point; convert it by .float()")
@@ -210,7 +238,6 @@ class Sampler:
         shape, condition = condition.shape, condition.float()
         if condition.ndim in (1, 2):
             condition = condition[None, None] if condition.ndim == 1 else condition.unsqueeze(1)
-        free = generator.any_number_of_tokens
         if (
             condition.ndim != 3
             or condition.shape[2] != width
@@ -233,36 +260,25 @@ class Sampler:
             self._tables[num_steps] = steps.to(self.device), coefficients.to(self.device, torch.float32)
         return self._tables[num_steps]
 
-    def _few_rows(self, condition: Tensor) -> bool:
-        """Whether the compiled chain for a handful of rows is there and is the faster way."""
-        few = len(condition) * condition.shape[1] <= FEW_ROWS
-        return few and self.device.type == "cpu" and requested(self.impl) == "auto" and _packed_chain() is not None
-
-    def _packed_as(self, make: Callable[[FoldedDenoiser], Any]) -> Any:
+    def _packed_as(self, make: Callable[[], Any]) -> Any:
         """What `make` makes of the folded phi, made again when phi has changed."""
         folded, packed = self.generator.folded(), self._packed
         if packed is None or packed[0] is not folded:
-            packed = self._packed = folded, make(folded)
+            packed = self._packed = folded, make()
         return packed[1]
 
     def _kernel_weights(self) -> ChainWeights:
         from mcdi_fast.kernels.chain_weights import pack_weights
 
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return self._packed_as(lambda folded: pack_weights(folded, dtype))
-
-    def _sample_few_tasks(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
-        make = _packed_chain()
-        assert make is not None
-        noise, told = self._noise(seeds, 0, condition.shape[1]), self.generator.network_condition(condition)
-        return self._packed_as(make).run(noise, told, *self._table(num_steps), self._mask)
+        return self._packed_as(lambda: pack_weights(self.generator.folded(), dtype))
 
     def _noise(self, seeds: list[int] | Tensor, stream: int, tokens: int) -> Tensor:
         width = self.generator.layout.width
         z = philox_normal(seeds, tokens * width, stream).view(len(seeds), tokens, width).to(self.device)
         return z if self._mask is None else z * self._mask
 
-    def _sample_in_one_launch(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
+    def _chain_in_one_launch(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
         from mcdi_fast.kernels.normal_noise import normal_noise
         from mcdi_fast.kernels.run_chain import run_chain
 
@@ -274,7 +290,7 @@ class Sampler:
             self._kernel_weights(), x, told, *self._table(num_steps), self._mask, out=x, precision=self.precision
         )  # fmt: skip
 
-    def _sample_by_steps(
+    def _chain_by_steps(
         self,
         condition: Tensor,
         seeds: list[int] | Tensor,

@@ -175,12 +175,12 @@ class WeightLayout:
         rest = {name: shape for name, shape in found.items() if name not in paired}
         return cls((*entries, *_grouped(rest)))
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """N."""
         return sum(entry.rows for entry in self.entries)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """D, the widest entry."""
         return max(entry.width for entry in self.entries)

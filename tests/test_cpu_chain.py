@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mcdi_fast.diffusion import chain_table, make_objective, make_schedule, samp
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import Normalizer, WeightGenerator
 from mcdi_fast.heads import head_layout
+from mcdi_fast.noise import box_muller, philox_normal
 from mcdi_fast.weights import WeightLayout
 
 pytest.importorskip("numba")
@@ -31,6 +33,24 @@ def parameters(d, c, steps, hidden, depth, seed=0):
     return {name: torch.randn(v.shape, generator=g) / len(v) ** 0.5 for name, v in shapes.items()}
 
 
+def chain_of(phi, schedule, c, mask=None):
+    """The compiled chain of phi, with nothing to normalise."""
+    d = len(phi["in.token"])
+    normal = [Normalizer(torch.zeros(1, n), torch.ones(1, n)) for n in (c, d)]
+    position = torch.zeros(1, len(phi["in.condition"]) - c)
+    generator = SimpleNamespace(
+        folded=lambda: FoldedDenoiser(phi),
+        condition_normalizer=normal[0],
+        normalizer=normal[1],
+        layout=SimpleNamespace(position=lambda: position),
+    )
+    return cpu_chain.PackedChain(generator, mask)
+
+
+def start(seeds, tokens, d):
+    return philox_normal(seeds, tokens * d).view(len(seeds), tokens, d)
+
+
 def by_steps(phi, schedule, x, condition, num_steps, mask):
     """The chain by the network as it is written, in x's precision."""
     objective = make_objective(schedule, "local-consistency")
@@ -40,19 +60,22 @@ def by_steps(phi, schedule, x, condition, num_steps, mask):
         net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t), condition).squeeze(-3)
         return (skip[t] * x + scale[t] * net) * mask
 
-    return sample_chain(f, x, schedule, num_steps=num_steps)
+    return sample_chain(f, x * mask, schedule, num_steps=num_steps)
 
 
-def run(phi, schedule, x, condition, num_steps=None, mask=None):
+def run(phi, schedule, seeds, condition, num_steps=None, mask=None):
     steps, coefficients = chain_table(schedule, make_objective(schedule, "local-consistency"), num_steps)
-    packed = cpu_chain.PackedChain(FoldedDenoiser(phi))
-    return packed.run(x, condition, steps, coefficients.float(), mask)
+    packed = chain_of(phi, schedule, condition.shape[-1], mask)
+    return packed.sample(seeds, condition, steps, coefficients.float())
+
+
+def poison(shape, dtype):  # what is read before it is written shows
+    return np.full(shape, np.nan if dtype == np.float32 else 0, dtype)
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Scratch memory starts as NaN: what is read before it is written shows."""
-    monkeypatch.setattr(cpu_chain.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    monkeypatch.setattr(cpu_chain.np, "empty", poison)
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,11 +93,12 @@ def poisoned(monkeypatch):
 def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked):
     phi, schedule = parameters(d, c, total, hidden, depth, seed), make_schedule(total, 3)
     g = torch.Generator().manual_seed(seed + 1)
-    x, condition = torch.randn(32, tokens, d, generator=g), torch.randn(32, tokens, c, generator=g)
+    condition, seeds = torch.randn(32, tokens, c, generator=g), list(range(seed, seed + 32))
+    x = start(seeds, tokens, d)
     mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_chain.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
-        found = run(phi, schedule, x[:tasks], condition[:tasks], 3, mask if masked else None)
+        patch.setattr(cpu_chain.np, "empty", poison)
+        found = run(phi, schedule, seeds[:tasks], condition[:tasks], 3, mask if masked else None)
     wide = {name: value.double() for name, value in phi.items()}
     expected = by_steps(wide, schedule, x.double(), condition.double(), 3, mask.double())
     # torch's own float32 error on this chain, the worst of 32 tasks (of one alone it may be nothing, by luck); eight times, for another order of sums
@@ -84,38 +108,63 @@ def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked
 
 def test_the_default_size_as_exactly_as_torch(poisoned):
     phi, schedule = parameters(65, 65, 20, 256, 2), make_schedule(20, 3)
-    g = torch.Generator().manual_seed(1)
-    x, condition = torch.randn(4, 5, 65, generator=g), torch.randn(4, 5, 65, generator=g)
+    condition = torch.randn(4, 5, 65, generator=torch.Generator().manual_seed(1))
+    x = start(range(4), 5, 65)
     wide = {name: value.double() for name, value in phi.items()}
     expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
     objective = make_objective(schedule, "local-consistency")
     skip, scale = objective.skip.tolist(), objective.scale.tolist()
     torch_error = sample_chain(ChainDenoiser(phi, condition, skip, scale), x, schedule) - expected
-    error = run(phi, schedule, x, condition) - expected
+    error = run(phi, schedule, [0, 1, 2, 3], condition) - expected
     assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
 
 
 def test_tasks_are_independent_bit_by_bit(poisoned):
     phi, schedule = parameters(11, 3, 6, 24, 2), make_schedule(6, 3)
-    x, condition = torch.randn(5, 3, 11), torch.randn(5, 3, 3)
-    together = run(phi, schedule, x, condition)
+    seeds, condition = [5, 2**63, 0, 7, 5], torch.randn(5, 3, 3)
+    together = run(phi, schedule, seeds, condition)
     for i in range(5):
-        assert torch.equal(run(phi, schedule, x[i : i + 1], condition[i : i + 1])[0], together[i])
-    x[2] = torch.nan
-    again = run(phi, schedule, x, condition)
+        assert torch.equal(run(phi, schedule, seeds[i : i + 1], condition[i : i + 1])[0], together[i])
+    condition[2] = torch.nan
+    again = run(phi, schedule, seeds, condition)
     assert again[2].isnan().all()
     rest = [0, 1, 3, 4]
     assert torch.equal(again[rest], together[rest])
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3), st.integers(1, 40))
+def test_the_noise_is_philox_normal_to_the_bit(seeds, count):
+    found = np.full((len(seeds), count), np.nan, np.float32)
+    cpu_chain._draw(np.array(seeds, np.uint64), found)
+    assert found.tobytes() == philox_normal(seeds, count).numpy().tobytes()
+
+
+def test_a_million_normals_to_the_bit():
+    """Every octant and exponent, and the largest and smallest integers."""
+    keys = np.arange(1000, dtype=np.uint64)
+    found = np.empty((1000, 1000), np.float32)
+    cpu_chain._draw(keys, found)
+    assert found.tobytes() == philox_normal(keys, 1000).numpy().tobytes()
+    ends = np.array([0, 1, -1, 2**31 - 1, -(2**31), 2**28, 2**29, 3 * 2**28, 2**30, 5 * 2**28, 7 * 2**28], np.int32)
+    a, b = (part.ravel() for part in np.meshgrid(ends, ends))
+    expected = np.stack(box_muller(a, b), 1)
+    assert np.isfinite(expected).all()
+    one_by_one = np.array([cpu_chain._box_muller(x, y) for x, y in zip(a, b, strict=True)], np.float32)
+    assert one_by_one.tobytes() == expected.tobytes()
+
+
 def test_inputs_are_left_alone():
     phi, schedule = parameters(5, 3, 6, 8, 1), make_schedule(6, 3)
-    x, condition = torch.randn(2, 3, 5), torch.randn(2, 3, 3)
-    before = x.clone(), condition.clone()
-    first = run(phi, schedule, x, condition)
-    assert torch.equal(x, before[0])
-    assert torch.equal(condition, before[1])
-    assert torch.equal(run(phi, schedule, x, condition), first)
+    condition, seeds = torch.randn(2, 3, 3), torch.tensor([3, -1])
+    before = condition.clone()
+    first = run(phi, schedule, seeds, condition)
+    assert torch.equal(condition, before)
+    assert seeds.tolist() == [3, -1]
+    assert torch.equal(run(phi, schedule, seeds, condition), first)
+    assert torch.equal(run(phi, schedule, [3, 2**64 - 1], condition), first)
+    for other in (condition.expand(2, 3, 3), condition.repeat(1, 1, 2)[..., :3], condition.requires_grad_()):
+        assert torch.equal(run(phi, schedule, seeds, other), first)
 
 
 def test_exponential():
@@ -144,16 +193,18 @@ def generator():
 def taken(monkeypatch):
     """How many tasks each call of the compiled chain had."""
     calls = []
-    inner = cpu_chain.PackedChain.run
+    inner = cpu_chain.PackedChain.sample
     monkeypatch.setattr(
-        cpu_chain.PackedChain, "run", lambda self, x, *rest: calls.append(len(x)) or inner(self, x, *rest)
+        cpu_chain.PackedChain, "sample", lambda self, x, *rest: calls.append(len(x)) or inner(self, x, *rest)
     )
     monkeypatch.delenv("MCDI_IMPL", raising=False)
     return calls
 
 
 def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken, monkeypatch):
-    condition, few = torch.randn(9, 5, 4), sampler.FEW_ROWS // 5
+    condition, few = torch.randn(9, 5, 4), 4
+    matrices = FoldedDenoiser(generator.phi)
+    monkeypatch.setattr(sampler, "FEW_PRODUCTS", 20 * sum(m.numel() for m in (*matrices.token, matrices.last)))
     auto, plain = Sampler(generator), Sampler(generator, impl="torch")
     for tasks in (1, few, few + 1, 9):
         found, expected = (s.sample(condition[:tasks], range(tasks)).tokens for s in (auto, plain))
@@ -165,7 +216,7 @@ def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken
     auto.sample(condition[:1], [0], eta_noise=0.5)
     auto.sample(condition[:1], [0], callback=lambda t, x: None)
     monkeypatch.setenv("MCDI_IMPL", "torch")
-    auto.sample(condition[:1], [0])
+    Sampler(generator).sample(condition[:1], [0])
     assert taken == []
 
 

@@ -93,6 +93,7 @@ def test_many_tasks_go_in_chunks(eta_noise, monkeypatch):
     condition, seeds = conditions(generator, 11), np.arange(11)
     whole = Sampler(generator).sample(condition, seeds, eta_noise=eta_noise).tokens
     monkeypatch.setattr(sampler_module, "CHUNK", 4)
+    monkeypatch.setattr(sampler_module, "FEW_PRODUCTS", 0)
     for given in (seeds, list(seeds), range(11), torch.arange(11)):
         found = Sampler(generator).sample(condition, given, eta_noise=eta_noise).tokens
         torch.testing.assert_close(found, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
@@ -111,7 +112,7 @@ def test_a_sample_depends_on_its_seed_and_condition_alone(eta_noise):
     other = Sampler(generator).sample(condition, [*seeds[:-1], 7], eta_noise=eta_noise)
     torch.testing.assert_close(other.tokens[:-1], whole.tokens[:-1], rtol=0, atol=2e-5 * size)
     assert (other.tokens[-1] - whole.tokens[-1]).abs().max() > 1e-3
-    again = Sampler(generator).sample(condition, seeds, eta_noise=eta_noise)
+    again, _ = path_of(generator, condition, seeds, eta_noise=eta_noise)
     assert torch.equal(again.tokens, whole.tokens)
 
 
@@ -332,12 +333,13 @@ def test_a_generator_by_its_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("module", [PLAIN, PADDED])
-def test_autocast_changes_nothing(dtype, module):
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_autocast_changes_nothing(dtype, module, impl):
     generator = make(module)
     x = torch.randn(2, generator.layout.num_tokens, generator.layout.width)
 
     def everything():
-        sampler = Sampler(make(module))
+        sampler = Sampler(make(module), impl=impl)
         for tasks in (1, 4, 7, 40):
             for options in ({}, {"eta_noise": 1.0}, {"callback": lambda t, x: None}, {"num_steps": 4}):
                 yield sampler.sample(conditions(generator, tasks), range(tasks), **options).tokens
@@ -380,6 +382,7 @@ def with_defaults(generator, condition, folder):
     yield philox_normal([1, 2], 9)
     generator.save_pretrained(folder)
     sampler = Sampler(folder)
+    yield Sampler(folder, impl="torch").sample(condition, range(9)).tokens
     for tasks in (1, 9):
         for options in ({}, {"eta_noise": 1.0}, {"callback": lambda t, x: None}):
             yield sampler.sample(condition[:tasks], range(tasks), **options).tokens
@@ -403,10 +406,11 @@ def test_default_dtype_and_device_change_nothing(defaults, request, tmp_path):
         assert torch.equal(one, two)
 
 
-def test_sampled_in_inference_mode_then_outside():
-    sampler = Sampler(make(PADDED))
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_sampled_in_inference_mode_then_outside(impl):
+    sampler = Sampler(make(PADDED), impl=impl)
     condition = conditions(sampler.generator, 9)
-    expected = Sampler(make(PADDED)).sample(condition, range(9)).tokens
+    expected = Sampler(make(PADDED), impl=impl).sample(condition, range(9)).tokens
     with torch.inference_mode():
         static = sampler_module.StaticSampler(sampler, 9)
         assert torch.equal(sampler.sample(condition, range(9)).tokens, expected)

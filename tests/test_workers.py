@@ -11,13 +11,10 @@ from test_sampler import PADDED, PLAIN, conditions, make
 from torch.utils.data import DataLoader, Dataset
 
 from mcdi_fast import Sampler, StaticSampler, cpu_chain
-from mcdi_fast.denoiser import FoldedDenoiser
-
-FEW, MANY = 2, 9  # tasks: by the compiled chain where numba is there, and by torch
 
 
 def draw(sampler):
-    return [sampler.sample(conditions(sampler.generator, count), range(count)).tokens.numpy() for count in (FEW, MANY)]
+    return [sampler.sample(conditions(sampler.generator, count), range(count)).tokens.numpy() for count in (1, 9)]
 
 
 def work(sampler, static):
@@ -33,7 +30,7 @@ def spoil_free_memory():
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_sent_to_a_worker(method):
     torch.set_num_threads(1)
-    samplers = [Sampler(make(module)) for module in (PLAIN, PADDED)]
+    samplers = [Sampler(make(module), impl=impl) for module in (PLAIN, PADDED) for impl in ("auto", "torch")]
     statics = [StaticSampler(sampler, 3) for sampler in samplers]
     pairs = list(zip(samplers, statics, strict=True))
     for sampler, static in pairs:
@@ -75,9 +72,10 @@ def test_in_the_workers_of_a_data_loader():
     assert junk
 
 
-def test_phi_may_move():
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_phi_may_move(impl):
     """`share_memory_`, as a module's `share_memory` calls it, and a new tensor behind the old name."""
-    sampler = Sampler(make(PLAIN))
+    sampler = Sampler(make(PLAIN), impl=impl)
     before = draw(sampler)
     for value in sampler.generator.phi.values():
         value.share_memory_()
@@ -87,8 +85,8 @@ def test_phi_may_move():
     assert junk
     for value in sampler.generator.phi.values():
         value.data = value.data * 1.5
-    fresh = draw(Sampler(make(PLAIN)))
-    for one, two, unchanged in zip(draw(sampler), draw(Sampler(sampler.generator)), fresh, strict=True):
+    fresh = draw(Sampler(make(PLAIN), impl=impl))
+    for one, two, unchanged in zip(draw(sampler), draw(Sampler(sampler.generator, impl=impl)), fresh, strict=True):
         np.testing.assert_array_equal(one, two)
         assert not np.array_equal(one, unchanged)
 
@@ -107,9 +105,11 @@ def test_caches_stay_behind():
 
 def test_the_compiled_chain_owns_its_memory():
     pytest.importorskip("numba")
-    folded = FoldedDenoiser(make(PLAIN).phi)
-    packed = cpu_chain.PackedChain(folded)
+    generator = make(PADDED)
+    folded, mask = generator.folded(), generator.layout.mask.float()
+    packed = cpu_chain.PackedChain(generator, mask)
     tensors = [folded.condition_token, folded.condition_mean, folded.last, *folded.token, *folded.sample]
-    for kept in (*packed._matrices, packed._step_rows):
+    tensors += [mask, generator.layout.position(), generator.normalizer.mean, generator.condition_normalizer.std]
+    for kept in packed._constants:
         assert kept.flags.owndata
         assert not any(np.shares_memory(kept, tensor.numpy()) for tensor in tensors)
