@@ -515,6 +515,15 @@ def test_bad_files_of_features_are_named(tmp_path, change, message):
     assert str(path) in found
 
 
+def test_splits_of_two_spellings_are_one(tmp_path):
+    np.savez(
+        tmp_path / "x.npz", features=FEATURES, labels=LABELS, splits=["train", "valid", "val", "Train", "val", "valid"]
+    )
+    parts = load(tmp_path / "x.npz")
+    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "val": 4}
+    assert torch.equal(parts["train"].rows, torch.tensor(FEATURES[[0, 3]]).float())
+
+
 def test_truncated_files_of_features_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", features=FEATURES, labels=LABELS)
     numbers = {"features": torch.tensor(FEATURES), "labels": torch.tensor(LABELS)}

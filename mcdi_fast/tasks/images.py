@@ -449,6 +449,8 @@ def _from_numpy(array: np.ndarray, what: str) -> Column:
 
 
 class _File(NamedTuple):
+    """An image, or a row of a split list."""
+
     path: Path
     label: str
     domain: str = ""
@@ -462,9 +464,9 @@ def _read_folder(folder: Path, side: int, splits: Path | None, stage: Stage) -> 
     if splits and not listed:
         raise McdiError(f"{show_path(splits)}: holds no split list; expected train, val and test as .txt or .csv")
     # lists may name images that lie in one folder, as Mini-ImageNet's do
-    named = [row for row in listed if row.filename]
-    base = next((b for b in (folder, folder / "images") if named and (b / named[0].filename).is_file()), None)
-    files = [_File(base / row.filename, row.label) for row in named] if base else _files_of(folder)
+    named = [row for row in listed if row.path.name]
+    base = next((b for b in (folder, folder / "images") if named and (b / named[0].path).is_file()), None)
+    files = [row._replace(path=base / row.path) for row in named] if base else _files_of(folder)
     missing = [file.path.name for file in files if not file.path.is_file()] if base else []
     if missing:
         raise McdiError(
@@ -522,15 +524,9 @@ def _images_in(folder: Path) -> list[Path]:
     return _images_in(inner) if not found and inner.is_dir() else found
 
 
-class _Listed(NamedTuple):
-    split: str
-    label: str
-    filename: str
-
-
-def _read_lists(folder: Path) -> list[_Listed]:
-    """All rows of the split lists in a folder, train first."""
-    listed: list[_Listed] = []
+def _read_lists(folder: Path) -> list[_File]:
+    """All rows of the split lists in a folder, train first. A path is as the list has it, empty where it names classes only."""
+    listed: list[_File] = []
     for path in (folder / f"{name}{suffix}" for name in SPLIT_NAMES for suffix in (".txt", ".csv")):
         if not path.is_file():
             continue
@@ -556,7 +552,7 @@ def _read_lists(folder: Path) -> list[_Listed]:
             raise McdiError(
                 f"{show_path(path)}: {len(twice)} classes are in the list of {split_of[twice[0]]} too: {_some(twice)}; keep each in one"
             )
-        listed += [_Listed(split, *row) for row in rows]
+        listed += [_File(Path(name), label, split=split) for label, name in rows]
     return listed
 
 
@@ -564,21 +560,20 @@ def _read_images(folder: Path, files: Sequence[_File], side: int, stage: Stage) 
     import PIL.Image  # noqa: F401 (where it is missing, no image is damaged)
 
     images = np.empty((len(files), side, side, 3), np.uint8)
-    bad = []
+    bad: list[str] = []
 
-    def read(number: int) -> str | None:
+    def read(number: int) -> list[str]:
         try:
             images[number] = _decode(files[number].path, side)
         except Exception as error:  # Pillow has many types for a damaged image
             reason = " ".join(str(error).split())[:80] or type(error).__name__
-            return f"{files[number].path.relative_to(folder)} ({reason})"
-        return None
+            return [f"{files[number].path.relative_to(folder)} ({reason})"]
+        return []
 
     # Pillow decodes and scales outside the interpreter's lock
     with stage("images", len(files), "images") as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for failure in pool.map(read, range(len(files))):
-            if failure:
-                bad.append(failure)
+            bad += failure
             bar.update()
     if bad:
         raise McdiError(
