@@ -19,7 +19,7 @@ from mcdi_fast.bounds import Range
 from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import AtLeastOne, Positive
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import load_tensors, save_tensors, show_path
+from mcdi_fast.store import load_tensors, save_tensors, show_path, user_path
 
 if TYPE_CHECKING:
     from mcdi_fast.tasks.drawings import ClassImages, FewShotData
@@ -141,6 +141,32 @@ def weights_digest(backbone: nn.Module) -> str:
     for tensor in backbone.state_dict().values():
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def load_backbone(provenance: dict[str, Any], cache_dir: str | Path = "runs/cache") -> nn.Sequential:
+    """The frozen backbone whose features a generator knows: `load_backbone(generator.provenance)`, in eval mode.
+
+    Args:
+        cache_dir: of the run that trained it (--cache-dir).
+
+    Raises:
+        McdiError: a generator without a backbone; a file that is not there, or holds another backbone.
+    """
+    name, digest = provenance.get("backbone"), provenance.get("backbone_weights")
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise McdiError("provenance: names no backbone; this generator was not made from drawings by the command")
+    path = user_path(cache_dir) / "backbones" / f"{name}.safetensors"
+    tensors, _ = load_tensors(path, "backbone")
+    network = conv4()
+    with _fitting(path):
+        network.load_state_dict(tensors)
+    found = weights_digest(network)
+    if found != digest:
+        raise McdiError(
+            f"{show_path(path)}: weights {found}, the generator knows {digest}; the same recipe trains others on another kind of processor: "
+            "copy the file from where the generator was made"
+        )
+    return network.eval()
 
 
 @torch.no_grad()

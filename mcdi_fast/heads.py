@@ -90,10 +90,16 @@ def head_trajectory(
     return trajectory(start, gradient, config, segments, **steps)
 
 
-def head_accuracy(head: Tensor, query: Tensor) -> Tensor:
-    """Share of query images each task gets right: [B, ways, F + 1], [B, ways, Q, F] -> float32 [B]."""
-    label = torch.arange(query.shape[1], device=query.device).repeat_interleave(query.shape[2])
-    return (head_logits(head, query.flatten(1, 2)).argmax(-1) == label).float().mean(1)
+def head_accuracy(head: Tensor, query: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Share of query images each task gets right: float32 [B].
+
+    Args:
+        head: [B, ways, F + 1]. query: features [B, ways, Q, F], class after class; or [B, R, F] in any order, with labels int64 [B, R].
+    """
+    if labels is None:
+        labels = torch.arange(query.shape[1], device=query.device).repeat_interleave(query.shape[2])
+        query = query.flatten(1, 2)
+    return (head_logits(head, query).argmax(-1) == labels).float().mean(1)
 
 
 def head_loss(head: Tensor, query: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import pytest
 from mcdi_fast.backbone import BackboneConfig, fingerprint, train_backbone, weights_digest
 from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import omniglot
-from mcdi_fast.tasks.drawings import FewShotData
+from mcdi_fast.tasks.drawings import FewShotData, preprocess
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -430,7 +430,7 @@ def test_an_extracted_folder_that_is_not_whole(folder):
     image.write_bytes(bytes(100_001))
     assert "100001 bytes" in error_of(folder, image)
     image.write_bytes(data[:100])
-    assert "no PNG" in error_of(folder, image)
+    assert "no image" in error_of(folder, image)
     image.write_bytes(data)
     assert fingerprint_of(folder) == FINGERPRINT
     other = image.with_name("9999_07.png")
@@ -516,9 +516,9 @@ def drop(entries, name):
         ),
         (lambda e: {k: png(0, (104, 105)) for k in e}, ("104x105", "expected 105x105")),
         (lambda e: {k: png(0, (28, 28)) for k in e}, ("28x28",)),
-        (lambda e: {k: b"" for k in e}, ("no PNG",)),
-        (lambda e: {k: b"GIF89a" + bytes(50) for k in e}, ("no PNG",)),
-        (lambda e: {k: v[: len(v) // 2] for k, v in e.items()}, ("no PNG",)),
+        (lambda e: {k: b"" for k in e}, ("no image",)),
+        (lambda e: {k: b"GIF89a" + bytes(50) for k in e}, ("no image",)),
+        (lambda e: {k: v[: len(v) // 2] for k, v in e.items()}, ("no image",)),
         (lambda e: {k: bytes(100_001) for k in e}, ("100001 bytes", "at most 100000")),
     ],
 )
@@ -701,3 +701,48 @@ def test_a_cache_that_cannot_be_written(folder, download, tmp_path):
     with pytest.raises(McdiError) as caught:
         omniglot.load(None, cache)
     assert "\n" not in str(caught.value)
+
+
+# --- drawings and splits of one's own ---
+
+
+def test_preprocess_is_what_the_data_set_gets(tmp_path):
+    data = png((3, 5))
+    image = Image.open(io.BytesIO(data))
+    expected = preprocess(image)
+    assert expected.shape == (28, 28)
+    assert expected.dtype == np.uint8
+    grey = np.asarray(image.convert("L"))
+    (tmp_path / "one.png").write_bytes(data)
+    for same in (
+        tmp_path / "one.png",
+        str(tmp_path / "one.png"),
+        grey,
+        255 - grey,
+        np.stack([grey] * 3, -1),
+        image.convert("LA"),
+    ):
+        assert np.array_equal(preprocess(same), expected)
+    for bad in (np.full((9, 9), 255, np.uint8), "nowhere.png", None):
+        with pytest.raises(McdiError, match="drawing: "):
+            preprocess(bad)
+
+
+def test_a_split_of_one_s_own(folder, tmp_path):
+    every = sorted(character for members in SPLITS.values() for character in members)
+    lists = {"train": every[:2], "val": every[2:3], "test": every[3:]}
+    for name, members in lists.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{member}/rot090\n" for member in members))
+    data = omniglot.load(folder.parent, tmp_path / "cache", tmp_path)
+    assert [part.num_classes for part in (data.train, data.val, data.test)] == [
+        4 * len(members) for members in lists.values()
+    ]
+    (tmp_path / "val.txt").write_text(f"{every[0]}\n")
+    with pytest.raises(McdiError, match=r"val.txt: .* is in train.txt too"):
+        omniglot.load(folder.parent, tmp_path / "cache", tmp_path)
+    (tmp_path / "val.txt").write_text("a\n")
+    with pytest.raises(McdiError, match="expected ALPHABET/characterNN"):
+        omniglot.load(folder.parent, tmp_path / "cache", tmp_path)
+    (tmp_path / "val.txt").unlink()
+    with pytest.raises(McdiError, match=r"val.txt: cannot be read"):
+        omniglot.load(folder.parent, tmp_path / "cache", tmp_path)

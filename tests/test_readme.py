@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mcdi_fast import DiffusionConfig, WeightGenerator, train
@@ -35,6 +36,9 @@ def finished_run(place):
         "condition": torch.randn(2, 5, 65),
         "x": torch.randn(2, 7, 64),
         "images": torch.randint(256, (2, 5, 1, 28, 28), dtype=torch.uint8),
+        "query_images": torch.randint(256, (2, 7, 28, 28), dtype=torch.uint8),
+        "labels": torch.randint(5, (2, 7)),
+        "drawing": np.pad(np.zeros((9, 9), np.uint8), 48, constant_values=255),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import torch
 
 from mcdi_fast import backbone as bb
 from mcdi_fast.bounds import Range
+from mcdi_fast.errors import McdiError
 from mcdi_fast.store import make_folder
 from mcdi_fast.tasks import Setup
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
@@ -42,6 +44,47 @@ class FewShotData:
     val: ClassImages
     test: ClassImages
     fingerprint: str
+
+
+SIDE = 28
+
+
+def preprocess(image: Any) -> np.ndarray:
+    """A drawing of any square size as the backbones see it: uint8 [28, 28], 0 = paper, 255 = ink.
+
+    Args:
+        image: a path, a PIL image, or a uint8 array [H, W] or [H, W, 3 or 4]. Dark ink on light paper, or the other way round: ink never covers half.
+            Ink in the alpha channel counts, whatever its colour.
+
+    Raises:
+        McdiError: no image, or a blank one.
+    """
+    from PIL import Image
+
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            image = Image.open(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        grey = image.convert("L")
+        if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+            alpha = image.convert("RGBA").getchannel("A")
+            if alpha.getextrema() != (255, 255):  # the ink is what is not transparent, whatever its colour
+                grey = Image.eval(alpha, lambda value: 255 - value)
+        small = _shrunk(grey)
+        if int(small.sum()) < 128 * small.size:  # white on black
+            small = _shrunk(Image.eval(grey, lambda value: 255 - value))
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        raise McdiError(f"drawing: no image ({' '.join(str(error).split())[:80]})") from error
+    if int(small.sum()) == 255 * small.size:
+        raise McdiError("drawing: a blank image, without ink in its colours or its alpha channel")
+    return 255 - small
+
+
+def _shrunk(grey: Any) -> np.ndarray:
+    from PIL import Image
+
+    return np.frombuffer(grey.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes(), np.uint8).reshape(SIDE, SIDE)
 
 
 @dataclass(frozen=True)

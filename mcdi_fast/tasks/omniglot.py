@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,9 @@ import numpy as np
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import show_path, user_path
 from mcdi_fast.tasks import Setup
-from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_family
+from mcdi_fast.tasks.drawings import SIDE, ClassImages, DrawingOptions, FewShotData, drawing_family, preprocess
 from mcdi_fast.tasks.heads import HeadFamily
 
-SIDE = 28
 DRAWERS = 20
 TURNS = 4
 
@@ -64,7 +64,7 @@ _MEMBER = re.compile(r"(?:.*/)?([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
 _MAX_PNG = 100_000  # bytes, packed or unpacked; the real ones are some hundred
 
 
-def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
+def load(data_dir: Path | None, cache_dir: Path, splits: Path | None = None) -> FewShotData:
     """Load Omniglot, 28x28: 1028 / 172 / 423 characters of 4 turns each, 20 drawers.
 
     Found first under `data_dir`, then the folder MCDI_DATA_DIR names, else downloaded into `cache_dir`. Zips (however packed) and extracted
@@ -75,20 +75,21 @@ def load(data_dir: Path | None, cache_dir: Path) -> FewShotData:
         McdiError: naming the file: missing, truncated, not these characters, another split; no network.
     """
     _require("PIL", "pillow")
-    splits = {name: _members(text) for name, text in _SPLITS.items()}
+    members_of = {name: _members(text) for name, text in _SPLITS.items()} if splits is None else _own_lists(splits)
     folder, sources = _find(data_dir) or _download(user_path(cache_dir) / "omniglot")
-    _check_lists(folder, splits)
-    images = _read(folder, sources, [character for members in splits.values() for character in members])
+    if splits is None:
+        _check_lists(folder, members_of)
+    images = _read(folder, sources, [character for members in members_of.values() for character in members])
     digest = hashlib.sha256(b"omniglot")
     parts = []
-    for name, members in splits.items():
+    for name, members in members_of.items():
         upright, images = images[: len(members)], images[len(members) :]  # [characters, drawers, 28, 28]
         turned = np.stack([np.rot90(upright, turn, axes=(2, 3)) for turn in range(TURNS)], 1)
         turned = np.ascontiguousarray(turned).reshape(-1, DRAWERS, SIDE, SIDE)
         digest.update(name.encode() + turned.tobytes())
         parts.append(ClassImages(turned))
     fingerprint = digest.hexdigest()[:16]
-    if fingerprint != _FINGERPRINT:
+    if splits is None and fingerprint != _FINGERPRINT:
         warnings.warn(
             f"{show_path(folder)}: these are not the official images of Omniglot (fingerprint {fingerprint}, known {_FINGERPRINT}): "
             "redrawn, cleaned or damaged? Results on them compare with no one else's",
@@ -184,8 +185,32 @@ def _check_lists(folder: Path, splits: dict[str, list[str]]) -> None:
             other = sorted(found ^ set(members))
             raise McdiError(
                 f"{show_path(path)}: {len(found)} characters, not the {len(members)} of the Vinyals split ({len(other)} differ, the first "
-                f"is {other[0]!r:.60}); other splits are not supported: take splits/ away, the Vinyals split is built in"
+                f"is {other[0]!r:.60}); give --task.splits {show_path(path.parent)} to use them, or take splits/ away: the Vinyals split is built in"
             )
+
+
+def _own_lists(folder: Path) -> dict[str, list[str]]:
+    """The user's split: characters by split, none in two."""
+    found: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for name in _SPLITS:
+        path = user_path(folder) / f"{name}.txt"
+        try:
+            lines = path.read_text(encoding="utf-8").split() if path.stat().st_size < 2**20 else []
+        except (OSError, ValueError) as error:
+            raise McdiError(f"{show_path(path)}: cannot be read ({error}); expected a character a line") from error
+        found[name] = sorted({"/".join(line.split("/")[:2]) for line in lines})
+        for character in found[name]:
+            if not re.fullmatch(r"[^/]+/character\d\d", character):
+                raise McdiError(f"{show_path(path)}: {character!r:.60}, expected ALPHABET/characterNN")
+            if character in owner:
+                raise McdiError(
+                    f"{show_path(path)}: {character} is in {owner[character]}.txt too; a class belongs to one split"
+                )
+            owner[character] = name
+        if not found[name]:
+            raise McdiError(f"{show_path(path)}: no character, expected one ALPHABET/characterNN a line")
+    return found
 
 
 def _read(folder: Path, sources: list[Path], characters: list[str]) -> np.ndarray:
@@ -208,7 +233,7 @@ def _read(folder: Path, sources: list[Path], characters: list[str]) -> np.ndarra
             f"{show_path(folder)}: {len(lacking)} of {len(row)} characters are not complete ({lacking[0]} has {found[lacking[0]]} of "
             f"{DRAWERS} images) in {' and '.join(path.name for path in sources)}; get them again"
         )
-    return 255 - images
+    return images
 
 
 def _zip(path: Path, known: Collection[str]) -> Iterator[tuple[str, int, str, bytes]]:
@@ -258,35 +283,31 @@ def _check_size(size: int, where: str) -> None:
 
 
 def _decode(data: bytes, where: str) -> np.ndarray:
-    """PNG -> uint8 [28, 28], paper = 255."""
-    from PIL import Image
+    """PNG -> uint8 [28, 28], ink = 255."""
     from PIL.PngImagePlugin import PngImageFile
 
     try:
         file = PngImageFile(io.BytesIO(data))
         if file.size != (105, 105):
             raise McdiError(f"{where}: {file.size[0]}x{file.size[1]} pixels, expected 105x105; get it again")
-        image = file.convert("L")
-        if file.mode in ("LA", "RGBA") or "transparency" in file.info:
-            alpha = file.convert("RGBA").getchannel("A")
-            if alpha.getextrema() != (255, 255):  # the ink is what is not transparent, whatever its colour
-                image = Image.eval(alpha, lambda value: 255 - value)
-        small = np.frombuffer(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes(), np.uint8)
-        light = int(small.sum())
-        if light < 128 * small.size:  # ink never covers half of the paper: white on black
-            image = Image.eval(image, lambda value: 255 - value)
-            small = np.frombuffer(image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes(), np.uint8)
-            light = int(small.sum())
+        return preprocess(file)
     except (OSError, ValueError, SyntaxError) as error:
-        raise McdiError(f"{where}: no PNG image ({' '.join(str(error).split())[:80]}); get it again") from error
-    if light == 255 * small.size:
-        raise McdiError(f"{where}: a blank image, without ink in its colours or its alpha channel; get it again")
-    return small.reshape(SIDE, SIDE)
+        raise McdiError(f"{where}: no image ({' '.join(str(error).split())[:80]}); get it again") from error
+    except McdiError as error:
+        raise error if where in str(error) else McdiError(f"{where}: {error}; get it again") from error
 
 
-def omniglot(options: DrawingOptions, setup: Setup) -> HeadFamily:
+@dataclass(frozen=True)
+class OmniglotOptions(DrawingOptions):
+    """A few-shot task on Omniglot."""
+
+    splits: Path | None = None
+    """Folder of train.txt, val.txt and test.txt, a character ALPHABET/characterNN a line, for another split than the Vinyals split."""
+
+
+def omniglot(options: OmniglotOptions, setup: Setup) -> HeadFamily:
     """Real drawings: found under --data-dir or MCDI_DATA_DIR, else downloaded."""
     with setup.stage("data", 1, "set") as bar:
-        data = load(setup.data_dir, setup.cache_dir)
+        data = load(setup.data_dir, setup.cache_dir, options.splits)
         bar.update()
     return drawing_family(data, options, setup)
