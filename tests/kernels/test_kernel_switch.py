@@ -251,7 +251,7 @@ def test_the_main_job_through_the_kernels(tmp_path):
     for name in ("triton", "torch"):
         options = {
             "run-dir": tmp_path / name, "cache-dir": tmp_path / "cache", "impl": name, "task.ways": 3, "task.queries": 3,
-            "backbone.steps": 2, "backbone.ways": 4, "prepare.tasks": 4, "prepare.steps": 3, "diffusion.steps": 4,
+            "task.backbone.steps": 2, "task.backbone.ways": 4, "prepare.tasks": 4, "prepare.steps": 3, "diffusion.steps": 4,
             "denoiser.width": 16, "denoiser.depth": 1, "meta.steps": 3, "meta.meta-batch": 3, "meta.samples": 2,
             "evaluate.tasks": 4, "evaluate.validation-tasks": 2, "evaluate.finetune-steps": 2,
         }  # fmt: skip
@@ -262,7 +262,7 @@ def test_the_main_job_through_the_kernels(tmp_path):
         reports[name] = json.loads((tmp_path / name / "report.json").read_text())
     kernels, plain = reports["triton"], reports["torch"]
     for method, found in kernels["methods"].items():
-        assert found["accuracy_mean"] == pytest.approx(plain["methods"][method]["accuracy_mean"], abs=3), method
+        assert found["mean"] == pytest.approx(plain["methods"][method]["mean"], abs=3), method
     assert kernels["norms"]["generated"] == pytest.approx(plain["norms"]["generated"], rel=1e-3)
     assert kernels["norms"]["target"] == pytest.approx(plain["norms"]["target"], rel=1e-3)
 
