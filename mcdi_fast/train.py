@@ -251,7 +251,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
     unit = result["metric"]["unit"]
     for name, m in result["methods"].items():
         score = f"{number(m['mean']):>8} ± {number(m['ci95'], m['mean'])} {unit}"
-        print(f"{name:18} {score:20} {milliseconds(m):>8} ms a task")
+        print(f"{name:18} {score:20} {milliseconds(m):>8} {'' if m['latency_ms'] is None else 'ms a task'}".rstrip())
     print(f"report: {folder / 'report.md'}")
 
 

@@ -26,16 +26,43 @@ SMALL = (
 METHODS = ("local-consistency", "finetune", "finetune-decay", "nearest-prototype", "trained-target")
 
 
-@pytest.fixture(autouse=True)
-def small_glyphs(monkeypatch):
-    data = glyphs.load(24, 8, 8)
-    monkeypatch.setattr(glyphs, "load", lambda: data)
-    monkeypatch.setattr(prepare, "SHARD_TASKS", 10)
+@pytest.fixture(scope="module", autouse=True)
+def small_glyphs():
+    with pytest.MonkeyPatch.context() as patch:
+        data = glyphs.load(24, 8, 8)
+        patch.setattr(glyphs, "load", lambda: data)
+        patch.setattr(prepare, "SHARD_TASKS", 10)
+        yield
+
+
+def options_of(place):
+    return [*SMALL, "--run-dir", str(place / "run"), "--cache-dir", str(place / "cache")]
 
 
 @pytest.fixture
 def options(tmp_path):
-    return [*SMALL, "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    return options_of(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(small_glyphs, tmp_path_factory):
+    """A place with a finished run and its cache."""
+    place = tmp_path_factory.mktemp("whole")
+    assert train.main(options_of(place)) == 0
+    return place
+
+
+@pytest.fixture
+def cached(whole, tmp_path):
+    """The test's own place has the backbone already."""
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+
+
+@pytest.fixture
+def finished(whole, cached, tmp_path):
+    """The test's own place has the finished run already: its result."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    return result(tmp_path / "run")
 
 
 def result(folder):
@@ -49,8 +76,7 @@ def result(folder):
     return [(folder / name).read_bytes() for name in files], methods, report["norms"], report["plane"]
 
 
-def test_whole_run(options, tmp_path, capsys):
-    assert train.main(options) == 0
+def test_whole_run(options, finished, tmp_path, capsys):
     folder = tmp_path / "run"
     report = json.loads((folder / "report.json").read_text())
     for name in METHODS:
@@ -65,11 +91,10 @@ def test_whole_run(options, tmp_path, capsys):
     assert report["sampling_steps"][-1]["steps"] == 6
     assert len(report["plane"]["targets"]) == 3
     assert WeightGenerator.from_pretrained(folder / "generator").provenance["dataset"] == "glyphs"
-    assert "report.md" in capsys.readouterr().out
 
-    before = result(folder)  # the same command again changes nothing
-    assert train.main(options) == 0
-    assert result(folder) == before
+    assert train.main(options) == 0  # the same command again changes nothing
+    assert result(folder) == finished
+    assert "report.md" in capsys.readouterr().out
 
     other = [*options, "--seed", "1"]
     assert train.main(other) == 2
@@ -83,9 +108,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stage", ["backbone", "bank", "meta", "generator", "report"])
-def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, stage):
-    whole = [*SMALL, "--run-dir", str(tmp_path / "whole"), "--cache-dir", str(tmp_path / "cache0")]
-    assert train.main(whole) == 0
+def test_stopped_run_goes_on_to_the_same_bits(options, whole, tmp_path, monkeypatch, stage):
+    if stage != "backbone":
+        shutil.copytree(whole / "cache", tmp_path / "cache")
 
     def stop_at(call, function):
         calls = iter(range(1000))
@@ -110,20 +135,18 @@ def test_stopped_run_goes_on_to_the_same_bits(options, tmp_path, monkeypatch, st
         with pytest.raises(Stop):
             train.main(options)
     assert train.main(options) == 0
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert result(tmp_path / "run") == result(whole / "run")
 
 
-def test_a_run_does_not_go_on_with_another_backbone(options, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_another_backbone(options, finished, tmp_path, capsys):
     """As after a move to another kind of processor, where the same recipe trains other weights."""
-    assert train.main(options) == 0
-    before = result(tmp_path / "run")
     (path,) = (tmp_path / "cache" / "backbones").iterdir()
     tensors, meta = store.load_tensors(path, "backbone")
     tensors["0.bias"][0] += 1e-6
     store.save_tensors(path, tensors, meta, "backbone")
     assert train.main(options) == 1
     assert "another meta.backbone_weights (" in capsys.readouterr().err
-    assert result(tmp_path / "run") == before
+    assert result(tmp_path / "run") == finished
 
 
 BAD = {
@@ -145,7 +168,7 @@ BAD = {
     "--evaluate.eta-noise 2": "--evaluate.eta-noise = 2.0",
     "--evaluate.tasks 1": "--evaluate.tasks = 1",
     "--seed -1": "--seed = -1: expected 0 or more, below 1000000",
-    "--dataset nothing": "--dataset 'nothing': expected one of glyphs, omniglot, or package.module:function",
+    "--dataset nothing": "--dataset 'nothing': expected one of glyphs, omniglot, ",
     "--dataset mcdi_fast.tasks.glyphs:nothing": "cannot import it",
 }
 
@@ -167,7 +190,7 @@ def test_unknown_option_is_refused(options, capsys):
 
 def test_missing_data_is_named(options, tmp_path, capsys, monkeypatch):
     assert train.main([*options, "--dataset", "omniglot", "--data-dir", str(tmp_path / "nowhere")]) == 2
-    assert "images_background.zip" in capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'}: no Omniglot there" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -184,9 +207,7 @@ def test_two_runs_in_one_folder(options, tmp_path, capsys):
     assert "another run is writing there" in capsys.readouterr().err
 
 
-def test_full_disk_loses_nothing(options, tmp_path, capsys, monkeypatch):
-    assert train.main(options) == 0
-    before = result(tmp_path / "run")
+def test_full_disk_loses_nothing(options, finished, tmp_path, capsys, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "generator")
     os.remove(tmp_path / "run" / "report.json")
 
@@ -200,10 +221,10 @@ def test_full_disk_loses_nothing(options, tmp_path, capsys, monkeypatch):
     assert "No space left on device" in message
     assert "free space" in message
     assert train.main(options) == 0
-    assert result(tmp_path / "run") == before
+    assert result(tmp_path / "run") == finished
 
 
-def test_control_c(options, capsys, monkeypatch):
+def test_control_c(options, cached, capsys, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt  # what Python makes of the signal, where it is not ignored as in background jobs
 
@@ -214,8 +235,7 @@ def test_control_c(options, capsys, monkeypatch):
     assert train.main(options) == 0
 
 
-def test_nan_in_the_bank(options, tmp_path, capsys, monkeypatch):
-    assert train.main(options) == 0
+def test_nan_in_the_bank(options, finished, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     shard = folder / "bank" / "shard-000001.safetensors"
     tensors, meta = store.load_tensors(shard, "bank-shard")
@@ -230,8 +250,7 @@ def test_nan_in_the_bank(options, tmp_path, capsys, monkeypatch):
     assert (folder / "checkpoint.safetensors").read_bytes() == checkpoint
 
 
-def test_checkpoint_of_another_kind(options, tmp_path, capsys):
-    assert train.main(options) == 0
+def test_checkpoint_of_another_kind(options, finished, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     good = checkpoint.read_bytes()
     for bad in (good[:1000], b"", good.replace(b'\\"format\\": 1', b'\\"format\\": 9')):
@@ -243,14 +262,14 @@ def test_checkpoint_of_another_kind(options, tmp_path, capsys):
         assert "checkpoint.safetensors" in error
 
 
-def test_loss_not_finite(options, tmp_path, capsys):
+def test_loss_not_finite(options, cached, tmp_path, capsys):
     assert train.main([*options, "--meta.inner-lr", "1e30"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "outer step" in error
     assert "--meta.inner-lr" in error
 
 
-def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch):
+def test_loss_not_finite_by_choice(options, cached, tmp_path, capsys, monkeypatch):
     """A step that is not finite stops the run, naming step, task and checkpoint; it may go on skipping and counting such steps."""
     whole = MetaTrainer.batch
 
@@ -275,7 +294,7 @@ def test_loss_not_finite_by_choice(options, tmp_path, capsys, monkeypatch):
     assert "**1 of the 30 outer steps were skipped" in (folder / "report.md").read_text()
 
 
-def test_nothing_but_skipped_steps_stops(options, capsys):
+def test_nothing_but_skipped_steps_stops(options, cached, capsys):
     bad = ["--meta.inner-lr", "1e30", "--meta.on-bad-step", "skip", "--meta.steps", "300"]
     assert train.main([*options, *bad]) == 1
     assert "each of the 100 outer steps up to 99, all skipped" in capsys.readouterr().err.strip().splitlines()[-1]
