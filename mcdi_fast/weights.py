@@ -221,7 +221,7 @@ class WeightLayout:
 
         P = 0 where tokens are exchangeable. One-hot of the token (P = N) up to 512 tokens. Beyond that one-hot of the
         entry, beside the row's number within it in bits of -1 and 1. Each column's mean square is 1, as that of a
-        normalised condition: with ones alone a network of 17 units came out 15 to 25 % worse after 600 steps.
+        normalised condition: with ones alone a network of 17 units had 31 and 19 % more error (two seeds, 600 steps).
         """
         return self._position
 
