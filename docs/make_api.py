@@ -53,7 +53,7 @@ def signature(thing: object) -> str:
         text = str(inspect.signature(thing))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return ""
-    text = re.sub(r"<function (\w+) at 0x\w+>", r"\1", text)
+    text = re.sub(r"<function ([^>]*?(?:<\w+>)?) at 0x\w+>", r"\1", text)
     return re.sub(r"<factory>|<[\w.]+ object at 0x\w+>", "…", text.replace("'", ""))
 
 
