@@ -2,6 +2,8 @@
 PYTHON ?= python3
 DATASET ?= glyphs
 ARGS ?=
+# Processes that share the quick tests, with one thread each.
+WORKERS ?= auto
 BIN := .venv/bin
 # Waiting threads spin for a moment, then sleep (see mcdi_fast/environment.py); exported for the tests too.
 export GOMP_SPINCOUNT ?= 100000
@@ -12,7 +14,7 @@ train: setup
 	$(BIN)/python -m mcdi_fast.train --dataset $(DATASET) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
