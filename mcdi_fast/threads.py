@@ -181,7 +181,7 @@ def _read(path: Path) -> dict[str, list[list[int]]]:
 
 
 def latency(
-    call: Callable[[int], object], wait: Callable[[], object] | None = None, calls: int = 30, seconds: float = 2.0
+    call: Callable[[int], object], wait: Callable[[], object] | None = None, calls: int = 30, seconds: float = 1.0
 ) -> dict[str, Any]:
     """Milliseconds of one call on one thread, if the machine lets them be measured.
 
