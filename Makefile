@@ -14,7 +14,7 @@ train: setup
 	$(BIN)/python -m mcdi_fast.train --dataset $(DATASET) $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
