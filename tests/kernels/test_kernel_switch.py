@@ -116,10 +116,11 @@ def test_compiles_for_hopper():
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_compiles_without_spills(target):
     rows = table(target)
-    assert {"sam_ascent", "resident_chain", "task_linear token ieee", "run_chain bf16 600 tasks"} <= rows.keys()
+    assert {"sam_ascent", "task_linear token ieee", "run_chain bf16 600 tasks"} <= rows.keys()
+    assert ("resident_chain" in rows) == target.startswith("cuda")  # its packets are inline PTX
     wanted = {"cuda:80": "mma ", "cuda:90": "mma ", "hip:gfx942": "v_mfma_"}[target]
     products = {name: row for name, row in rows.items() if re.search(r" (tf32|bf16)\b", name)}
-    assert len(products) == 34
+    assert len(products) == 35
     for name, row in products.items():  # every product of low precision is on the matrix units
         assert wanted in row["kind"] or (name.endswith(" 2 tasks") and "cuda" in target), name
 
