@@ -25,7 +25,7 @@ from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
-META = MetaConfig(steps=20, meta_batch=8, samples=2, outer="reptile", outer_lr=0.3)
+META = MetaConfig(steps=10, meta_batch=8, samples=2, outer="reptile", outer_lr=0.3)
 RECIPE = DiffusionConfig(steps=9), DenoiserConfig(32, 2)
 
 
