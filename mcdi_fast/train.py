@@ -90,11 +90,12 @@ class Metrics:
             ) from error
 
 
-def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
+def train(config: TrainConfig, family: TaskFamily | None = None, *, choose_threads: bool = False) -> Path:
     """Run the main job; returns the run folder.
 
     Args:
         config: `--dataset` names the family, unless one is given. family: of the caller's own; config.dataset is then only its name.
+        choose_threads: measure with how many threads the work is quickest (threads.py), as the command does.
 
     Raises:
         McdiError: bad settings or data, before anything is written; a full disk; a loss that is not finite.
@@ -108,7 +109,8 @@ def train(config: TrainConfig, family: TaskFamily | None = None) -> Path:
         check_meta(config.meta, ranks)
         backend = Backend.at_door(config.device, config.impl, config.precision)
         stages, taken = Stages(show=ranks.is_main), list[bool]()
-        fixed = backend.device.type != "cpu" or ranks.size > 1  # processes that share work keep torch's number
+        # processes that share work keep torch's number
+        fixed = not choose_threads or backend.device.type != "cpu" or ranks.size > 1
         threads = run.enter_context(Threads(folder / "threads.json", say, fixed))
 
         def begin() -> None:
@@ -257,7 +259,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-    return run_command(lambda: train(parse(_kind, "mcdi_fast.train", arguments)))
+    return run_command(lambda: train(parse(_kind, "mcdi_fast.train", arguments), choose_threads=True))
 
 
 def _kind(dataset: str) -> tuple[Any, TrainConfig]:

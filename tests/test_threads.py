@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
+from test_tasks import SMALL
 
-from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, TrajectoryBank, WeightLayout, fit, threads
+from mcdi_fast import DenoiserConfig, DiffusionConfig, MetaConfig, TrajectoryBank, WeightLayout, fit, threads, train
 from mcdi_fast.errors import McdiError
 from mcdi_fast.threads import Threads, latency, measure
 
@@ -272,3 +273,26 @@ def test_a_real_busy_machine():
             loop.kill()
             loop.wait()
     assert found[1] < 0.7 * found[max(found)], found
+
+
+def test_the_command_chooses_and_the_library_does_not(machine, monkeypatch, tmp_path):
+    """The main job: from the command its stages are measured, on their own work; `train` leaves the threads alone."""
+    measured = []
+
+    def measure(work, counts):
+        work()
+        measured.append(counts)
+        return {3: 9.0, 1: 1.0}
+
+    monkeypatch.setattr(threads, "time", time)
+    monkeypatch.setattr(threads, "measure", measure)
+    options = [*SMALL, "--dataset", "test_tasks:lines", "--run-dir", str(tmp_path / "run")]
+    assert train.main(options) == 0
+    assert measured == [[3, 1]] * 4
+    kept = json.loads((tmp_path / "run" / "threads.json").read_text())
+    assert kept == {name: [[0, 1]] for name in ("data", "trajectories", "meta-training", "evaluation")}
+    assert torch.get_num_threads() == 3
+    config = train.parse(train._kind, "x", [*options[:-1], str(tmp_path / "other")])
+    train.train(config)
+    assert len(measured) == 4
+    assert not (tmp_path / "other" / "threads.json").exists()
