@@ -108,7 +108,7 @@ class EvaluateConfig:
     tasks: Annotated[int, Range(ge=2)] = 600
     """Test tasks (protocol)."""
     validation_tasks: Annotated[int, Range(ge=2)] = 300
-    """Validation tasks, for the learning curve and the choice of fine-tuning's settings."""
+    """Validation tasks, for the learning curve and the choice of sampling steps and of fine-tuning's settings."""
     finetune_steps: tuple[AtLeastOne, ...] = (100,)
     """Numbers of Adam steps tried for fine-tuning on the support. Validation tasks choose."""
     finetune_lrs: tuple[Positive, ...] = (0.01, 0.05, 0.2)
@@ -116,7 +116,8 @@ class EvaluateConfig:
     finetune_decays: tuple[NotNegative, ...] = (0.0003, 0.001, 0.003, 0.01)
     """Weight decays tried likewise, for a second row of fine-tuning that regularises (finetune-decay)."""
     sampling_steps: AtLeastOne | None = None
-    """Steps of the reported chain, from one a segment to T. T by default; fewer is faster."""
+    """Steps of the reported chain, from one a segment to T. By default the fewest that are level with the best on the validation tasks (one standard
+    error, paired)."""
     eta_noise: Annotated[float, Range(ge=0, le=1)] = 0.0
     """0 noise-free, 1 full noise (record: 0.5 is 0.17 ± 0.07 % worse, 1 is 0.67 ± 0.14 % worse)."""
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from mcdi_fast.generator import WeightGenerator
 
 _f32 = np.float32
-_box_muller = njit(box_muller)
+# Said in words, because a function that says nothing takes over the fastmath of whatever calls it first.
+_exactly = njit(fastmath=False)
+_box_muller = _exactly(box_muller)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)  # of Philox4x64
 _KEY_STEPS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
@@ -157,7 +159,7 @@ def _chain(x, tokens, condition, mask, by_token, by_mean, matrices, step_rows, s
                 x[i, j] = keep * x[i, j] + mask[i % tokens % len(mask), j] * (skip * x[i, j] + scale * out[i, j])
 
 
-@njit
+@_exactly
 def _words(key, block):
     """Philox4x64-10: the four words of a block of the stream 0 of a seed (noise.py)."""
     c0, c1, c2, c3 = np.uint64(block + 1), np.uint64(0), np.uint64(0), np.uint64(0)
@@ -170,7 +172,7 @@ def _words(key, block):
     return c0, c1, c2, c3
 
 
-@njit
+@_exactly
 def _high(a, b):
     """The upper 64 bits of a product."""
     a0, a1, b0, b1 = a & _LOW, a >> _32, b & _LOW, b >> _32
@@ -178,7 +180,7 @@ def _high(a, b):
     return a1 * b1 + (middle >> _32) + (a0 * b1 + (middle & _LOW) >> _32)
 
 
-@njit
+@_exactly
 def _draw(keys, out):
     """out [B, any] becomes `noise.philox_normal(keys, any)`, to the bit: nothing here may be contracted."""
     count = out.shape[1]

@@ -15,6 +15,7 @@ from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import EvaluateConfig, PrepareConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import TaskBatch, TaskFamily
 from mcdi_fast.threads import latency
@@ -30,6 +31,7 @@ WHAT = {
     "trained-target": "trained as a training task is (ceiling)",
 }
 GRADIENTS = ("finetune", "finetune-decay", "trained-target")  # methods that take gradients on the new task
+_STEP_COUNTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 _CHAIN_SEEDS = 12
 _PLANE_POINTS = 41
 _CHUNK = 2000  # tasks of a bank at a time
@@ -91,6 +93,33 @@ def latency_ms(adapt: Adapt, tasks: TaskBatch) -> float:
     return timed(adapt, tasks)["latency_quartile_ms"]
 
 
+def step_counts(generator: WeightGenerator) -> list[int]:
+    """Numbers of sampling steps that are tried: some from one a segment to T, and the generator's own."""
+    fewest, most = len(set(generator.objective.ends.tolist())), generator.diffusion.steps
+    some = {*_STEP_COUNTS, most, generator.num_steps or most}
+    return sorted(count for count in some if fewest <= count <= most)
+
+
+def choose_steps(family: TaskFamily, sampler: Sampler, validation: TaskBatch, seed: int, eta_noise: float) -> int:
+    """The fewest sampling steps that are level with the best on the validation tasks.
+
+    Level: the mean score, paired over tasks, is less than one standard error of the difference below the best's. seed: of the chains.
+    """
+    sign = 1 if family.metric.higher_is_better else -1
+    scores = {}
+    for count in step_counts(sampler.generator):
+        theta = generate(sampler, validation, seed, num_steps=count, eta_noise=eta_noise)
+        # a chain that diverged is never level
+        scores[count] = (sign * family.scores(theta, validation.query).double()).nan_to_num(nan=-torch.inf)
+    best = max(scores.values(), key=lambda one: float(one.mean()))
+
+    def is_level(one: Tensor) -> bool:
+        behind = best - one
+        return float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5
+
+    return next((count for count, one in scores.items() if is_level(one)), sampler.generator.diffusion.steps)
+
+
 def evaluate(
     family: TaskFamily,
     sampler: Sampler,
@@ -113,7 +142,7 @@ def evaluate(
         JSON-able: `metric`, `methods` (mean, ci95, `threads.latency`, what validation chose), `sampling_steps`, `norms`, `plane` (report.py).
     """
     generator, metric = sampler.generator, family.metric
-    objective, num_steps = generator.diffusion.objective, config.sampling_steps or generator.diffusion.steps
+    objective, num_steps = generator.diffusion.objective, generator.num_steps or generator.diffusion.steps
     sample = {"num_steps": num_steps, "eta_noise": config.eta_noise}
     better = 1 if metric.higher_is_better else -1
 
@@ -137,7 +166,7 @@ def evaluate(
         return lambda tasks: finetune(family, tasks, steps, lr, decay, backend), chosen
 
     adapters: dict[str, Adapt] = {objective: lambda tasks: generate(sampler, tasks, seed, **sample)}
-    chosen = {}
+    chosen: dict[str, dict[str, Any]] = {objective: {"steps": num_steps}}
     adapters["finetune"], chosen["finetune"] = choose((0.0,))
     adapters["finetune-decay"], chosen["finetune-decay"] = choose(config.finetune_decays)
     adapters |= family.baselines()
@@ -163,10 +192,7 @@ def evaluate(
     on_stage("sampling steps")
     last = generator.normalizer.normalize(targets[:, -1])
     curve = []
-    fewest = len(set(generator.objective.ends.tolist()))
-    for count in sorted(
-        {n for n in (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, num_steps) if fewest <= n <= generator.diffusion.steps}
-    ):
+    for count in step_counts(generator):
         theta = generate(sampler, test, seed, num_steps=count, eta_noise=config.eta_noise)
         error = (generator.normalizer.normalize(theta) - last).square().mean((1, 2)).sqrt()
         curve.append(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mcdi_fast.denoiser import (
     parameter_shapes,
     token_condition,
 )
-from mcdi_fast.diffusion import Objective, Schedule, diffusion_tables
+from mcdi_fast.diffusion import Objective, Schedule, check_num_steps, diffusion_tables, sampling_steps
 from mcdi_fast.errors import McdiError
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
@@ -62,6 +62,7 @@ class WeightGenerator:
             and all rows are alike: it then fits any N.
         diffusion: schedule and objective it was trained with.
         provenance: free JSON: data, backbone fingerprint, git sha, configuration.
+        num_steps: of a chain where its user names no number; None: T. The main job takes what validation tasks chose.
     """
 
     phi: Parameters
@@ -70,6 +71,7 @@ class WeightGenerator:
     condition_normalizer: Normalizer
     diffusion: DiffusionConfig
     provenance: dict[str, Any] = field(default_factory=dict)
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other: they may come from a stranger's file."""
@@ -79,6 +81,8 @@ class WeightGenerator:
         object.__setattr__(self, "_objective", objective)
         tables = self.objective.skip.tolist(), self.objective.scale.tolist()
         object.__setattr__(self, "_skip_and_scale", tables)
+        object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
+        sampling_steps(schedule, objective.ends, self.num_steps)
         for name in _NORMALIZERS:
             n = getattr(self, name)
             if self.layout.exchangeable and bool((n.mean == n.mean[:1]).all() and (n.std == n.std[:1]).all()):
@@ -115,7 +119,7 @@ class WeightGenerator:
         """Whether both write the same weights."""
         if not isinstance(other, WeightGenerator):
             return NotImplemented
-        same = self.layout == other.layout and self.diffusion == other.diffusion
+        same = all(getattr(self, part) == getattr(other, part) for part in ("layout", "diffusion", "num_steps"))
         mine, theirs = self._tensors(), other._tensors()
         return (
             same
@@ -130,7 +134,7 @@ class WeightGenerator:
         d, count = self.diffusion, sum(value.numel() for value in self.phi.values())
         return (
             f"WeightGenerator({self.layout.num_tokens} tokens of width {self.layout.width} from conditions of width {self.condition_width}: "
-            f"{d.objective}, T = {d.steps}, k = {d.segments}, {count:,} parameters)"
+            f"{d.objective}, T = {d.steps}, k = {d.segments}, {self.num_steps or d.steps} sampling steps, {count:,} parameters)"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +194,7 @@ class WeightGenerator:
         normalizer, condition_normalizer = (
             Normalizer(n.mean.to(device), n.std.to(device)) for n in (self.normalizer, self.condition_normalizer)
         )
-        return WeightGenerator(phi, self.layout, normalizer, condition_normalizer, self.diffusion, self.provenance)
+        return replace(self, phi=phi, normalizer=normalizer, condition_normalizer=condition_normalizer)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, each atomically.
@@ -206,6 +210,7 @@ class WeightGenerator:
             "diffusion": asdict(self.diffusion),
             "layout": self.layout.to_dict(),
             "condition_width": self.condition_width,
+            "num_steps": self.num_steps,
             "provenance": self.provenance,
         }
         dumps(config, folder / "config.json")  # complains before anything is written
@@ -280,6 +285,7 @@ class WeightGenerator:
                 condition_normalizer,
                 diffusion,
                 config["provenance"],
+                config.get("num_steps"),  # absent in older files: T
             )
         except (KeyError, TypeError, ValueError) as error:
             raise McdiError(

@@ -108,7 +108,6 @@ class MetaTrainer:
         self.step = 0
         self._skipped = self._skipped_before = 0
         self._saved: tuple[Path, int] | None = None
-        self._mask = None if mask.all() else mask.float()
         self._kernels = self._meta_step() if self.impl == "triton" else None
 
     def _meta_step(self) -> MetaStep:

@@ -105,12 +105,13 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
         f"# {config['dataset']}, seed {config['seed']}",
         "",
         f"{options}. {config['evaluate']['tasks']} test tasks, the same for every method. ± is the 95 % interval over tasks; {better} is better. "
-        "The settings of fine-tuning are chosen on validation tasks.".lstrip(". "),
+        "Sampling steps and the settings of fine-tuning are chosen on validation tasks.".lstrip(". "),
         "",
     ]
 
     def row(name: str, m: dict[str, Any]) -> list[str]:
-        what = WHAT.get(name, "weights drawn from noise, by this run's generator" if name in OBJECTIVE_TITLES else "")
+        drawn = f"weights drawn from noise in {m.get('steps')} steps, by this run's generator"
+        what = WHAT.get(name, drawn if name in OBJECTIVE_TITLES else "")
         score = f"{number(m['mean'])} ± {number(m['ci95'], m['mean'])}"
         return [f"{_title(name)}: {what}", score, milliseconds(m), "yes" if name in GRADIENTS else "no"]
 

@@ -166,7 +166,7 @@ class Sampler:
             seeds: B integers in [0, 2^64), or an int64 tensor of their bits; one integer for one task. A sample depends on its own seed and
                 condition, not on the batch around it (its noise to the bit; the result to rounding, because matrix products of other
                 sizes round differently).
-            num_steps: a shorter chain, at least one step a segment; T by default.
+            num_steps: of the chain, from one a segment to T; `generator.num_steps` by default.
             eta_noise: 0 noise-free (default: the chain Theorem 1 is about, and the more accurate one), 1 full noise.
             callback: callback(t, x_t), normalised x_t [B, N, D], before each step, and (T, x_T).
 
@@ -181,6 +181,7 @@ class Sampler:
         condition = self._condition(condition)
         if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
             seeds = seed_numbers(seeds)
+        num_steps = self.generator.num_steps if num_steps is None else num_steps
         tasks, num_tokens, _ = condition.shape
         if len(seeds) != tasks:
             raise McdiError(f"seeds: {len(seeds)}, expected {tasks}, one a task")

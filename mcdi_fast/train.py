@@ -26,7 +26,7 @@ from mcdi_fast.cli import Stages, open_run, parse, run_command, say, stopped
 from mcdi_fast.config import TrainConfig
 from mcdi_fast.diffusion import diffusion_tables, sampling_steps
 from mcdi_fast.errors import McdiError
-from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, evaluate, generate
+from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, choose_steps, evaluate, generate
 from mcdi_fast.inner import inner_loop
 from mcdi_fast.meta import MetaTrainer, check_meta, fit
 from mcdi_fast.prepare import check_segments, prepare_bank
@@ -232,12 +232,16 @@ def _train(
             ranks=ranks,
             **compute,
         )
-    generator.save_pretrained(folder / "generator")
-    family.save(folder / "generator")
 
-    with stages("evaluation", 4, "parts") as bar:
+    with stages("evaluation", 5, "parts") as bar:
         sampler = Sampler(generator, config.device, **compute)
         threads.begin("evaluation", work=lambda: generate(sampler, validation[:_FEW], seed))
+        num_steps = config.evaluate.sampling_steps or choose_steps(family, sampler, validation, seed, noise)
+        bar.update()
+        generator = replace(generator, num_steps=num_steps)
+        generator.save_pretrained(folder / "generator")
+        family.save(folder / "generator")
+        sampler = Sampler(generator, config.device, **compute)
         result = evaluate(
             family, sampler, bank, test, validation, config.evaluate, config.prepare, seed, backend,
             on_stage=lambda _: bar.update(),

@@ -1,8 +1,11 @@
 """The compiled chain of few tasks against the reference in float64, and when the sampler takes it."""
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,6 +141,19 @@ def test_the_noise_is_philox_normal_to_the_bit(seeds, count):
     found = np.full((len(seeds), count), np.nan, np.float32)
     cpu_chain._draw(np.array(seeds, np.uint64), found)
     assert found.tobytes() == philox_normal(seeds, count).numpy().tobytes()
+
+
+def test_the_noise_of_a_machine_that_compiles_first(tmp_path):
+    """Compiled inside the chain, whose products may be contracted, the noise is the same bits."""
+    code = (
+        "import numpy as np, torch; from test_cpu_chain import parameters, run; from mcdi_fast import cpu_chain, noise;"
+        "from mcdi_fast.diffusion import make_schedule;"
+        "run(parameters(4, 2, 3, 8, 1), make_schedule(3, 1), [1], torch.zeros(1, 2, 2));"
+        "keys = np.arange(100, dtype=np.uint64); found = np.empty((100, 1000), np.float32); cpu_chain._draw(keys, found);"
+        "assert found.tobytes() == noise.philox_normal(keys, 1000).numpy().tobytes()"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parent)
 
 
 def test_a_million_normals_to_the_bit():

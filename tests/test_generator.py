@@ -395,7 +395,7 @@ def test_parameters_changed_in_place_are_seen():
 def test_repr_is_one_line():
     text = repr(make())
     assert text == (
-        "WeightGenerator(3 tokens of width 5 from conditions of width 6: local-consistency, T = 7, k = 3, 648 parameters)"
+        "WeightGenerator(3 tokens of width 5 from conditions of width 6: local-consistency, T = 7, k = 3, 7 sampling steps, 648 parameters)"
     )
 
 
@@ -460,3 +460,21 @@ def test_format_1_of_a_wrong_scale_is_refused_by_name(tmp_path, objective):
     message = error_of(WeightGenerator.from_pretrained, tmp_path)
     assert f"objective {objective!r} of format 1" in message
     assert "train it again" in message
+
+
+def test_its_own_number_of_sampling_steps(tmp_path):
+    """Kept in the file and by `to`; an older file without it takes T; a number that no chain has is refused."""
+    generator = make(num_steps=4)
+    generator.save_pretrained(tmp_path)
+    again = WeightGenerator.from_pretrained(tmp_path)
+    assert again == generator
+    assert again.num_steps == 4
+    assert "4 sampling steps" in repr(again)
+    assert generator != make()
+    assert make().num_steps is None
+    assert "sampling steps = 8: expected 3" in error_of(make, num_steps=8)
+    edit(tmp_path, lambda config: config.pop("num_steps") and None)
+    assert "edited" in error_of(WeightGenerator.from_pretrained, tmp_path)
+    make().save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.update(num_steps="4"))
+    assert error_of(WeightGenerator.from_pretrained, tmp_path)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import pickle
 
@@ -541,3 +542,16 @@ def test_through_the_kernel(module):
         value.mul_(0.9)
     found, expected = (sampler.sample(condition, [0, 1], num_steps=3).tokens for sampler in (kernel, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [1, 40])  # compiled, by torch
+def test_the_generators_own_number_of_steps(tasks):
+    plain = make(PLAIN)
+    short = dataclasses.replace(plain, num_steps=4)
+    condition = conditions(plain, tasks)
+    found = Sampler(short).sample(condition, range(tasks)).tokens
+    assert torch.equal(found, Sampler(plain).sample(condition, range(tasks), num_steps=4).tokens)
+    assert torch.equal(
+        Sampler(short).sample(condition, range(tasks), num_steps=T).tokens,
+        Sampler(plain).sample(condition, range(tasks)).tokens,
+    )
