@@ -10,7 +10,7 @@ from mcdi_fast.backend import check_precision
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import inner_loop, prefer_stacked
+from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels.launch import padded
 from mcdi_fast.kernels.residual_loss import residual_loss
 from mcdi_fast.kernels.task_linear import Broadcast, task_linear
@@ -21,6 +21,12 @@ from mcdi_fast.outer import named_views
 def inner_loop_ref(phi: Parameters, batch: InnerBatch, inner_lr: float, *, stacked: bool | None = None) -> tuple[Parameters, Tensor]:  # fmt: skip
     """As `inner_loop_triton`, in any dtype: autograd, a task at a time."""
     return inner_loop(phi, batch, inner_lr, "reference", stacked)
+
+
+def prefer_stacked(batch: InnerBatch, phi: Parameters) -> bool:
+    """Whether per-task weights are the cheaper form on a GPU, by operation counts: rows of all K steps of a task against the hidden width."""
+    _, k, s, n, _ = batch.x.shape
+    return k * s * n > 4 * phi["out.token"].shape[0]
 
 
 class _Linear:
@@ -188,7 +194,7 @@ def inner_loop_triton(
     """Run every task's K SGD steps and return the Reptile difference.
 
     Args:
-        phi: float32. stacked: per-task weights (True), the low-rank form (False), or None: `inner.prefer_stacked` chooses.
+        phi: float32. stacked: per-task weights (True), the low-rank form (False), or None: `prefer_stacked` chooses.
         precision: of every product: "ieee", "tf32" or "bf16".
 
     Returns:

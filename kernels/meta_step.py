@@ -22,8 +22,7 @@ from mcdi_fast.backend import check_precision
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.denoiser import Parameters
 from mcdi_fast.diffusion import Draws, InnerBatch
-from mcdi_fast.inner import prefer_stacked
-from mcdi_fast.kernels.inner_loop import InnerLoop
+from mcdi_fast.kernels.inner_loop import InnerLoop, prefer_stacked
 from mcdi_fast.kernels.launch import capture, pinned
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.outer_update import outer_update_

@@ -24,6 +24,7 @@ from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
+_CROSSOVER = 1.3  # of stacked_is_cheaper
 
 
 @full_precision
@@ -39,7 +40,8 @@ def inner_loop(
     Args:
         phi: shared start of all tasks. inner_lr: eta.
         impl: "torch", or one of `ORACLES`.
-        stacked: for "torch", whether to keep per-task weights (True) or the low-rank form (False); None lets `prefer_stacked` choose.
+        stacked: for "torch", whether to keep per-task weights (True) or the low-rank form (False); None chooses for
+            each linear map the cheaper (`stacked_is_cheaper`).
 
     Returns:
         delta: mean over tasks of (phi_b - phi), a dict like phi (paper, algorithm 1: phi <- phi + zeta * delta).
@@ -55,7 +57,7 @@ def inner_loop(
         return _reference(phi, batch, inner_lr)
     if impl != "torch":
         raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join(('torch', *ORACLES))}")
-    return _fused(phi, batch, inner_lr, prefer_stacked(batch, phi) if stacked is None else stacked)
+    return _fused(phi, batch, inner_lr, stacked)
 
 
 def task_loss(
@@ -205,23 +207,24 @@ def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Ten
     return torch.baddbmm(add_to, rows, weights, out=out)
 
 
-def prefer_stacked(batch: InnerBatch, phi: Parameters) -> bool:
-    """Whether per-task weights are the cheaper form: rows of all K steps of a task against the hidden width.
+def stacked_is_cheaper(weight: Tensor, inner_steps: int, rows: int) -> bool:
+    """Whether a map [in, out] of `rows` rows a task and step is cheaper with a weight for each task than as low-rank terms.
 
-    By operation counts; at every size benchmarked so far (up to 60 rows at width 256) the low-rank form wins.
+    A term costs two products with all earlier rows, a weight of its own one update a step. Measured on one thread (AVX512), widths 64 to 256, 1 to 60
+    tokens, 4 samples, K = 3: level where K rows are 1.1 to 1.5 times the width. With K = 1 there are no earlier rows.
     """
-    _, k, s, n, _ = batch.x.shape
-    return k * s * n > 4 * phi["out.token"].shape[0]
+    fan_in, fan_out = weight.shape
+    return inner_steps > 1 and inner_steps * rows * (fan_in + fan_out) > _CROSSOVER * 2 * fan_in * fan_out
 
 
 @torch.no_grad()
-def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool) -> tuple[Parameters, Tensor]:
+def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool | None) -> tuple[Parameters, Tensor]:
     b, k, s, n, d = batch.x.shape
-    kind = _StackedLinear if stacked else _LowRankLinear
     linear = {}
     for name, value in phi.items():
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        linear[name] = kind(name, value, k, b, rows, inner_lr)
+        own = stacked_is_cheaper(value, k, rows) if stacked is None else stacked
+        linear[name] = (_StackedLinear if own else _LowRankLinear)(name, value, k, b, rows, inner_lr)
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
     blocks = [tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(depth)]

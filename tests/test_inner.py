@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.inner import inner_loop, prefer_stacked, task_loss
+from mcdi_fast.inner import inner_loop, stacked_is_cheaper, task_loss
 
 SHAPES = [  # tasks, inner steps, samples, tokens, token width, condition width, steps, width, depth
     (1, 1, 1, 1, 1, 1, 1, 1, 1),
@@ -198,11 +198,17 @@ def test_the_same_twice():
 
 
 def test_the_crossover_only_chooses_between_the_two_forms():
-    for shape, stacked in (((2, 3, 4, 5, 6, 4, 5, 8, 1), True), ((2, 1, 1, 2, 6, 4, 5, 64, 1), False)):
-        phi, batch = random_case(shape, torch.float32)
-        assert prefer_stacked(batch, phi) == stacked
-        chosen, named = (inner_loop(phi, batch, 0.1, "torch", form)[0] for form in (None, stacked))
-        assert all(torch.equal(chosen[name], named[name]) for name in phi)
+    for shape in (
+        (2, 3, 4, 5, 6, 4, 5, 8, 1),
+        (2, 1, 1, 2, 6, 4, 5, 64, 1),
+    ):  # all maps stacked but those of samples; none
+        phi, batch = random_case(shape, torch.float64)
+        chosen, named = (inner_loop(phi, batch, 0.1, impl)[0] for impl in ("torch", "reference"))
+        assert all(torch.allclose(chosen[name], named[name], rtol=1e-10, atol=1e-12) for name in phi)
+    square, wide = torch.empty(64, 64), torch.empty(16, 64)
+    assert [stacked_is_cheaper(square, 3, rows) for rows in (5, 27, 28, 60)] == [False, False, True, True]
+    assert stacked_is_cheaper(wide, 3, 12)  # a smaller map has its weights sooner
+    assert not stacked_is_cheaper(square, 1, 1000)  # no earlier rows
 
 
 def error_of(phi, batch, *args):

@@ -1,0 +1,300 @@
+"""What accuracy costs, `python -m mcdi_fast.study.front --dataset omniglot`: sizes of the generator, of its chain and of its training.
+
+Every combination of the given sizes is trained on the same banks and judged on the same *validation* tasks, seed by seed. The record says of each
+how far it is behind the best, paired over tasks, and the time of one sample; the picture shows the front. Defaults come from here (docs/choices.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from mcdi_fast import environment  # noqa: F401
+
+# isort: split
+
+import torch
+from torch import Tensor
+
+from mcdi_fast.bounds import Range
+from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
+from mcdi_fast.config import AtLeastOne, Options, TrainConfig
+from mcdi_fast.evaluate import VALIDATION_SEED, generate, interval, latency_ms, step_counts
+from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.meta import MetaTrainer, fit
+from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.report import git_sha, machine, new_figure, number, png, table
+from mcdi_fast.sampler import Sampler
+from mcdi_fast.store import atomic_write, make_folder, read_json, write_json
+from mcdi_fast.tasks import Metric, Setup, TaskBatch, TaskFamily, find_family
+from mcdi_fast.train import check_config
+
+_FREE = (
+    "run_dir",
+    "out",
+    "data_dir",
+    "cache_dir",
+    "seeds",
+    "widths",
+    "depths",
+    "chains",
+    "segments",
+    "trajectories",
+    "trajectory_steps",
+)
+_LATENCY_TASKS = 8
+_SLACK = 0.01
+"""A size is as good as the best where it is behind by at most this share of the best's error (the loss, or 1 minus the accuracy)."""
+
+
+@dataclass(frozen=True)
+class FrontConfig(TrainConfig[Options]):
+    """Try sizes of the generator, of its chain and of its preparation on validation tasks, and say what each costs.
+
+    All combinations of the lists are tried. Stopped at any moment, the same command goes on; seeds and sizes may be added later.
+    """
+
+    out: Path | None = None
+    """Where the record front-<dataset>.json, the table and the picture go. The run folder by default."""
+    seeds: tuple[Annotated[int, Range(ge=0, lt=1_000_000)], ...] = (0, 1, 2, 3, 4)
+    """Of tasks, banks and training; --seed is not used."""
+    widths: tuple[AtLeastOne, ...] = (32, 64, 128, 256)
+    """H."""
+    depths: tuple[AtLeastOne, ...] = (1, 2)
+    """L."""
+    chains: tuple[AtLeastOne, ...] = (6, 20)
+    """T."""
+    segments: tuple[AtLeastOne, ...] = (3,)
+    """k."""
+    trajectories: tuple[AtLeastOne, ...] = ()
+    """Tasks in the bank; those of --prepare.tasks by default."""
+    trajectory_steps: tuple[AtLeastOne, ...] = ()
+    """M; --prepare.steps by default."""
+
+
+def sizes_of(config: FrontConfig[Any]) -> list[dict[str, int]]:
+    """All combinations, those on one bank one after the other."""
+    axes = {
+        "trajectories": config.trajectories or (config.prepare.tasks,),
+        "M": config.trajectory_steps or (config.prepare.steps,),
+        "k": config.segments,
+        "T": config.chains,
+        "width": config.widths,
+        "depth": config.depths,
+    }
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def one_config(config: FrontConfig[Any], size: dict[str, int], seed: int) -> TrainConfig[Any]:
+    """The main job of one size. Raises McdiError for sizes that contradict each other."""
+    return check_config(
+        TrainConfig(
+            dataset=config.dataset,
+            seed=seed,
+            task=config.task,
+            prepare=replace(config.prepare, tasks=size["trajectories"], steps=size["M"]),
+            diffusion=replace(config.diffusion, steps=size["T"], segments=size["k"]),
+            denoiser=replace(config.denoiser, width=size["width"], depth=size["depth"]),
+            meta=config.meta,
+            evaluate=config.evaluate,
+        )
+    )
+
+
+def _stem(config: FrontConfig[Any]) -> str:
+    return f"front-{config.dataset.replace(':', '-')}"
+
+
+def front(config: FrontConfig[Any]) -> Path:
+    """Make the cells that are missing, then the record, the table and the picture; returns the folder they are in."""
+    sizes = sizes_of(config)
+    for size in sizes:
+        one_config(config, size, 0)
+    stem = _stem(config)
+    folder = config.run_dir or Path("runs") / stem
+    stages, cells = Stages(), dict[tuple[str, int], Any]()
+    with open_run(folder, config, _FREE):
+        setup = Setup(config.data_dir, config.cache_dir, torch.device("cpu"), stages)
+        family = find_family(config.dataset).family(config.task, setup)
+        with stopped(), stages("cells", len(sizes) * len(config.seeds), "cells") as bar:
+            for seed in config.seeds:
+                validation = family.tasks("val", 0, config.evaluate.validation_tasks, VALIDATION_SEED + seed)
+                for size in sizes:
+                    name = "-".join(f"{key}{value}" for key, value in size.items())
+                    path = make_folder(folder / "cells") / f"{name}-seed{seed}.json"
+                    if not path.exists():
+                        one = one_config(config, size, seed)
+                        write_json(path, {"size": size, "seed": seed} | _cell(folder, family, one, validation))
+                    cells[name, seed] = read_json(path)
+                    bar.update()
+    record = {
+        "dataset": config.dataset,
+        "task": json.loads(json.dumps(vars(config.task), default=str)),
+        "validation_tasks": config.evaluate.validation_tasks,
+        "seeds": list(config.seeds),
+        "outer_steps": config.meta.steps,
+        "machine": machine(),
+        "git": git_sha(),
+        "metric": family.metric._asdict(),
+        "rows": rows_of(list(cells.values()), family.metric),
+    }
+    out = make_folder(config.out or folder)
+    write_json(out / f"{stem}.json", record)
+    atomic_write(out / f"{stem}.md", "\n".join(tabulated(record)).encode())
+    atomic_write(out / f"{stem}.png", plot(record))
+    return out
+
+
+def _cell(folder: Path, family: TaskFamily, config: TrainConfig[Any], validation: TaskBatch) -> dict[str, Any]:
+    """Train one size: scores of all validation tasks by outer steps and sampling steps, and what they took."""
+    p, k, seed, total = config.prepare, config.diffusion.segments, config.seed, config.meta.steps
+    bank = prepare_bank(folder / "banks" / f"{p.tasks}-{p.steps}-{k}-seed{seed}", family, p, k, seed)
+    points = list[dict[str, Any]]()
+    start, waited = time.perf_counter(), 0.0
+
+    def look(generator: WeightGenerator, step: int) -> None:
+        nonlocal waited
+        now = time.perf_counter()
+        sampler, seconds = Sampler(generator), round(now - start - waited, 2)
+        for count in step_counts(generator):
+            theta = generate(sampler, validation, seed, num_steps=count)
+            scores = [round(score, 6) for score in family.scores(theta, validation.query).tolist()]
+            points.append({"outer": step, "steps": count, "seconds": seconds, "scores": scores})
+        waited += time.perf_counter() - now
+
+    def on_step(trainer: MetaTrainer, loss: Tensor) -> None:
+        if trainer.step in (total // 4, total // 2):
+            look(trainer.generator(), trainer.step)
+
+    options: dict[str, Any] = {"seed": seed, "on_step": on_step, "progress": False}
+    generator = fit(bank, config.meta, config.diffusion, config.denoiser, **options)
+    look(generator, total)
+    one = partial(generate, Sampler(generator), first_seed=seed)
+    few = validation[:_LATENCY_TASKS]
+    times = {count: round(latency_ms(partial(one, num_steps=count), few), 4) for count in step_counts(generator)}
+    return {"points": points, "latency_ms": times, "parameters": sum(value.numel() for value in generator.phi.values())}
+
+
+def rows_of(cells: list[dict[str, Any]], metric: Metric) -> list[dict[str, Any]]:
+    """A row for each size, number of outer and of sampling steps: mean over all seeds and tasks, minus the best row (paired), costs.
+
+    The best row is the one with the best mean.  Sorted by the time of a sample.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        for point in cell["points"]:
+            key = cell["size"] | {"outer": point["outer"], "sampling": point["steps"]}
+            row = found.setdefault(json.dumps(key), {"key": key, "scores": [], "seconds": [], "ms": []})
+            row["scores"].append(torch.tensor(point["scores"], dtype=torch.float64))
+            row["seconds"].append(point["seconds"])
+            row["ms"].append(cell["latency_ms"][str(point["steps"])])
+            row["kilobytes"] = round(4 * cell["parameters"] / 1000)
+    sign = 1 if metric.higher_is_better else -1
+    every = {name: torch.cat(row["scores"]) for name, row in found.items()}
+    best = max(every.values(), key=lambda one: sign * float(one.mean()))
+    error = 1 - float(best.mean()) if metric.higher_is_better else float(best.mean())
+    rows = []
+    for name, row in found.items():
+        behind = sign * (best - every[name])
+        mean, half = float(behind.mean()), interval(behind)
+        rows.append(
+            row["key"]
+            | {
+                "mean": metric.factor * float(every[name].mean()),
+                "behind": metric.factor * mean,
+                "behind_ci95": metric.factor * half,
+                "level": mean <= _SLACK * error,
+                "ms": round(sorted(row["ms"])[len(row["ms"]) // 2], 4),
+                "training_seconds": round(sorted(row["seconds"])[len(row["seconds"]) // 2], 1),
+                "kilobytes": row["kilobytes"],
+            }
+        )
+    return sorted(rows, key=lambda row: (row["ms"], row["training_seconds"]))
+
+
+def front_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no quicker row is as good as, quickest first."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if not kept or row["behind"] < kept[-1]["behind"]:
+            kept.append(row)
+    return kept
+
+
+def tabulated(record: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: the front, and the quickest row that is level with the best."""
+    rows, metric = record["rows"], record["metric"]
+    knee = next(row for row in rows if row["level"])
+    shown = front_of(rows) + [knee] * (knee not in front_of(rows))
+    lines = []
+    for row in sorted(shown, key=lambda row: row["ms"]):
+        sizes = [row[key] for key in ("width", "depth", "T", "k", "sampling", "outer")]
+        behind = f"{number(row['behind'], row['behind_ci95'])} ± {number(row['behind_ci95'])}"
+        costs = [f"{row['ms']:.3f}", f"{row['training_seconds']:.0f}", row["kilobytes"]]
+        line = [*sizes, number(row["mean"]), behind, *costs]
+        lines.append([f"**{cell}**" for cell in line] if row is knee else line)
+    axis = f"{metric['name']}, {metric['unit']}".rstrip(", ")
+    header = [
+        "H",
+        "L",
+        "T",
+        "k",
+        "sampling steps",
+        "outer steps",
+        axis,
+        "behind the best",
+        "one sample, ms",
+        "training, s",
+        "kB",
+    ]
+    text = f"{record['dataset']}: {len(rows)} rows, {len(record['seeds'])} seeds of {record['validation_tasks']} validation tasks."
+    return [f"{text} Bold: the quickest that is level with the best.", "", *table(header, lines)]
+
+
+def plot(record: dict[str, Any]) -> bytes:
+    """Every row by the time of its sample, the front as a line with its sizes."""
+    figure, ax = new_figure()
+    rows, metric = record["rows"], record["metric"]
+    ax.plot([row["ms"] for row in rows], [row["mean"] for row in rows], ".", ms=3, color="0.7")
+    line = front_of(rows)
+    ax.plot([row["ms"] for row in line], [row["mean"] for row in line], "o-", ms=4)
+    for row in line:
+        label = f"{row['width']}x{row['depth']}, {row['sampling']} of {row['T']}"
+        ax.annotate(label, (row["ms"], row["mean"]), xytext=(3, -9), textcoords="offset points", fontsize=6)
+    close = sorted(row["mean"] for row in rows)
+    ax.set(
+        xscale="log",
+        xlabel="one sample on one thread, ms",
+        ylabel=f"{metric['name']} (validation), {metric['unit']}".rstrip(", "),
+    )
+    keep = close[len(close) // 3 :] if metric["higher_is_better"] else close[: -(len(close) // 3) or None]
+    span = max(keep[-1] - keep[0], 1e-9)
+    ax.set_ylim(keep[0] - 0.1 * span, keep[-1] + 0.1 * span)
+    return png(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run. Returns the exit code."""
+
+    def kind(dataset: str) -> tuple[Any, FrontConfig[Any]]:
+        entry = find_family(dataset)
+        default = entry.config()
+        return FrontConfig[entry.options], FrontConfig(**vars(default))  # type: ignore[name-defined]
+
+    def run() -> None:
+        config = parse(kind, "mcdi_fast.study.front", arguments)
+        out = front(config)
+        print((out / f"{_stem(config)}.md").read_text())
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
