@@ -476,3 +476,39 @@ def test_photos_without_splits(tmp_path):
     path = tmp_path / "features.npz"
     np.savez(path, features=np.random.rand(20, 4).astype(np.float32), labels=np.arange(20) % 4)
     assert "no train split; expected classes split into train, val and test" in error_of(photos, path)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_domain_is_held_out(tmp_path, across):
+    """Training never sees it; a task lies in one domain, or its query in another one than its support."""
+    rng = np.random.default_rng(0)
+    labels, domains = (grid.repeat(12) for grid in np.indices((5, 4)).reshape(2, -1))
+    rows = rng.normal(size=(5, 12))[labels] + 3 * rng.normal(size=(4, 12))[domains] + rng.normal(size=(240, 12))
+    path, names = tmp_path / "features.npz", ["ink", "paint", "chalk", "neon"]
+    np.savez(path, features=rows.astype(np.float32), labels=labels, domains=np.array(names)[domains])
+    entry = find_family("pacs")
+    options = dataclasses.replace(
+        entry.options(), source=str(path), ways=3, queries=3, components=8, across=across, held_out="paint"
+    )
+    family = entry.family(options, Setup())
+    check_family(family)
+    where = torch.cdist(family.projection(torch.from_numpy(rows).float()), family._features)
+
+    def places(split, part):
+        data = getattr(family.tasks(split, 0, 30, 0), part)
+        found = where[:, data["row"]].argmin(0)
+        return torch.from_numpy(labels)[found], torch.from_numpy(domains)[found]
+
+    for split in ("train", "val", "test"):
+        (label, shown), (asked, seen) = places(split, "support"), places(split, "query")
+        assert torch.equal(label.repeat_interleave(3, 1), asked)
+        assert all(len(row.unique()) == 1 for row in (*shown, *seen))
+        assert bool((shown[:, 0] != seen[:, 0]).all()) == across
+        assert set(seen.flatten().tolist()) == ({1} if split == "test" else {0, 2, 3})
+        assert set(shown.flatten().tolist()) == ({1} if split == "test" and not across else {0, 2, 3})
+    assert not set(family._parts["train"].rows.sum(1).tolist()) & set(family._parts["val"].rows.sum(1).tolist())
+    bad = dataclasses.replace(options, held_out="glass")
+    assert "not among the domains" in error_of(entry.family, bad, Setup())
+    assert "0 domains, expected at least" in error_of(
+        entry.family, dataclasses.replace(options, source=str(feature_file(tmp_path))), Setup()
+    )

@@ -31,7 +31,7 @@ Data = dict[str, Tensor]
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot", "waves")} | {
-    "tiny-imagenet": "mcdi_fast.tasks.photos"
+    name: "mcdi_fast.tasks.photos" for name in ("tiny-imagenet", "pacs", "digits")
 }
 """Families that come with the package, by the module that registers each."""
 _CHUNK = 128  # tasks scored at a time: a network's activations of all tasks at once would not fit

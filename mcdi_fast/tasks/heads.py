@@ -37,15 +37,19 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Features of the images of some classes, sorted by class.
+    """Features of the images of some classes, sorted by class, and by domain within a class.
 
     Attributes:
-        rows: float32 [n, F]. counts: int64 [classes], images of each class; they may differ. augmented: [A, n, F], further versions of each row.
+        rows: float32 [n, F].
+        counts: int64 [classes], or [classes, domains] where there are domains: images of each; they may differ.
+        augmented: [A, n, F], further versions of each row.
+        pairs: domains that a task may have, of its support and of its other images.
     """
 
     rows: Tensor
     counts: Tensor
     augmented: Tensor | None = None
+    pairs: tuple[tuple[int, int], ...] = ((0, 0),)
 
     @classmethod
     def of_grid(cls, features: Tensor) -> ClassRows:
@@ -56,23 +60,34 @@ class ClassRows:
         return cls(flat[0], counts, flat[1:] if len(flat) > 1 else None)
 
 
-def draw_episodes(counts: Tensor, ways: int, images: int, seed: int, start: int, count: int) -> Tensor:
+def draw_episodes(
+    counts: Tensor,
+    ways: int,
+    images: int,
+    seed: int,
+    start: int,
+    count: int,
+    shots: int = 0,
+    pairs: tuple[tuple[int, int], ...] = ((0, 0),),
+) -> Tensor:
     """Rows of tasks `start` to `start + count - 1` of an endless, reproducible sequence: int64 [count, ways, images].
 
     No class twice in a task, no image twice in a class. Task b depends on (seed, b) and the counts alone.
 
     Args:
-        counts: int64 [classes], images of each class; rows are sorted by class. images: of each class of a task.
+        counts, pairs: of `ClassRows`; a task's pair is drawn. images: of each class of a task, of which the first `shots` are the support's.
     """
-    most, sizes = int(counts.max()), counts.numpy()
-    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    sizes = counts.reshape(len(counts), -1).numpy()
+    most, first = int(sizes.max()), (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape)
     rows = np.empty((count, ways, images), np.int64)
     for i in range(count):
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, start + i))))
+        pair = pairs[rng.integers(len(pairs))] if len(pairs) > 1 else pairs[0]
         classes = rng.choice(len(sizes), ways, replace=False)
         order = rng.random((ways, most))
-        order[np.arange(most) >= sizes[classes, None]] = 2.0  # images that a smaller class does not have
-        rows[i] = first[classes, None] + order.argsort(1)[:, :images]
+        for domain, part in zip(pair, (slice(shots), slice(shots, images)), strict=True):
+            absent = np.arange(most) >= sizes[classes, domain, None]  # images that a smaller class does not have
+            rows[i, :, part] = first[classes, domain, None] + np.where(absent, 2.0, order).argsort(1)[:, part]
     return torch.from_numpy(rows)
 
 
@@ -140,7 +155,7 @@ class HeadFamily(TaskFamily):
         """Episodes of the split's classes. Trajectories train on every image of their classes, weighted towards the support."""
         o, part = self.options, self._parts[split]
         images = int(part.counts.min())
-        rows = draw_episodes(part.counts, o.ways, images, seed, start, count) + self._first[split]
+        rows = draw_episodes(part.counts, o.ways, images, seed, start, count, o.shots, part.pairs) + self._first[split]
         rows = rows.to(self._features.device)
         support, query = rows[..., : o.shots], rows[..., o.shots : o.shots + o.queries]
         train = self._data(rows)

@@ -116,6 +116,19 @@ class LabelledRows:
         return self.counts.cumsum(0) - self.counts
 
     @cached_property
+    def cells(self) -> Tensor:
+        """int64 [classes, domains], rows of each class in each domain; one domain where there are none."""
+        width = max(len(self.domain_names), 1)
+        domain = 0 if self.domains is None else self.domains
+        return torch.bincount(self.labels * width + domain, minlength=self.num_classes * width).view(-1, width)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [n], the place of each row among those of its class and domain, from 0."""
+        sizes = self.cells.flatten()
+        return torch.arange(len(self)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with any of the contents."""
         digest = hashlib.sha256()
@@ -147,6 +160,11 @@ class LabelledRows:
         return LabelledRows.of(
             self.rows[keep], labels[keep], names, None if places is None else places[keep], domain_names, what
         )
+
+    def rows_where(self, keep: Tensor) -> LabelledRows:
+        """Some of the rows, bool [n]; every class keeps at least one."""
+        domains = None if self.domains is None else self.domains[keep]
+        return replace(self, rows=self.rows[keep], labels=self.labels[keep], domains=domains)
 
     def with_rows(self, rows: Tensor) -> LabelledRows:
         """The same labels and domains with other rows [n, ...]: the features of images."""

@@ -6,10 +6,11 @@ generated weights and fine-tuning are differences from it, so 0 is the base itse
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,15 +37,31 @@ class PhotoOptions(HeadOptions):
     """A few-shot task on photographs."""
 
     source: str = "tiny-imagenet"
-    """Data set with class splits train, val and test: a packed name, a folder with a sub-folder a class, or a file of features (docs/images.md)."""
-    target: str | None = None
-    """Another data set, all of whose classes are the test tasks: transfer. The source's own test classes by default."""
+    """Data set: a packed name, a folder with a sub-folder a class, or a file of features (docs/images.md)."""
     encoder: str = "efficientnet-lite0"
     """Turns images into features; package.module:function for one of your own. Not used for a file of features."""
     components: AtLeastOne = 256
     """Principal components of the training classes' features (measured on validation classes: 128 is 0.7 % worse)."""
     support_loss_weight: Annotated[float, Range(ge=0, le=1)] | None = 0.3
     """Share of a trajectory's loss that its support images have. The base knows the support, so the rest counts more than in `heads`."""
+
+
+@dataclass(frozen=True)
+class TransferOptions(PhotoOptions):
+    """New classes of a data set with class splits train, val and test, or another data set."""
+
+    target: str | None = None
+    """Another data set, all of whose classes are the test tasks: transfer. The source's own test classes by default."""
+
+
+@dataclass(frozen=True)
+class DomainOptions(PhotoOptions):
+    """A domain that training has not seen, of a data set whose every domain has the same classes."""
+
+    held_out: str | None = None
+    """The domain of the test tasks, by default the last one. Of the others two thirds of the images train and one third validates."""
+    across: bool = False
+    """Support and query of different domains: the support of a known one, the query of the one held out."""
 
 
 class PhotoFamily(HeadFamily):
@@ -153,41 +170,50 @@ class PhotoFamily(HeadFamily):
 
 
 def photo_family(
-    source: dict[str, LabelledRows], target: LabelledRows | None, options: PhotoOptions, setup: Setup, cache: Path
+    data: dict[str, LabelledRows],
+    options: PhotoOptions,
+    setup: Setup,
+    parts_of: Callable[[dict[str, LabelledRows]], dict[str, LabelledRows]] = lambda data: data,
+    pairs: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType({}),
 ) -> PhotoFamily:
-    """From images or features with splits to a family.
+    """From images or features to a family.
+
+    Args:
+        data: data sets or splits by name. parts_of: divides them, as features, into the family's splits: train, val, test and any others.
+        pairs: of `ClassRows`, of splits with domains; every domain with itself by default.
 
     Raises:
-        McdiError: splits that are missing or share a class; too few images of a class; an encoder that is not there.
+        McdiError: too few images of a class; an encoder that is not there.
     """
-    missing = [split for split in ("train", "val", "test") if split not in source and not (split == "test" and target)]
-    if missing:
-        raise McdiError(
-            f"--task.source {options.source}: no {missing[0]} split; expected classes split into train, val and test (docs/images.md)"
+
+    def rows_of(name: str, part: LabelledRows) -> ClassRows:
+        return ClassRows(
+            part.rows, part.cells, pairs=pairs.get(name, tuple((d, d) for d in range(part.cells.shape[1])))
         )
-    parts: dict[str, LabelledRows] = {split: source[split] for split in ("train", "val", "test") if split in source}
-    check_class_splits(parts, options.source)
-    if target is not None:
-        parts["test"] = target
-    for split, part in parts.items():  # before minutes of encoding
-        HeadFamily.check_split(split, ClassRows(torch.zeros(1, 1), part.counts), options)
+
+    bare = {name: part.with_rows(torch.zeros(len(part), 1)) for name, part in data.items()}
+    for split, part in parts_of(bare).items():  # before minutes of encoding
+        HeadFamily.check_split(split, rows_of(split, part), options)
     setup.begin()
     made_by = "features"
-    if parts["train"].rows.ndim == 4:
+    if any(part.rows.ndim == 4 for part in data.values()):
         encoder = load_encoder(options.encoder, setup.device)
         made_by = f"{options.encoder} {encoder.fingerprint}"
-        parts = {split: encode(encoder, part, cache, setup.stage) for split, part in parts.items()}
+        data = {name: encode(encoder, part, setup.cache_dir, setup.stage) for name, part in data.items()}
+    parts = parts_of(data)
     projection = Projection.fit(parts["train"].rows, options.components)
-    features: dict[str, LabelledRows] = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
-    prior = ClassPrior.fit(features["train"])
+    parts = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
+    across = any(support != query for support, query in pairs.get("train", ()))
+    # the prior of tasks across domains knows how far a class's images lie apart in all of them
+    prior = ClassPrior.fit(replace(parts["train"], domains=None) if across else parts["train"])
     provenance = {
-        "source": {split: part.fingerprint for split, part in features.items()},
+        "source": {split: part.fingerprint for split, part in parts.items()},
         "encoder": made_by,
         "projection": projection.fingerprint,
         "class_prior": prior.fingerprint,
         "task": {name: getattr(options, name) for name in ("ways", "shots", "support_loss_weight")},
     }
-    splits: dict[str, ClassRows] = {split: ClassRows(part.rows, part.counts) for split, part in features.items()}
+    splits = {split: rows_of(split, part) for split, part in parts.items()}
     return PhotoFamily(splits, options, prior, projection, provenance, setup.device)
 
 
@@ -200,15 +226,73 @@ def _defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
-@register(_defaults)
-def tiny_imagenet(options: PhotoOptions, setup: Setup) -> PhotoFamily:
-    """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
-    with setup.stage("data", 1 + (options.target is not None), "sets") as bar:
-        source = load(options.source, data_dir=setup.data_dir, stage=setup.stage)
-        bar.update()
-        target = None
-        if options.target is not None:
-            found = load(options.target, data_dir=setup.data_dir, stage=setup.stage)
-            target = join(list(found.values()))  # all of its classes, whatever its splits
+def _load(setup: Setup, *names: str) -> list[dict[str, LabelledRows]]:
+    with setup.stage("data", len(names), "sets") as bar:
+        found = []
+        for name in names:
+            found.append(load(name, data_dir=setup.data_dir, stage=setup.stage))
             bar.update()
-    return photo_family(source, target, options, setup, setup.cache_dir)
+    return found
+
+
+@register(_defaults)
+def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
+    """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
+    source, *target = _load(setup, options.source, *([options.target] if options.target is not None else []))
+    wanted = ["train", "val"] if target else ["train", "val", "test"]
+    if missing := [split for split in wanted if split not in source]:
+        raise McdiError(
+            f"--task.source {options.source}: no {missing[0]} split; expected classes split into train, val and test (docs/images.md)"
+        )
+    parts = {split: source[split] for split in wanted}
+    check_class_splits(parts, options.source)
+    if target:
+        parts["test"] = join(list(target[0].values()))  # all of its classes, whatever its splits
+    return photo_family(parts, options, setup)
+
+
+def domain_family(options: DomainOptions, setup: Setup) -> PhotoFamily:
+    """Leave one domain out.
+
+    Raises:
+        McdiError: a source without domains; a domain that is not there; too few images of a class in a domain.
+    """
+    (source,) = _load(setup, options.source)
+    names = join(list(source.values())).domain_names
+    if len(names) < (3 if options.across else 2):
+        raise McdiError(
+            f"--task.source {options.source}: {len(names)} domains, expected at least {3 if options.across else 2}: DOMAIN/CLASS/image.jpg"
+        )
+    held_out = options.held_out if options.held_out is not None else names[-1]
+    if held_out not in names:
+        raise McdiError(f"--task.held-out {held_out}: not among the domains of {options.source}: {', '.join(names)}")
+    known = [name for name in names if name != held_out]
+
+    def parts_of(data: dict[str, LabelledRows]) -> dict[str, LabelledRows]:
+        whole = join(list(data.values()))
+        seen = whole.select(domains=known)
+        third = seen.places % 3 == 2
+        return {
+            "train": seen.rows_where(~third),
+            "val": seen.rows_where(third),
+            "test": whole.select(domains=[*known, held_out] if options.across else [held_out]),
+        }
+
+    pairs = {}
+    if options.across:
+        every = range(len(known))
+        seen_pairs = tuple((a, b) for a in every for b in every if a != b)
+        pairs = {"train": seen_pairs, "val": seen_pairs, "test": tuple((a, len(known)) for a in every)}
+    return photo_family(source, options, setup, parts_of, pairs)
+
+
+@register(lambda config: _defaults(replace(config, task=replace(config.task, source="pacs"))))
+def pacs(options: DomainOptions, setup: Setup) -> PhotoFamily:
+    """Photos, paintings, cartoons and sketches of the same classes: one of them is left out of training."""
+    return domain_family(options, setup)
+
+
+@register(lambda config: _defaults(replace(config, task=replace(config.task, source="digits"))))
+def digits(options: DomainOptions, setup: Setup) -> PhotoFamily:
+    """Digits written and printed, one source left out of training."""
+    return domain_family(options, setup)

@@ -41,7 +41,8 @@ class ClassPrior(Fitted):
 
     @classmethod
     def fit(cls, features: LabelledRows, smoothing: float = SMOOTHING) -> ClassPrior:
-        """Fit on features [n, K]. Classes may have different numbers of rows.
+        """Fit on features [n, K]. Classes may have different numbers of rows. Where there are domains, a class of each is a class of its own, and
+        classes differ from their domain's mean: a task lies within a domain.
 
         Raises:
             McdiError: fewer than 2 classes; a class of one row; features that are all alike.
@@ -49,14 +50,17 @@ class ClassPrior(Fitted):
         if features.num_classes < 2:
             raise McdiError(f"class prior: {features.num_classes} classes, expected at least 2")
         features.check_counts(2, "class prior")
-        x, counts = features.rows.double(), features.counts.double()
-        means = torch.zeros(features.num_classes, x.shape[1], dtype=x.dtype).index_add_(0, features.labels, x)
-        means /= counts[:, None]
-        mean = means.mean(0)
-        inside, outside = x - means[features.labels], means - mean
+        x, place = features.rows.double(), features.labels * 0 if features.domains is None else features.domains
+        width = int(place.max()) + 1
+        cells, label, counts = (features.labels * width + place).unique(return_inverse=True, return_counts=True)
+        domains = (cells % width).unique(return_inverse=True)[1]
+        means = _means(x, label)
+        centres = _means(means, domains)
+        inside, outside = x - means[label], means - centres[domains]
         within = inside.T @ inside / (len(x) - len(means))
         # means of few rows scatter by themselves, which is no difference between classes
-        between = outside.T @ outside / (len(means) - 1) - within * (1 / counts).mean()
+        between = outside.T @ outside / (len(means) - len(centres)) - within * (1 / counts).mean()
+        mean = centres.mean(0)
         smoothed = [(1 - smoothing) * c + smoothing * c.trace() / len(c) * torch.eye(len(c)) for c in (within, between)]
         if not within.trace() > 0 or not between.trace() > 0:
             raise McdiError("class prior: features do not differ, within classes or between them; look at the encoder")
@@ -106,6 +110,12 @@ class ClassPrior(Fitted):
         k = self.mean.numel()
         shapes = [list(getattr(self, field.name).shape) for field in fields(self)]
         return k > 0 and shapes == [[k], [k, k], [k], [k], [k]] and bool((self.between > 0).all())
+
+
+def _means(x: Tensor, label: Tensor) -> Tensor:
+    """Of the rows of each label: [n, K], int64 [n] -> [labels, K]."""
+    total = torch.zeros(int(label.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, label, x)
+    return total / torch.bincount(label).unsqueeze(1)
 
 
 def ridge_head(support: Tensor, penalty: Tensor | float) -> Tensor:
