@@ -1,5 +1,7 @@
 """The prior of classes against drawn classes, closed forms in float64 and scikit-free references; ridge heads against normal equations."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -140,7 +142,7 @@ def test_a_prior_travels_in_a_file(tmp_path):
     assert again.fingerprint == prior.fingerprint
     support = world(9, 5, 1)[0][None].float()
     assert torch.equal(again.head(support), prior.head(support))
-    damaged = ClassPrior(prior.mean, prior.to_latent, -prior.between, prior.found_between, prior.found_within)
+    damaged = dataclasses.replace(prior, between=-prior.between)
     damaged.save(tmp_path / "prior.safetensors")
     with pytest.raises(McdiError, match="holds no class-prior"):
         ClassPrior.load(tmp_path / "prior.safetensors")
@@ -155,3 +157,26 @@ def test_priors_that_cannot_be():
     ):
         with pytest.raises(McdiError, match=message):
             ClassPrior.fit(data)
+
+
+def test_domains_share_an_offset():
+    """Classes of a domain differ from its mean; what they share tells nothing, and is not far from the training classes."""
+    x, (between, _) = world(11, 400, 6)
+    shift = 8 * torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    domains = torch.arange(400) % 4
+    moved = x + shift[domains][:, None]
+    rows = torch.arange(2400) // 6
+    data = LabelledRows.of(moved.flatten(0, 1), rows // 4, domains=domains[rows])
+    prior, plain = ClassPrior.fit(data, smoothing=0.0), ClassPrior.fit(labelled(moved), smoothing=0.0)
+    back = torch.linalg.inv(prior.to_latent.double())
+    found = back.T @ torch.diag(prior.between.double()) @ back
+    assert torch.allclose(found, between, rtol=0.3, atol=0.3 * between.abs().max())
+    assert plain.offset.abs().max() == 0 < prior.offset.min()
+    tasks = (world(12, 400, 16)[0].view(80, 5, 16, WIDTH) + shift[0]).float()
+    support, query = tasks[:, :, :1], tasks[:, :, 1:]
+    assert prior.distance(support).max() < 0.3 < plain.distance(support).mean()
+    assert head_accuracy(prior.head(support), query).mean() > head_accuracy(plain.head(support), query).mean() + 0.005
+    # across domains, images of a class lie as far apart as the domains do
+    across = ClassPrior.fit(data, smoothing=0.0, across=True)
+    apart = torch.linalg.inv(across.to_latent.double())
+    assert float((apart.T @ apart).trace()) > 2 * float((back.T @ back).trace())

@@ -58,10 +58,20 @@ class TransferOptions(PhotoOptions):
 class DomainOptions(PhotoOptions):
     """A domain that training has not seen, of a data set whose every domain has the same classes."""
 
+    source: str = "pacs"
+    """Data set: a packed name, a folder DOMAIN/CLASS/image.jpg, or a file of features with domains (docs/images.md)."""
     held_out: str | None = None
     """The domain of the test tasks, by default the last one. Of the others two thirds of the images train and one third validates."""
     across: bool = False
     """Support and query of different domains: the support of a known one, the query of the one held out."""
+
+
+@dataclass(frozen=True)
+class DigitOptions(DomainOptions):
+    """The same of digits."""
+
+    source: str = "digits"
+    """As of pacs."""
 
 
 class PhotoFamily(HeadFamily):
@@ -145,14 +155,16 @@ class PhotoFamily(HeadFamily):
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
         """The base alone, and heads that know the support only: nearest class mean, ridge regression, Adam from zero.
 
-        Penalty, rate and decay are the best on validation classes of Tiny-ImageNet.
+        Penalty, rate and decay are the best on validation classes of Tiny-ImageNet; the decay falls with the number of images.
         """
 
         def away(head: Callable[[Tensor], Tensor], tasks: TaskBatch) -> Tensor:
             return (head(self.support_features(tasks)) - tasks.support["base"]) / tasks.support["trust"].clamp_min(1e-6)
 
         def adam(support: Tensor) -> Tensor:
-            recipe = PrepareConfig(steps=100, learning_rate=0.02, rho=0.0, weight_decay=0.3, start_std=0.0)
+            recipe = PrepareConfig(
+                steps=100, learning_rate=0.02, rho=0.0, weight_decay=1 / self.options.shots, start_std=0.0
+            )
             rows = support.flatten(1, 2)
             label = (
                 torch.arange(support.shape[1]).repeat_interleave(support.shape[2]).expand(len(rows), -1).to(rows.device)
@@ -204,8 +216,7 @@ def photo_family(
     projection = Projection.fit(parts["train"].rows, options.components)
     parts = {split: part.with_rows(projection(part.rows)) for split, part in parts.items()}
     across = any(support != query for support, query in pairs.get("train", ()))
-    # the prior of tasks across domains knows how far a class's images lie apart in all of them
-    prior = ClassPrior.fit(replace(parts["train"], domains=None) if across else parts["train"])
+    prior = ClassPrior.fit(parts["train"], across=across)
     provenance = {
         "source": {split: part.fingerprint for split, part in parts.items()},
         "encoder": made_by,
@@ -286,13 +297,13 @@ def domain_family(options: DomainOptions, setup: Setup) -> PhotoFamily:
     return photo_family(source, options, setup, parts_of, pairs)
 
 
-@register(lambda config: _defaults(replace(config, task=replace(config.task, source="pacs"))))
+@register(_defaults)
 def pacs(options: DomainOptions, setup: Setup) -> PhotoFamily:
     """Photos, paintings, cartoons and sketches of the same classes: one of them is left out of training."""
     return domain_family(options, setup)
 
 
-@register(lambda config: _defaults(replace(config, task=replace(config.task, source="digits"))))
-def digits(options: DomainOptions, setup: Setup) -> PhotoFamily:
+@register(_defaults)
+def digits(options: DigitOptions, setup: Setup) -> PhotoFamily:
     """Digits written and printed, one source left out of training."""
     return domain_family(options, setup)

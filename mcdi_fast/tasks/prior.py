@@ -30,6 +30,7 @@ class ClassPrior(Fitted):
     Attributes:
         mean: float32 [K], of class means. to_latent: float32 [K, K]. between: float32 [K], positive.
         found_between, found_within: float32 [K], both variances in latent coordinates without smoothing.
+        offset: float32 [K], the variance of what all images of a domain share; 0 where training has one domain.
     """
 
     kind: ClassVar[str] = "class-prior"
@@ -38,11 +39,15 @@ class ClassPrior(Fitted):
     between: Tensor
     found_between: Tensor
     found_within: Tensor
+    offset: Tensor
 
     @classmethod
-    def fit(cls, features: LabelledRows, smoothing: float = SMOOTHING) -> ClassPrior:
-        """Fit on features [n, K]. Classes may have different numbers of rows. Where there are domains, a class of each is a class of its own, and
-        classes differ from their domain's mean: a task lies within a domain.
+    def fit(cls, features: LabelledRows, smoothing: float = SMOOTHING, across: bool = False) -> ClassPrior:
+        """Fit on features [n, K]. Classes may have different numbers of rows.
+
+        Args:
+            across: whether the images of a task may lie in several domains: then images of a class lie apart as they do in all domains. Otherwise a
+                class of each domain is a class of its own.
 
         Raises:
             McdiError: fewer than 2 classes; a class of one row; features that are all alike.
@@ -53,14 +58,24 @@ class ClassPrior(Fitted):
         x, place = features.rows.double(), features.labels * 0 if features.domains is None else features.domains
         width = int(place.max()) + 1
         cells, label, counts = (features.labels * width + place).unique(return_inverse=True, return_counts=True)
-        domains = (cells % width).unique(return_inverse=True)[1]
         means = _means(x, label)
+        domains = (cells % width).unique(return_inverse=True)[1]
         centres = _means(means, domains)
+        mean = centres.mean(0)
+        apart = centres - mean
+        offset = apart.T @ apart / max(len(apart) - 1, 1)
+        if across:
+            label, counts, domains, centres = (
+                features.labels,
+                features.counts,
+                torch.zeros(features.num_classes).long(),
+                mean[None],
+            )
+            means = _means(x, label)
         inside, outside = x - means[label], means - centres[domains]
         within = inside.T @ inside / (len(x) - len(means))
         # means of few rows scatter by themselves, which is no difference between classes
         between = outside.T @ outside / (len(means) - len(centres)) - within * (1 / counts).mean()
-        mean = centres.mean(0)
         smoothed = [(1 - smoothing) * c + smoothing * c.trace() / len(c) * torch.eye(len(c)) for c in (within, between)]
         if not within.trace() > 0 or not between.trace() > 0:
             raise McdiError("class prior: features do not differ, within classes or between them; look at the encoder")
@@ -69,7 +84,7 @@ class ClassPrior(Fitted):
         scatter = torch.linalg.solve_triangular(root, half.T, upper=False)
         variances, axes = torch.linalg.eigh((scatter + scatter.T) / 2)
         to_latent = torch.linalg.solve_triangular(root.T, axes, upper=True)
-        found = [(to_latent.T @ c @ to_latent).diagonal() for c in (between, within)]
+        found = [(to_latent.T @ c @ to_latent).diagonal() for c in (between, within, offset)]
         floor = variances.max() * 1e-6  # the estimate of `between` may have negative directions that smoothing leaves
         return cls(*(t.float().contiguous() for t in (mean, to_latent, variances.clamp_min(floor), *found)))
 
@@ -81,17 +96,22 @@ class ClassPrior(Fitted):
         ways, shots = support.shape[1:3]
         scale = self.between + 1 / shots
         found = (self._latent(support).mean((1, 2)).square() / scale).mean(-1) * ways
-        expected = ((self.found_between + self.found_within / shots) / scale).mean()
+        expected = ((self.found_between + self.found_within / shots + ways * self.offset) / scale).mean()
         return (1 - (expected / found).square()).clamp_min(0)
 
     def head(self, support: Tensor) -> Tensor:
         """The head that the prior expects, its rows of unit length in the predictive metric: [B, ways, shots, K] -> [B, ways, K + 1].
 
-        The prior is moved towards the support by `distance`: far from the training classes all classes share an offset that tells nothing.
+        The prior is moved towards the support, by what it knows of domains and by `distance`: all classes of a domain, and all far from the training
+        classes, share an offset that tells nothing.
         """
-        shots = support.shape[2]
+        ways, shots = support.shape[1:3]
         z = self._latent(support)
-        centre = self.distance(support)[:, None, None] * z.mean((1, 2)).unsqueeze(1)
+        known = self.offset / (
+            self.offset + (self.between + 1 / shots) / ways
+        )  # of the domain's offset, by its posterior mean
+        share = known + (1 - known) * self.distance(support)[:, None]
+        centre = (share * z.mean((1, 2))).unsqueeze(1)
         # posterior mean of a class, as a share of what its support shows
         kept = self.between / (self.between + 1 / shots)
         guess = kept * (z.mean(2) - centre)
@@ -109,7 +129,7 @@ class ClassPrior(Fitted):
     def _fits(self) -> bool:
         k = self.mean.numel()
         shapes = [list(getattr(self, field.name).shape) for field in fields(self)]
-        return k > 0 and shapes == [[k], [k, k], [k], [k], [k]] and bool((self.between > 0).all())
+        return k > 0 and shapes == [[k], [k, k], [k], [k], [k], [k]] and bool((self.between > 0).all())
 
 
 def _means(x: Tensor, label: Tensor) -> Tensor:
@@ -156,6 +176,10 @@ def unit_head(head: Tensor) -> Tensor:
 
 
 def informed_head(prior: ClassPrior, support: Tensor) -> Tensor:
-    """The prior's head; far from the training classes the support's own ridge head beside it. [B, ways, shots, K] -> [B, ways, K + 1]."""
+    """The prior's head; far from the training classes the support's own ridge head beside it. [B, ways, shots, K] -> [B, ways, K + 1].
+
+    The ridge head's share is the square of the distance (validation classes of Tiny-ImageNet: 0.14 % better than the distance at 1 shot, 0.08 at 5;
+    digits at 5 shots: 2.5 better than without the ridge head, either way).
+    """
     ridge = unit_head(ridge_head(support, choose_penalty(support)))
-    return unit_head(prior.head(support)) + prior.distance(support)[:, None, None] * ridge
+    return unit_head(prior.head(support)) + prior.distance(support).square()[:, None, None] * ridge
