@@ -25,6 +25,7 @@ MORE = {
         "InnerBatch",
     ],
     "mcdi_fast.inner": ["inner_loop"],
+    "mcdi_fast.align": ["align"],
     "mcdi_fast.optim": ["trajectory"],
     "mcdi_fast.tasks": ["TaskFamily", "TaskBatch", "Metric", "Setup", "register", "find_family", "check_family"],
     "mcdi_fast.tasks.heads": ["HeadFamily", "HeadOptions", "ClassRows"],

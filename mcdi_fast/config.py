@@ -55,7 +55,7 @@ class DiffusionConfig:
     window: Literal["whole", "segment"] = "segment"
     """Steps t at which target i of Mc-Di is trained. whole: 0 to e_i (paper). segment: e_{i-1} to e_i, where the chain heads for it
     (record: whole is 0.15 ± 0.06 % worse; docs/choices.md)."""
-    residual: Literal["scaled", "unscaled", "none"] = "scaled"
+    residual: Literal["scaled", "unscaled", "target", "none"] = "scaled"
     """What the network adds to: f = skip_t x + scale_t net. unscaled: scale 1. none: skip 0 (record: 0.09 ± 0.05 and 0.13 ± 0.06 % worse)."""
     carry: Literal["full", "scaled"] = "scaled"
     """How a chain of Mc-Di goes on from a local target. full: as it is (paper). scaled: times sqrt(abar^{i+1}), the size of the signal that

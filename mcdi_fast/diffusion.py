@@ -136,7 +136,8 @@ def residual_tables(schedule: Schedule, name: str, residual: str = "scaled") -> 
     With skip = sqrt(1-abar_t) what is left has the deviation sqrt((1-abar_t) a / (1-a)): that is the scale, so that the network's own
     target is of order one. Mc-Di heads for the end of its segment. Mv-Di and Tw-Di head for T from everywhere: a = abar, scale = sqrt(abar_t).
 
-    residual: "scaled"; "unscaled", scale = 1; "none", skip = 0 and scale the deviation of f itself (docs/choices.md: both are worse).
+    residual: "scaled"; "target", the network predicts the target itself: f = sqrt(1-abar_t) (x - sqrt(a) net) / (1-a); "unscaled", scale = 1;
+    "none", skip = 0 and scale the deviation of f itself (docs/choices.md: when which; the last two are worse).
     """
     whole = 1 - schedule.abar[:-1]
     a = schedule.abar[:-1]
@@ -146,8 +147,10 @@ def residual_tables(schedule: Schedule, name: str, residual: str = "scaled") -> 
         return torch.zeros_like(whole), (whole / (1 - a)).sqrt()
     if residual == "unscaled":
         return whole.sqrt(), torch.ones_like(whole)
+    if residual == "target":
+        return whole.sqrt() / (1 - a), -(whole * a).sqrt() / (1 - a)
     if residual != "scaled":
-        raise McdiError(f"residual {residual!r}: expected scaled, unscaled or none")
+        raise McdiError(f"residual {residual!r}: expected scaled, unscaled, target or none")
     return whole.sqrt(), (whole * a / (1 - a)).sqrt()
 
 

@@ -146,6 +146,19 @@ def test_scale_is_the_deviation_of_what_the_network_must_say(name, residual):
         assert float(rest.std()) == pytest.approx(float(objective.scale[t]), rel=0.01)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_residual_target_makes_the_network_predict_the_target_itself(name):
+    schedule = make_schedule(20, 3)
+    objective = make_objective(schedule, name, residual="target")
+    segment = schedule.next_segment() if name == "local-consistency" else torch.full((20,), 2)
+    theta, eps = torch.randn(2, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = torch.arange(20)
+    a = objective.signal[segment, step].square()
+    x = a.sqrt() * theta + (1 - a).sqrt() * eps
+    f = (1 - schedule.abar[:-1]).sqrt() * eps / (1 - a).sqrt()  # the exact answer
+    torch.testing.assert_close(objective.skip * x + objective.scale * theta, f, rtol=1e-10, atol=1e-12)
+
+
 def test_scale_of_the_vanilla_chain_is_sqrt_abar():
     """Also where the bank has several targets, of which Mv-Di trains on the last alone: its first segment once had 8 to 11 times too much."""
     schedule = make_schedule(20, 3)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mcdi_fast import bounds, cli, train
+from mcdi_fast.align import align
 from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import prototype_head
@@ -23,6 +24,7 @@ from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions, draw_episo
 from mcdi_fast.tasks.modules import ModuleFamily
 from mcdi_fast.tasks.prior import ClassPrior
 from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
+from mcdi_fast.weights import WeightLayout
 
 FEW = PrepareConfig(steps=10, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
 
@@ -410,6 +412,51 @@ def test_waves():
     after = family.trajectories(tasks.support, FEW, 1, torch.Generator())[:, -1]
     assert family.scores(after, tasks.query).mean() < 0.9 * family.scores(before, tasks.query).mean()
     check_family(family)
+    gaussian = WaveFamily(WaveOptions(width=4, start="gaussian"))
+    gaussian.find_reference(FEW)
+    check_family(gaussian)
+
+
+def test_what_points_say_of_a_wave():
+    """The family's waves have two dimensions, so three points without noise say all; noise costs as much as least squares on the sines."""
+    for points, noise, most in ((3, 0.0, 0.02), (10, 0.3, 0.05)):
+        family = WaveFamily(WaveOptions(points=points, noise=noise))
+        tasks = family.tasks("test", 0, 200, 0)
+        expected = family.prior.posterior(tasks.support["x"][..., 0], tasks.support["y"][..., 0])
+        assert float((expected - tasks.train["y"][..., 0]).square().mean()) < most
+        torch.testing.assert_close(expected[:, None, ::4].float(), tasks.condition)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_align_undoes_permutations_and_signs_and_keeps_the_function(depth):
+    family = WaveFamily(WaveOptions(width=7, depth=depth))
+    weights = family.layout.unpack(family._initial)
+    names, moved = list(weights), dict(weights)
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(0, 2 * depth, 2):
+        order = torch.randperm(7, generator=generator)
+        sign = torch.randint(2, (7,), generator=generator) * 2.0 - 1
+        weight, bias, following = names[layer : layer + 3]
+        moved[weight], moved[bias] = moved[weight][order] * sign[:, None], moved[bias][order] * sign
+        moved[following] = moved[following][:, order] * sign
+    points = family.layout.pack(moved).expand(1, 2, -1, -1)
+    query = family.tasks("val", 0, 1, 0).query
+    found = align(points, family.layout, family._initial, odd=True)
+    torch.testing.assert_close(family.scores(found[:, 0], query), family.scores(points[:, 1], query))
+    if depth == 1:  # with more layers the way there is greedy
+        torch.testing.assert_close(found[0, 1], family._initial)
+    assert float((found * family._initial).sum()) > 2 * float((points * family._initial).sum())
+    plain = align(points, family.layout, family._initial)
+    torch.testing.assert_close(family.scores(plain[:, 0], query), family.scores(points[:, 0], query))
+
+
+def test_align_says_what_it_cannot_do():
+    family = WaveFamily(WaveOptions(width=3))
+    with pytest.raises(McdiError, match=r"expected \[B, k, 4, 4\]"):
+        align(family._initial[None], family.layout, family._initial)
+    layout = WeightLayout.from_module(nn.Conv1d(2, 3, 3))
+    with pytest.raises(McdiError, match="no linear layer"):
+        align(torch.zeros(1, 1, *layout.mask.shape), layout, torch.zeros(layout.mask.shape))
 
 
 # --- photographs ---

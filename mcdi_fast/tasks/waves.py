@@ -1,20 +1,21 @@
 """Waves: whole networks for few-shot regression, y = A sin(x + phase) (Finn et al., MAML, 2017). Needs no data.
 
-A network sees a few points and must draw the wave. Every layer of it is generated. What the generator is told is what the points say:
-the points themselves, in order, and a smooth of them on a grid.
+A network sees a few points and must draw the wave. Every layer of it is generated. The generator is told what the points say of the whole
+wave, given what training waves are like: the posterior mean of a Gaussian process with their mean and covariance.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mcdi_fast.align import align
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, NotNegative, PrepareConfig, TrainConfig
 from mcdi_fast.optim import trajectory
@@ -22,9 +23,13 @@ from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, register
 from mcdi_fast.tasks.modules import ModuleFamily
 
 LOW, HIGH = -5.0, 5.0  # of x (protocol)
-QUERY = 100  # points that score a network, and that a target is trained on
-GRID = 24  # of the smooth
+QUERY = 100  # points that score a network; evenly spaced points that a target is trained on
+_EVERY = 4  # of those, the ones at which the condition tells the wave
+_PRIOR_TASKS = 1000  # training tasks that the prior is made of
+_JITTER = 1e-3  # least variance of a seen y: interpolation of x costs that
 _SPLITS = ("train", "val", "test")
+_OWN_SEED = 2**31  # of the tasks of start, reference and prior: no run has it
+_REFERENCE_TASKS, _REFERENCE_ROUNDS = 64, 5  # of what gaussian starts are aligned to
 _START_LR, _START_TASKS = 0.01, 32  # of Reptile's inner Adam; tasks an outer step
 
 
@@ -43,8 +48,9 @@ class WaveOptions:
     noise: NotNegative = 0.0
     """Std of the noise on the y of the points that are seen."""
     start: Literal["reptile", "random", "gaussian"] = "reptile"
-    """Where trajectories start. reptile: meta-learned weights. random: one random network for all tasks. gaussian: another one for every task;
-    units are then permuted against each other, and networks have no mean."""
+    """Where trajectories start. reptile: meta-learned weights. random: one random network for all tasks. gaussian: another one for every task."""
+    align: bool = True
+    """Whether networks of gaussian starts get their units permuted, and signs changed, onto those of a common reference (`mcdi_fast.align`)."""
     start_steps: AtLeastOne = 500
     """Outer steps of Reptile."""
 
@@ -59,12 +65,50 @@ def network(options: WaveOptions) -> nn.Sequential:
         return nn.Sequential(*layers, nn.Linear(options.width, 1))
 
 
-def smooth(x: Tensor, y: Tensor) -> Tensor:
-    """What points x, y [B, n] say on a grid: [B, 2 GRID], how many lie near each place, and their mean there (0 where none does)."""
-    grid = torch.linspace(LOW, HIGH, GRID)
-    near = torch.exp(-0.5 * ((x.unsqueeze(-1) - grid) / 0.5).square())  # [B, n, GRID]
-    total = near.sum(1)
-    return torch.cat([total, (near * y.unsqueeze(-1)).sum(1) / (total + 0.1)], 1)
+class Prior:
+    """A Gaussian process with the mean and the covariance of training waves on a grid of x. Computes in float64."""
+
+    def __init__(self, grid: Tensor, waves: Tensor, noise: float):
+        """grid: [G], evenly spaced. waves: [tasks, G], their y. noise: std of a seen y."""
+        self.grid, waves = grid.double(), waves.double()
+        self.mean, self.variance = waves.mean(0), noise**2 + _JITTER
+        self.covariance = (waves - self.mean).T @ (waves - self.mean) / len(waves)
+
+    def posterior(self, x: Tensor, y: Tensor) -> Tensor:
+        """The expected wave [B, G] given points x, y [B, n]: mean + C S' (S C S' + variance)^-1 (y - S mean), S: interpolation to x."""
+        x, y, grid = x.double(), y.double(), self.grid
+        place = (x - grid[0]) / (grid[1] - grid[0])
+        left = place.floor().clamp(0, len(grid) - 2).long().unsqueeze(-1)
+        share = place.unsqueeze(-1) - left
+        at = torch.zeros(*x.shape, len(grid), dtype=torch.float64)
+        at.scatter_(2, left, 1 - share).scatter_(2, left + 1, share)
+        cross = at @ self.covariance  # [B, n, G]
+        seen = cross @ at.mT + self.variance * torch.eye(x.shape[1], dtype=torch.float64)
+        return self.mean + (torch.linalg.solve(seen, y - at @ self.mean).unsqueeze(1) @ cross).squeeze(1)
+
+
+def draw(options: WaveOptions, split: str, start: int, count: int, seed: int) -> tuple[Data, Data, Data]:
+    """Support, query and train of tasks: A in [0.1, 5], phase in [0, pi], x in [-5, 5].
+
+    Trajectories train on a grid: points drawn at random would leave chance in a target that no condition can predict.
+    """
+    keys = [np.random.SeedSequence((_SPLITS.index(split), seed, number)) for number in range(start, start + count)]
+    u = torch.from_numpy(np.stack([np.random.default_rng(key).random(4 + 2 * QUERY) for key in keys])).float()
+    amplitude, phase = 0.1 + 4.9 * u[:, :2], math.pi * u[:, 2:4]
+    x = LOW + (HIGH - LOW) * u[:, 4:].unflatten(1, (2, QUERY))
+    grid = torch.linspace(LOW, HIGH, QUERY).expand(count, -1)
+
+    def points(x: Tensor) -> Data:
+        y = amplitude[:, :1] * torch.sin(x + phase[:, :1])
+        if options.frequencies == 2:
+            y = y + amplitude[:, 1:] * torch.sin(2 * x + phase[:, 1:])
+        return {"x": x.unsqueeze(-1), "y": y.unsqueeze(-1)}
+
+    support, query, train = (points(at) for at in (x[:, 0, : options.points], x[:, 1], grid))
+    if options.noise:
+        more = [np.random.default_rng(key.spawn(1)[0]).standard_normal((options.points, 1)) for key in keys]
+        support["y"] = support["y"] + options.noise * torch.from_numpy(np.stack(more)).float()
+    return support, query, train
 
 
 class WaveFamily(ModuleFamily):
@@ -76,32 +120,14 @@ class WaveFamily(ModuleFamily):
         """Start from the network's own weights; `waves` may replace them by meta-learned ones."""
         super().__init__(network(options), self._draw, _mse, metric=self.metric, fingerprint=str(asdict(options)))
         self.options = options
+        known = draw(options, "train", 0, _PRIOR_TASKS, _OWN_SEED)[2]
+        self.prior = Prior(known["x"][0, :, 0], known["y"][..., 0], options.noise)
+        self._reference: Tensor | None = None
 
     def _draw(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
-        """A in [0.1, 5], phase in [0, pi], x in [-5, 5]. Trajectories train on QUERY points, which are not those that score."""
-        o, numbers = self.options, range(start, start + count)
-        keys = [np.random.SeedSequence((_SPLITS.index(split), seed, number)) for number in numbers]
-        u = torch.from_numpy(np.stack([np.random.default_rng(key).random(4 + 3 * QUERY) for key in keys])).float()
-        amplitude, phase = 0.1 + 4.9 * u[:, :2], math.pi * u[:, 2:4]
-        x = LOW + (HIGH - LOW) * u[:, 4:].unflatten(1, (3, QUERY))
-
-        def wave(x: Tensor) -> Tensor:
-            y = amplitude[:, :1] * torch.sin(x + phase[:, :1])
-            return y + amplitude[:, 1:] * torch.sin(2 * x + phase[:, 1:]) if o.frequencies == 2 else y
-
-        seen = x[:, 0, : o.points].sort(1).values
-        y = wave(seen)
-        if o.noise:
-            more = [np.random.default_rng(key.spawn(1)[0]).standard_normal(o.points) for key in keys]
-            y = y + o.noise * torch.from_numpy(np.stack(more)).float()
-        condition = torch.cat([seen, y, smooth(seen, y)], 1)
-
-        def data(x: Tensor, y: Tensor) -> Data:
-            return {"x": x.unsqueeze(-1), "y": y.unsqueeze(-1)}
-
-        return TaskBatch(
-            condition.unsqueeze(1), data(seen, y), data(x[:, 1], wave(x[:, 1])), data(x[:, 2], wave(x[:, 2]))
-        )
+        support, query, train = draw(self.options, split, start, count, seed)
+        expected = self.prior.posterior(support["x"][..., 0], support["y"][..., 0])
+        return TaskBatch(expected[:, None, ::_EVERY].float(), support, query, train)
 
     def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
         """The common start, or a random network for each task."""
@@ -110,6 +136,19 @@ class WaveFamily(ModuleFamily):
         fan_in = self.layout.mask.sum(1, keepdim=True) - 1  # of each unit: its token less the bias
         noise = torch.randn(count, *self.layout.mask.shape, generator=generator) * self.layout.mask
         return noise / fan_in.clamp_min(1).sqrt()
+
+    def trajectories(self, data: Data, config: PrepareConfig, segments: int, *others: Any, **more: Any) -> Tensor:
+        """With units aligned where starts differ."""
+        points = super().trajectories(data, config, segments, *others, **more)
+        return points if self._reference is None else align(points, self.layout, self._reference, odd=True)
+
+    def find_reference(self, config: PrepareConfig) -> None:
+        """What networks are aligned to: the mean of some, aligned to the first, then to their own mean."""
+        data = draw(self.options, "train", 0, _REFERENCE_TASKS, _OWN_SEED)[2]
+        points = self.trajectories(data, config, 1, torch.Generator().manual_seed(0))
+        self._reference = points[0, -1]
+        for _ in range(_REFERENCE_ROUNDS):
+            self._reference = align(points, self.layout, self._reference, odd=True)[:, -1].mean(0)
 
     def _losses(self, theta: Tensor, data: Data) -> Tensor:
         """Of all tasks, [B, N, D] -> [B], by batched products: five times faster than vmap."""
@@ -137,7 +176,7 @@ class WaveFamily(ModuleFamily):
         total = self.options.start_steps
         with setup.stage("start", total, "steps") as bar:
             for step in range(total):
-                data = self._draw("train", step * _START_TASKS, _START_TASKS, 2**31).train
+                data = draw(self.options, "train", step * _START_TASKS, _START_TASKS, _OWN_SEED)[2]
                 theta = self._initial.expand(_START_TASKS, -1, -1)
                 end = trajectory(theta, lambda at, _, data=data: self.gradient(at, data), recipe, 1)[:, -1]  # type: ignore[misc]
                 self._initial = self._initial + (1 - step / total) * (end.mean(0) - self._initial)
@@ -148,10 +187,14 @@ def _mse(net: object, data: Data) -> Tensor:
     return F.mse_loss(net(data["x"]), data["y"])  # type: ignore[operator]
 
 
+_PREPARE = PrepareConfig(tasks=2000, steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
+
+
 def _defaults(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
-        prepare=PrepareConfig(tasks=2000, steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0),
+        prepare=_PREPARE,
+        diffusion=replace(config.diffusion, residual="target"),
         meta=replace(config.meta, steps=1500, samples=2, checkpoint_every=250),
         denoiser=replace(config.denoiser, width=128),
         evaluate=EvaluateConfig(
@@ -171,4 +214,6 @@ def waves(options: WaveOptions, setup: Setup) -> WaveFamily:
     family = WaveFamily(options)
     if options.start == "reptile":
         family.meta_learn(setup)
+    elif options.start == "gaussian" and options.align:
+        family.find_reference(_PREPARE)
     return family
