@@ -62,9 +62,9 @@ def peak():
 
 @pytest.fixture
 def measure(benchmark, peak):
-    """measure(run, check, operations=…, bytes=…, **labels): check first, then time with synchronisation; everything into the record."""
+    """measure(run, check, work, **labels): check first, then time with synchronisation; everything into the record."""
 
-    def timed(run, check, *, operations, bytes, rounds=None, **labels):
+    def timed(run, check, amount, **labels):
         def call():
             result = run()
             P.synchronize()
@@ -78,18 +78,18 @@ def measure(benchmark, peak):
         start = time.perf_counter()
         call()
         once = time.perf_counter() - start
-        rounds = rounds or max(5 if once < 0.5 else 3, min(50, int(_BUDGET_S / once)))
+        rounds = max(5 if once < 0.5 else 3, min(50, int(_BUDGET_S / once)))
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1 if once < 1 else 0)
         data = sorted(benchmark.stats.stats.data)
         median = data[len(data) // 2]
-        gflops, gbs = operations / median / 1e9, bytes / median / 1e9
+        gflops, gbs = amount.flop / median / 1e9, amount.bytes / median / 1e9
         shares = {"arithmetic": gflops / peak["gflop_per_s"], "memory": gbs / peak["gb_per_s"]}
         bound = max(shares, key=shares.__getitem__)
         benchmark.extra_info.update(
             labels,
             device=P.DEVICE,
-            operations=operations,
-            bytes=bytes,
+            operations=amount.flop,
+            bytes=amount.bytes,
             gflop_per_s=gflops,
             gb_per_s=gbs,
             share_of_peak=shares[bound],

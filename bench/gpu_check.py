@@ -54,7 +54,17 @@ from mcdi_fast.heads import head_layout
 from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels import meta_step
 from mcdi_fast.kernels.launch import capture
-from mcdi_fast.kernels.operations import DEFAULT, TINY, Maker, Operation, Sizes, convert, each, inner_batch
+from mcdi_fast.kernels.operations import (
+    DEFAULT,
+    TINY,
+    Maker,
+    Operation,
+    Sizes,
+    convert,
+    each,
+    inner_batch,
+    relative_error,
+)
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler, StaticSampler
@@ -114,16 +124,6 @@ class Run:
         return each(self.sizes, () if DRY else CHAINS)
 
 
-def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """The largest of the tensors' errors, each relative to its norm; infinite where something is not finite."""
-    worst = 0.0
-    for one, two in zip(found, exact, strict=True):
-        if not bool(one.isfinite().all()):
-            return float("inf")
-        worst = max(worst, float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300)))
-    return worst
-
-
 def microseconds(function: Callable[[], Any]) -> float:
     """Of one call among many in a CUDA graph, the L2 warm: no launch from the host in between. Median."""
     with torch.no_grad():
@@ -137,15 +137,13 @@ def microseconds(function: Callable[[], Any]) -> float:
 
 def wall_microseconds(function: Callable[[], Any], calls: int = 200) -> float:
     """Of one call, host and device together."""
-    calls = 1 if DRY else calls
-    function()
-    if not DRY:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        function()
-    if not DRY:
-        torch.cuda.synchronize()
+    calls, began = 1 if DRY else calls, 0.0
+    for count in (1, calls):
+        began = time.perf_counter()
+        for _ in range(count):
+            function()
+        if not DRY:
+            torch.cuda.synchronize()
     return 1e6 * (time.perf_counter() - began) / calls
 
 
@@ -166,11 +164,8 @@ def peaks(run: Run) -> dict[str, float]:
     small, target = x[: 2**19], out[: 2**19]
     found["L2 copy GB/s"] = rate(8 * small.numel(), lambda: target.copy_(small), 1e3)
     a, w = (torch.randn(side, side, device=run.device) for _ in range(2))
-    for name, kind, allowed in (
-        ("ieee", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("bf16", torch.bfloat16, True),
-    ):
+    for name in PRECISIONS:
+        kind, allowed = torch.bfloat16 if name == "bf16" else torch.float32, name != "ieee"
         torch.backends.cuda.matmul.allow_tf32 = allowed
         left, right = a.to(kind), w.to(kind)
         found[f"{name} TFLOP/s"] = rate(2 * side**3, lambda left=left, right=right: left @ right, 1e6)
@@ -214,7 +209,7 @@ def accuracy(run: Run) -> None:
     def errors(operation: Operation, sizes: Sizes, precision: str | None) -> dict[str, float]:
         inputs = operation.inputs(sizes, Maker(run.device))
         exact, plain = operation.exact(inputs), operation.exact(inputs, torch.float32)
-        return {"error": error(operation(inputs, precision), exact), "float32": error(plain, exact)}
+        return {"error": relative_error(operation(inputs, precision), exact), "float32": relative_error(plain, exact)}
 
     for name, operation, sizes, precision in run.cases():
         run.attempt(name, lambda o=operation, z=sizes, p=precision: errors(o, z, p))
@@ -342,9 +337,8 @@ def timings(run: Run) -> None:
     vmapped: Callable[..., Any] = lambda: inner_loop(phi, batch, 0.005, "vmap")  # noqa: E731
     run.attempt("inner loops, vmap, us", lambda: wall_microseconds(vmapped, 20))
     if not DRY:
-        run.attempt(
-            "inner loops, compiled vmap, us", lambda: wall_microseconds(torch.compile(vmapped, dynamic=False), 20)
-        )
+        compiled = torch.compile(vmapped, dynamic=False)
+        run.attempt("inner loops, compiled vmap, us", lambda: wall_microseconds(compiled, 20))
     for precision in PRECISIONS:
 
         def whole(precision: str = precision) -> dict[str, float]:
@@ -415,22 +409,11 @@ def sanitize(run: Run) -> None:
     if not tool:
         run.keep("result", "compute-sanitizer not found")
         return
-    command = [
-        tool,
-        "--tool",
-        run.group,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        __file__,
-        "--group",
-        "small",
-        "--output",
-        str(run.folder),
-    ]
+    me = [sys.executable, __file__, "--group", "small", "--output", str(run.folder)]
     done = subprocess.run(
-        command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True
-    )
+        [tool, "--tool", run.group, "--error-exitcode", "9", *me],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
     run.failed = done.returncode != 0
     run.keep("result", {"returncode": done.returncode, "tail": (done.stdout + done.stderr).splitlines()[-40:]})
 

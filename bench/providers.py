@@ -1,6 +1,7 @@
-"""Who is timed: the same work done in the ways people would otherwise do it, each a function of the same inputs.
+"""Who is timed: the same work done in the ways people would otherwise do it, each a function of the same inputs, and what it is checked by.
 
-A provider that needs a package which is not installed, or a GPU where there is none, is absent from the record.
+Inputs and work are those of the kernels' registry (`mcdi_fast.kernels.operations`). A provider that needs a package which is not installed,
+or a GPU where there is none, is absent from the record.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from torch.func import grad, vmap
 
 from mcdi_fast.backend import Backend
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.denoiser import FoldedDenoiser, denoise, init_parameters
-from mcdi_fast.diffusion import InnerBatch
+from mcdi_fast.denoiser import denoise
+from mcdi_fast.diffusion import InnerBatch, sample_chain
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_trajectory
 from mcdi_fast.inner import inner_loop, task_loss
+from mcdi_fast.kernels.operations import DEFAULT, OPERATIONS, Maker, Sizes, inner_batch, layer_rows, relative_error
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 from mcdi_fast.tasks import optimizer_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOKEN, CONDITION, STEPS, DEPTH, RATE = 65, 64, 20, 2, 0.005
-WAYS, FEATURES = 5, 64
-RECIPE = PrepareConfig(steps=90, learning_rate=0.05)
+RATE = 0.005
+RECIPE = PrepareConfig(steps=DEFAULT.adam_steps, learning_rate=0.05)
+WORK = {operation.name: operation for operation in OPERATIONS}
 OPTIONAL = {
     name: importlib.util.find_spec(name) is not None
     for name in ("torchopt", "higher", "learn2learn", "pytorch_optimizer", "numba")
@@ -65,56 +67,18 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
 # One meta-step
 
 
-def meta_case(
-    tasks: int, samples: int, tokens: int, width: int = 256, inner: int = 3
-) -> tuple[dict[str, Tensor], InnerBatch]:
+def meta_case(z: Sizes) -> tuple[dict[str, Tensor], InnerBatch]:
     """phi with every matrix away from zero, and a meta-batch; rows of a task = samples x tokens."""
-    g = torch.Generator().manual_seed(0)
-    phi = init_parameters(TOKEN, CONDITION, STEPS, width, DEPTH, 0)
-    phi = {name: (torch.randn(v.shape, generator=g) / v.shape[0] ** 0.5).to(DEVICE) for name, v in phi.items()}
-    shape = (tasks, inner, samples)
-    parts = {
-        "x": torch.randn(*shape, tokens, TOKEN, generator=g),
-        "step": torch.randint(STEPS, shape, generator=g),
-        "condition": torch.randn(tasks, tokens, CONDITION, generator=g),
-        "gain": torch.rand(shape, generator=g) + 0.5,
-        "target": torch.randn(*shape, tokens, TOKEN, generator=g),
-    }
-    return phi, InnerBatch(**{name: value.to(DEVICE) for name, value in parts.items()})
+    make = Maker(DEVICE)
+    return make.phi(z), inner_batch(z, make)
 
 
-def meta_products(phi: dict[str, Tensor], batch: InnerBatch) -> list[tuple[int, int, int, int]]:
-    """(rows, in, out, how many of forward / input gradient / weight gradient) of every matrix, over all tasks and steps."""
-    b, k, s, n, _ = batch.x.shape
-    return [
-        (
-            b * k * (n if name == "in.condition" else s if name.endswith(".sample") else s * n),
-            *value.shape,
-            2 if name.startswith("in.") else 3,
-        )
-        for name, value in phi.items()
-    ]
-
-
-def meta_operations(phi: dict[str, Tensor], batch: InnerBatch) -> int:
-    """Of the products that no implementation can avoid."""
-    return sum(2 * rows * i * o * count for rows, i, o, count in meta_products(phi, batch))
-
-
-def low_rank_operations(phi: dict[str, Tensor], batch: InnerBatch) -> int:
+def low_rank_operations(z: Sizes) -> int:
     """Of the low-rank form on top: scores and values of every pair of a step and an earlier one, forward and backward."""
-    b, k, s, n, _ = batch.x.shape
-    total = 0
-    for name, value in phi.items():
-        rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        total += k * (k - 1) // 2 * (1 if name.startswith("in.") else 2) * 2 * b * rows * rows * sum(value.shape)
-    return total
-
-
-def meta_bytes(phi: dict[str, Tensor], batch: InnerBatch) -> int:
-    """Inputs once, phi and delta once, and each matrix's rows in and gradients out written once and read once for the delta."""
-    fixed = 2 * sum(v.nbytes for v in phi.values()) + sum(v.nbytes for v in vars(batch).values())
-    return fixed + sum(2 * 4 * rows * (i + o) for rows, i, o, _ in meta_products(phi, batch))
+    pairs = z.inner * (z.inner - 1) // 2 * z.tasks
+    return pairs * sum(
+        (1 if n.startswith("in.") else 2) * 2 * r * r * (i + o) for n, (r, i, o) in layer_rows(z).items()
+    )
 
 
 class _Network(nn.Module):
@@ -217,13 +181,10 @@ def meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Callab
 # Weight preparation
 
 
-def prepare_case(tasks: int, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [B, R, F], labels [B, R] and the Gaussian starts [B, ways, F + 1]."""
-    g = torch.Generator().manual_seed(0)
-    features = torch.randn(tasks, rows, FEATURES, generator=g) / FEATURES**0.5
-    labels = torch.arange(WAYS).repeat_interleave(rows // WAYS).expand(tasks, -1)
-    start = torch.randn(tasks, WAYS, FEATURES + 1, generator=torch.Generator().manual_seed(0)) * RECIPE.start_std
-    return features.to(DEVICE, dtype), labels.to(DEVICE), start.to(DEVICE, dtype)
+def prepare_case(tasks: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [B, R, F], labels [B, R] and the starts [B, ways, F + 1]."""
+    found = WORK["head_trajectory"].inputs(replace(DEFAULT, heads=tasks, rows=rows), Maker(DEVICE))
+    return found["features"][0] / DEFAULT.features**0.5, found["labels"], found["start"]
 
 
 def _head_loss(head: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -303,16 +264,6 @@ def prepare_providers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
     return found
 
 
-def prepare_operations(tasks: int, rows: int) -> int:
-    """Two gradients a step, each a product forward and one backward, and Adam's dozen operations an entry."""
-    return tasks * RECIPE.steps * (2 * 2 * 2 * rows * WAYS * FEATURES + 16 * WAYS * (FEATURES + 1))
-
-
-def prepare_bytes(tasks: int, rows: int) -> int:
-    """Features read twice a gradient, two gradients a step."""
-    return tasks * RECIPE.steps * 4 * rows * FEATURES * 4
-
-
 # Sampling
 
 
@@ -330,37 +281,40 @@ def on_device(generator: WeightGenerator) -> WeightGenerator:
     )
 
 
-def chain_by_denoise(generator: Any, condition: Tensor, start: Tensor, network=denoise) -> Tensor:
-    """The chain as one writes it down from the paper: `denoise` for the network, tensor arithmetic around it."""
-    schedule = generator.schedule
-    condition = generator.network_condition(condition)
-    alpha, abar, skip, scale = (
-        schedule.alpha.float(),
-        schedule.abar.float(),
-        generator.objective.skip.float(),
-        generator.objective.scale.float(),
+def chain(
+    generator: WeightGenerator, condition: Tensor, start: Tensor, steps: int | None = None, network=denoise
+) -> Tensor:
+    """The chain as one writes it down from the paper: `denoise` for the network, in the dtype of `start`."""
+    condition, phi = (
+        generator.network_condition(condition).to(start),
+        {n: v.to(start) for n, v in generator.phi.items()},
     )
-    x = start
-    for t in range(schedule.num_steps):
+    skip, scale = generator.objective.skip.tolist(), generator.objective.scale.tolist()
+
+    def f(x: Tensor, t: int) -> Tensor:
         step = torch.full((len(x), 1), t, device=x.device)
-        net = network(generator.phi, x.unsqueeze(-3), step, condition).squeeze(-3)
-        f = skip[t] * x + scale[t] * net
-        x = schedule.carry[t + 1].float() * (x - (1 - alpha[t]) / (1 - abar[t]).sqrt() * f) / alpha[t].sqrt()
-    return generator.normalizer.denormalize(x)
+        return skip[t] * x + scale[t] * network(phi, x.unsqueeze(-3), step, condition).squeeze(-3)
+
+    found = sample_chain(f, start, generator.schedule, ends=generator.objective.ends, num_steps=steps)
+    return generator.normalizer.denormalize(found)
 
 
-def _chain_matrices(phi: dict[str, Tensor]) -> tuple[int, int]:
-    """Entries of the matrices of a step that every token meets, and of those that a task meets once (denoiser.FoldedDenoiser)."""
-    folded = FoldedDenoiser(phi)
-    return sum(v.numel() for v in (*folded.token, folded.last)), sum(v.numel() for v in folded.sample)
+def close_to(expected: Any, tolerance: float = 1e-3) -> Callable[[Any], None]:
+    """A check of all tensors of a result, each relative to the norm of the expected one. A wrong provider is not timed."""
+
+    def check(found: Any) -> None:
+        error = relative_error(found, expected)
+        assert error <= tolerance, f"relative error {error:.1e}, expected at most {tolerance}"
+
+    return check
 
 
-def chain_operations(tasks: int, tokens: int, phi: dict[str, Tensor], steps: int) -> int:
-    """Of the products that are left when what is linear is multiplied out, without the condition's, which are done once."""
-    by_token, by_task = _chain_matrices(phi)
-    return steps * 2 * tasks * (tokens * by_token + by_task)
+def meta_check(phi: dict[str, Tensor], batch: InnerBatch) -> Callable[[Any], None]:
+    """Of (delta, losses) against the Python loop."""
+    return close_to(inner_loop(phi, batch, RATE, "reference"))
 
 
-def chain_bytes(phi: dict[str, Tensor], steps: int) -> int:
-    """Every such matrix read once a step."""
-    return steps * 4 * sum(_chain_matrices(phi))
+def prepare_check(features: Tensor, labels: Tensor, start: Tensor, count: int = 4) -> Callable[[Tensor], None]:
+    """Of the first heads against the loop in float64."""
+    check = close_to(prepare_loop(features[:count].double(), labels[:count], start[:count].double()), 2e-3)
+    return lambda found: check(found[:count])

@@ -1,4 +1,4 @@
-"""Redraw what the records in bench/results/ say: plots, the table in the README and the targets.
+"""Redraw what the records in bench/results/ say: ten rows and the pictures in the README, all of it in docs/performance.md.
 
     python bench/report.py          # or: make bench-report
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,30 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 BASELINES = ("loop", "vmap", "compiled", "stacked")
+FASTEST = "3 steps"  # of our samplings: one step a segment
+MATTERS = [  # the README's rows: what, size, ours, the other
+    ("meta-step", "32x20", "ours", "loop"),
+    ("meta-step", "32x20", "ours", "vmap"),
+    ("meta-step", "32x20", "ours", "compiled"),
+    ("meta-step", "32x60", "ours", "vmap"),
+    ("preparation", "500 tasks", "ours", "loop"),
+    ("preparation", "500 tasks", "ours", "stacked"),
+    ("sampling", "1 tasks", FASTEST, "fine-tuning"),
+    ("sampling", "1 tasks", "ours", "fine-tuning"),
+    ("sampling", "600 tasks", FASTEST, "fine-tuning"),
+    ("sampling", "4096 tasks", FASTEST, "eager"),
+]
+WORDS = {"1 tasks": "1 task", "ours": "", "loop": "a Python loop over tasks", "vmap": "`vmap(grad)`", "compiled": "`torch.compile` of it",
+         "stacked": "batched eager torch", "eager": "batched eager torch", "fine-tuning": "batched fine-tuning", FASTEST: ", in 3 steps"}  # fmt: skip
+PANELS = [  # one question each: title, what, the axis and its sizes
+    ("A meta-step: more tasks", "meta-step", "tasks of 16 rows", {"8x16": 8, "32x16": 32, "128x16": 128}),
+    ("A meta-step: more rows", "meta-step", "rows of each of 32 tasks", {"32x16": 16, "32x20": 20, "32x60": 60}),
+    ("A meta-step: a wider network", "meta-step", "width", {"32x20 width 128": 128, "32x20": 256, "32x20 width 512": 512}),
+    ("A meta-step: more inner steps", "meta-step", "inner steps K", {"32x20 K 1": 1, "32x20": 3, "32x20 K 5": 5}),
+    ("Preparation: more tasks", "preparation", "tasks of 100 rows", {f"{n} tasks": n for n in (8, 100, 500)}),
+    ("Sampling: more tasks", "sampling", "tasks", {f"{n} tasks": n for n in (1, 4, 32, 600, 4096)}),
+]  # fmt: skip
+DRAWN = {"ours": "C0", "3 steps": "C9", "vmap": "C1", "stacked": "C2", "eager": "C3", "fine-tuning": "C4"}
 TARGETS = {  # device: (what, size, ours over which, at least)
     "cpu": [
         ("meta-step", "32x16", "vmap", 3.0),
@@ -64,9 +89,9 @@ class Record:
         row = self.get(what, size, provider)
         return row["median_ms"] / row["work"] if row and "median_ms" in row else None
 
-    def ratio(self, what: str, size: str, other: str) -> float | None:
+    def ratio(self, what: str, size: str, other: str, ours_is: str = "ours") -> float | None:
         """How many times ours is faster."""
-        ours, theirs = self.per_work(what, size, "ours"), self.per_work(what, size, other)
+        ours, theirs = self.per_work(what, size, ours_is), self.per_work(what, size, other)
         return theirs / ours if ours and theirs else None
 
     def kinds(self) -> dict[str, list[str]]:
@@ -160,83 +185,117 @@ def target_table(record: Record) -> list[str]:
     return out
 
 
-def text(record: Record) -> str:
-    """The README's section of one record."""
+def _head(record: Record, link: str) -> str:
     m, peak = record.machine, record.peak
     head = f"{m['processor']}, {m.get('device', 'cpu')}, {m['threads']} threads, torch {m['torch']}, git {m['git']}"
     if peak:
         head += f"; peaks measured in the same run {peak['gflop_per_s']:.0f} GFLOP/s (sgemm), {peak['gb_per_s']:.1f} GB/s (copy)"
-    out = [f"{head} ([record](bench/results/{record.path.name})).", "", *speed_table(record), "", *target_table(record)]
-    fine = record.get("sampling", "1 tasks", "fine-tuning")
-    if fine and "generated_accuracy" in fine:
+    return f"{head} ([record]({link}bench/results/{record.path.name}))."
+
+
+def short(record: Record) -> str:
+    """The README's section: the rows that matter and the main job."""
+    out = [_head(record, ""), "", "| | ours, ms | against | times faster |", "| --- | --- | --- | --- |"]
+    for what, size, ours, other in MATTERS:
+        row, times = record.get(what, size, ours), record.ratio(what, size, other, ours)
+        if row and times:
+            name = f"{what}, {WORDS.get(size, size)}{WORDS[ours]}"
+            out.append(f"| {name} | {_number(row['median_ms'])} | {WORDS[other]} | {_number(times)} |")
+    fine, few = record.get("sampling", "1 tasks", "fine-tuning"), record.get("sampling", "1 tasks", FASTEST)
+    if fine and few and "generated_accuracy" in fine:
         reached = "" if fine["reached"] else ", the most accurate tried"
         out += [
             "",
             f"Fine-tuning takes {fine['adam_steps']} Adam steps ({fine['accuracy']:.1f} %{reached}); the generated heads have "
-            f"{fine['generated_accuracy']:.1f} %, on the benchmark's own Gaussian classes.",
+            f"{fine['generated_accuracy']:.1f} %, in three steps {few['accuracy']:.1f} %, on the benchmark's own Gaussian classes.",
         ]
-    short, ratio = record.get("sampling", "1 tasks", "3 steps"), record.ratio("sampling", "1 tasks", "3 steps")
-    if fine and short and ratio:
-        times = record.ratio("sampling", "1 tasks", "fine-tuning") or 0
-        out[-1] += (
-            f" In three steps, one a segment, a head takes {_number(short['median_ms'])} ms, {_number(times / ratio)} times less than "
-            f"fine-tuning, and has {short['accuracy']:.1f} %."
-        )
+    return "\n".join([*out, "", "Every size and provider: [docs/performance.md](docs/performance.md#the-record)."])
+
+
+def whole(record: Record) -> str:
+    """The section of docs/performance.md: everything."""
+    out = [_head(record, "../"), "", *speed_table(record), "", *target_table(record)]
     job = record.get("main job", "glyphs", "ours")
     if job:
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in job["stages"].items())
-        out += [
-            "",
-            f"Main job, seconds: {job['seconds']:.0f} ({stages}); outside the core {100 * job['outside_core']:.0f} %.",
-        ]
+        outside = f"outside the core {100 * job['outside_core']:.0f} %."
+        out += ["", f"Main job, seconds: {job['seconds']:.0f} ({stages}); {outside}"]
     memory = record.get("memory", "1000 and 8000 tasks", "ours")
     if memory:
-        few, many = memory["few"], memory["many"]
+        (few, many), says = (memory["few"], memory["many"]), "Memory of preparation, MiB at 1000 and 8000 tasks"
         out += [
             "",
-            f"Memory of preparation, MiB at 1000 and 8000 tasks: in use {few['held']:.0f} and {many['held']:.0f}, "
-            f"peak resident {few['peak']:.0f} and {many['peak']:.0f}.",
+            f"{says}: in use {few['held']:.0f} and {many['held']:.0f}, peak resident {few['peak']:.0f} and {many['peak']:.0f}.",
         ]
     return "\n".join(out)
 
 
+def apart(places: list[float], gap: float) -> list[float]:
+    """The nearest places in the same order with at least `gap` between them, from the lowest up."""
+    order, found = sorted(range(len(places)), key=places.__getitem__), list(places)
+    for below, above in pairwise(order):
+        found[above] = max(found[above], found[below] + gap)
+    return found
+
+
+def draw(axis: Any, record: Record, title: str, what: str, label: str, sizes: dict[str, int]) -> list[Any]:
+    """One panel: ms over the axis, a line a provider with its name at its end; returns the names."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+    lines = {}
+    for provider in DRAWN:
+        rows = {x: record.get(what, size, provider) for size, x in sizes.items()}
+        points = [(x, row["median_ms"]) for x, row in rows.items() if row and "median_ms" in row]
+        if len(points) > 1:
+            lines[provider] = points
+            style = {"marker": "o", "ms": 3, "lw": 2.5 if provider == "ours" else 1.2}
+            axis.loglog(*zip(*points, strict=True), color=DRAWN[provider], **style)
+    axis.set(title=title, xlabel=label, ylabel="ms")
+    axis.xaxis.set(major_locator=FixedLocator(list(sizes.values())), minor_locator=NullLocator())
+    axis.yaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5), numticks=8), minor_locator=NullLocator(), major_formatter="{x:g}"
+    )
+    axis.set_xticklabels([str(x) for x in sizes.values()])
+    axis.set_ylim(*axis.get_ylim())  # settles where a name goes
+    axis.spines[["top", "right"]].set_visible(False)
+    to_axis = axis.transScale + axis.transLimits
+    places = apart([float(to_axis.transform(points[-1])[1]) for points in lines.values()], 0.09)
+    return [
+        axis.annotate(
+            provider, points[-1], (1.04, place), textcoords="axes fraction", color=DRAWN[provider], va="center", fontsize=9,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": DRAWN[provider], "shrinkA": 0, "shrinkB": 3},
+        )
+        for (provider, points), place in zip(lines.items(), places, strict=True)
+    ]  # fmt: skip
+
+
 def plots(record: Record, folder: Path = RESULTS) -> list[Path]:
-    """Speed against work and share of peak, a panel a kind of work."""
+    """Milliseconds, one question a panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [what for what in ("meta-step", "preparation", "sampling") if what in record.kinds()]
-    if not kinds:
+    panels = [panel for panel in PANELS if sum(record.get(panel[1], size, "ours") is not None for size in panel[3]) > 1]
+    if not panels:
         return []
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6), squeeze=False)
-    for column, what in enumerate(kinds):
-        for provider in dict.fromkeys(p for w, _, p in record.rows if w == what):
-            rows = [r for (w, s, p), r in record.rows.items() if (w, p) == (what, provider) and "median_ms" in r]
-            if what == "meta-step":
-                rows = [r for r in rows if "width" not in r["size"]]
-            rows.sort(key=lambda row: row["work"])
-            style = {"marker": "o", "ms": 3, "label": provider, "lw": 2 if provider == "ours" else 1}
-            axes[0][column].loglog([r["work"] for r in rows], [r["median_ms"] for r in rows], **style)
-            axes[1][column].semilogx([r["work"] for r in rows], [100 * r["share_of_peak"] for r in rows], **style)
-        axes[0][column].set(title=what, ylabel="ms")
-        axes[1][column].set(
-            xlabel="rows of all tasks and steps" if what == "meta-step" else "tasks", ylabel="share of peak, %"
-        )
-        axes[0][column].legend(fontsize=6)
-    figure.tight_layout()
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        draw(axis, record, *panel)
     path = folder / f"speed-{record.device}.png"
     figure.savefig(path, dpi=80)
     plt.close(figure)
     return [path]
 
 
-def rewrite(readme: str, section: str) -> str:
-    """The README with what stands between the two comments replaced."""
-    if BEGIN not in readme or END not in readme:
-        raise SystemExit(f"error: README.md lacks {BEGIN} … {END}, between which the table goes")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section}\n{END}", readme, flags=re.DOTALL)
+def rewrite(name: str, document: str, section: str) -> str:
+    """The document with what stands between the two comments replaced."""
+    if BEGIN not in document or END not in document:
+        raise SystemExit(f"error: {name} lacks {BEGIN} … {END}, between which the record goes")
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section}\n{END}", document, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -245,10 +304,13 @@ def main() -> None:
     if not found:
         sys.exit("error: bench/results holds no record of this benchmark; run make bench first")
     drawn = [path for record in found for path in plots(record)]
-    pictures = "\n".join(f"![speed](bench/results/{path.name})" for path in drawn)
-    readme = ROOT / "README.md"
-    readme.write_text(rewrite(readme.read_text(), "\n\n".join([text(record) for record in found] + [pictures])))
-    print("wrote README.md,", ", ".join(str(path.relative_to(ROOT)) for path in drawn))
+    pictures = [f"![speed](bench/results/{path.name})" for path in drawn]
+    for name, sections in {
+        "README.md": [*map(short, found), *pictures], "docs/performance.md": [*map(whole, found)]
+    }.items():  # fmt: skip
+        path = ROOT / name
+        path.write_text(rewrite(name, path.read_text(), "\n\n".join(sections)))
+    print("wrote README.md, docs/performance.md,", ", ".join(str(path.relative_to(ROOT)) for path in drawn))
 
 
 if __name__ == "__main__":

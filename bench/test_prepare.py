@@ -1,8 +1,9 @@
 """Weight preparation, Adam + SAM on linear heads: all tasks of a chunk at once against a loop over tasks and batched eager torch."""
 
+from dataclasses import replace
+
 import providers as P
 import pytest
-from checks import prepare_check
 
 SIZES = {"8 tasks": (8, 100), "100 tasks": (100, 100), "500 tasks": (500, 100), "500 tasks, 25 rows": (500, 25)}
 LOOP_TASKS = 8  # a loop's cost is linear in tasks: 500 of them take a minute
@@ -20,14 +21,8 @@ def test_prepare(benchmark, measure, provider, size):
         pytest.skip("timed at fewer tasks: seconds a call")
     done = min(tasks, LOOP_TASKS) if provider in ("loop", "pytorch_optimizer") else tasks
     case = P.prepare_case(done, rows)
+    work = P.WORK["head_trajectory"].work(replace(P.DEFAULT, heads=done, rows=rows))
     measure(
-        lambda: PREPARE[provider](*case),
-        prepare_check(*case),
-        operations=P.prepare_operations(done, rows),
-        bytes=P.prepare_bytes(done, rows),
-        what="preparation",
-        provider=provider,
-        size=size,
-        work=done,
-    )
+        lambda: PREPARE[provider](*case), P.prepare_check(*case), work, what="preparation", provider=provider, size=size, work=done
+    )  # fmt: skip
     benchmark.extra_info["ms_per_task"] = benchmark.extra_info["median_ms"] / done

@@ -3,16 +3,16 @@
 The generator is trained here for half a minute on Gaussian classes, so that the accuracies mean something; the times do not depend on it.
 """
 
+from dataclasses import replace
+
 import providers as P
 import pytest
 import torch
-from checks import close_to
 
 from mcdi_fast import Sampler
 from mcdi_fast.backend import Backend
 from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
 from mcdi_fast.denoiser import denoise
-from mcdi_fast.diffusion import sample_chain
 from mcdi_fast.evaluate import finetune
 from mcdi_fast.heads import head_trajectory
 from mcdi_fast.meta import fit
@@ -20,6 +20,7 @@ from mcdi_fast.noise import philox_normal
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
+STEPS = P.DEFAULT.steps
 TASKS = [1, 4, 32, 600, 4096]
 FEWEST = 3  # one a segment
 BACKEND = Backend.at_door()
@@ -28,8 +29,8 @@ FINETUNE_STEPS, FINETUNE_RATES = (5, 10, 20, 50, 100), (0.01, 0.05, 0.2)
 
 def gaussian_classes(classes, drawers, seed):
     g = torch.Generator().manual_seed(seed)
-    images = torch.randn(classes, 1, P.FEATURES, generator=g) + 1.6 * torch.randn(
-        classes, drawers, P.FEATURES, generator=g
+    images = torch.randn(classes, 1, P.DEFAULT.features, generator=g) + 1.6 * torch.randn(
+        classes, drawers, P.DEFAULT.features, generator=g
     )
     return torch.nn.functional.normalize(images, dim=-1)
 
@@ -47,53 +48,44 @@ def setup(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("bench") / "bank")
 
 
+def start_of(condition):
+    """What the sampler starts from for the seeds 0, 1, …"""
+    tasks, tokens, _ = condition.shape
+    return philox_normal(range(tasks), tokens * P.DEFAULT.width).view(tasks, tokens, -1).to(condition.device)
+
+
 def providers(generator, condition):
     """Chains from the same start: ours, in T and in 3 steps, and by torch alone; the network as it is written; the same compiled; one task
     after the other."""
-    tasks, tokens, _ = condition.shape
-    start = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device)
+    every, start = range(len(condition)), start_of(condition)
     compiled = torch.compile(denoise, dynamic=False)
     sampler, plain = Sampler(generator), Sampler(generator, impl="torch")
 
     @torch.no_grad()
     def chain(rows=slice(None), network=denoise):
-        return P.chain_by_denoise(generator, condition[rows], start[rows], network)
+        return P.chain(generator, condition[rows], start[rows], network=network)
 
     return {
-        "ours": lambda: sampler.sample(condition, range(tasks)).tokens,
-        "torch": lambda: plain.sample(condition, range(tasks)).tokens,
-        "3 steps": lambda: sampler.sample(condition, range(tasks), num_steps=FEWEST).tokens,
+        "ours": lambda: sampler.sample(condition, every, num_steps=STEPS).tokens,
+        "torch": lambda: plain.sample(condition, every, num_steps=STEPS).tokens,
+        "3 steps": lambda: sampler.sample(condition, every, num_steps=FEWEST).tokens,
         "eager": chain,
         "compiled": lambda: chain(network=compiled),
-        "loop": lambda: torch.cat([chain(slice(i, i + 1)) for i in range(tasks)]),
+        "loop": lambda: torch.cat([chain(slice(i, i + 1)) for i in every]),
     }
 
 
 @torch.no_grad()
 def reference(generator, condition, steps):
-    """Heads by `diffusion.sample_chain` with `denoise` for the network, in float64."""
-    tasks, tokens, _ = condition.shape
-    x = philox_normal(range(tasks), tokens * P.TOKEN).view(tasks, tokens, P.TOKEN).to(condition.device).double()
-    raw_normal = generator.network_condition(condition).double()
-    phi = {name: value.double() for name, value in generator.phi.items()}
-    schedule = generator.schedule
-    objective = generator.objective
-    skip, scale = objective.skip.tolist(), objective.scale.tolist()
-
-    def f(x, t):
-        net = denoise(phi, x.unsqueeze(-3), torch.full((len(x), 1), t, device=x.device), raw_normal).squeeze(-3)
-        return skip[t] * x + scale[t] * net
-
-    return generator.normalizer.denormalize(
-        sample_chain(f, x, schedule, ends=generator.objective.ends, num_steps=steps)
-    )
+    """Heads in float64."""
+    return P.chain(generator, condition, start_of(condition).double(), steps)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("provider", ["ours", "torch", "3 steps", "eager", "compiled", "loop"])
 def test_sampling(benchmark, measure, setup, provider, tasks):
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
-    few = tasks * P.WAYS <= Sampler(setup[0]).few_rows  # where ours is other code than torch's
+    few = tasks * P.DEFAULT.ways <= Sampler(setup[0]).few_rows  # where ours is other code than torch's
     if (
         (provider == "loop" and tasks not in (32,))
         or (provider == "compiled" and tasks != 1)
@@ -103,13 +95,12 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
     generator, family, test = setup
     condition = test.condition[torch.arange(tasks) % len(test)].to(P.DEVICE)
     found = providers(P.on_device(generator), condition)
-    steps = FEWEST if provider == "3 steps" else P.STEPS
+    steps = FEWEST if provider == "3 steps" else STEPS
     every = Sampler(generator).sample(test.condition, range(len(test)), num_steps=steps).tokens
     measure(
         found[provider],
-        close_to(reference(P.on_device(generator), condition, steps), 1e-3),
-        operations=P.chain_operations(tasks, P.WAYS, generator.phi, steps),
-        bytes=P.chain_bytes(generator.phi, steps),
+        P.close_to(reference(P.on_device(generator), condition, steps), 1e-3),
+        P.WORK["run_chain"].work(replace(P.DEFAULT, chains=tasks, steps=steps)),
         what="sampling",
         provider=provider,
         size=f"{tasks} tasks",
@@ -135,12 +126,10 @@ def test_finetuning(benchmark, measure, setup, tasks):
     recipe = PrepareConfig(steps=steps, learning_rate=rate, rho=0.0, weight_decay=0.0)
     x, zero = family.features(some.support)[None].double(), torch.zeros(tasks, *family.layout.mask.shape).double()
     expected = head_trajectory(zero, x, some.support["label"], recipe)[:, -1]
-    rows = x.shape[2]
     measure(
         lambda: finetune(family, some, steps, rate, 0.0, BACKEND),
-        close_to(expected, 1e-3),
-        operations=tasks * steps * (2 * 2 * rows * P.WAYS * P.FEATURES + 16 * P.WAYS * (P.FEATURES + 1)),
-        bytes=tasks * steps * 2 * 4 * rows * P.FEATURES,
+        P.close_to(expected, 1e-3),
+        P.WORK["head_trajectory"].work(replace(P.DEFAULT, heads=tasks, rows=x.shape[2], adam_steps=steps)),
         what="sampling",
         provider="fine-tuning",
         size=f"{tasks} tasks",

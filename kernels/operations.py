@@ -130,13 +130,17 @@ class Operation:
 
     def __call__(self, inputs: dict[str, Any], precision: str | None = None) -> list[Tensor]:
         """The result as a flat list of tensors."""
-        return self._results(self.run, inputs, {"precision": precision} if precision else {})
+        return self.results(self.run, inputs, {"precision": precision} if precision else {})
 
     def exact(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """The reference's result in `dtype`, from the same inputs."""
-        return self._results(self.reference, convert(inputs, dtype), {})
+        return self.results(self.reference, convert(inputs, dtype), {})
 
-    def _results(self, function: Callable[..., Any], inputs: dict[str, Any], options: dict[str, Any]) -> list[Tensor]:
+    def results(
+        self, function: Callable[..., Any], inputs: dict[str, Any], options: dict[str, Any] | None = None
+    ) -> list[Tensor]:
+        """What `function` returns or, where the operation changes its inputs, has made of them."""
+        options = options or {}
         if self.changes is None:
             return list(tensors(function(**inputs, **options)))
         function(**inputs, **options)
@@ -156,6 +160,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value):
         for field in fields(value):
             yield from tensors(getattr(value, field.name))
+
+
+def relative_error(found: Any, exact: Any) -> float:
+    """The largest error of all tensors in `found`, each relative to the norm of the one in `exact`; infinite where one is not finite."""
+    worst = 0.0
+    for one, two in zip(tensors(found), tensors(exact), strict=True):
+        if not bool(one.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300)))
+    return worst
 
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
@@ -251,7 +265,7 @@ _LINEAR = [
 ]
 
 
-def _layer_rows(z: Sizes) -> dict[str, tuple[int, int, int]]:
+def layer_rows(z: Sizes) -> dict[str, tuple[int, int, int]]:
     """Rows of a task, in, out of every matrix of phi."""
     return {
         name: (
@@ -263,7 +277,7 @@ def _layer_rows(z: Sizes) -> dict[str, tuple[int, int, int]]:
 
 
 def _reptile_delta(z: Sizes, make: Maker) -> dict[str, Any]:
-    layers, k, b = _layer_rows(z).values(), z.inner, z.tasks
+    layers, k, b = layer_rows(z).values(), z.inner, z.tasks
     storages = [
         torch.zeros(sum(k * b * r * padded((i, o)[side]) for r, i, o in layers), device=make.device) for side in (0, 1)
     ]
@@ -283,7 +297,7 @@ def _reptile_delta(z: Sizes, make: Maker) -> dict[str, Any]:
 
 def _reptile_work(z: Sizes) -> Work:
     rows = z.inner * z.tasks
-    layers = _layer_rows(z).values()
+    layers = layer_rows(z).values()
     return Work(
         4 * sum(rows * r * (i + o) + i * o for r, i, o in layers), 2 * rows * sum(r * i * o for r, i, o in layers)
     )
@@ -303,7 +317,7 @@ def _adam_step(z: Sizes, make: Maker) -> dict[str, Any]:
 
 
 def _outer_update(z: Sizes, make: Maker) -> dict[str, Any]:
-    count = sum(i * o for _, i, o in _layer_rows(z).values())
+    count = sum(i * o for _, i, o in layer_rows(z).values())
     return {
         "state": OuterState(*(make.normal(count).abs() for _ in range(4))), "delta": make.normal(count),
         "scalars": torch.tensor(OuterScalars(0.01, 0.5, -3.0, 0.1), device=make.device),
@@ -316,7 +330,7 @@ def _head_trajectory(z: Sizes, make: Maker, rho: float = 0.05) -> dict[str, Any]
         "start": make.normal(z.heads, z.ways, z.features + 1) * 0.01, "features": make.normal(2, z.heads, z.rows, z.features),
         "labels": make.integers(z.ways, z.heads, z.rows), "config": PrepareConfig(steps=z.adam_steps, rho=rho), "segments": 3,
         "pick": make.integers(2, z.adam_steps, z.heads, z.rows, dtype=torch.int32),
-        "sample_weight": torch.full((z.rows,), 1 / z.rows, device=make.device),
+        "sample_weight": make.normal(z.rows).abs() / z.rows,
     }  # fmt: skip
 
 
@@ -342,10 +356,12 @@ def _inner_loop(z: Sizes, make: Maker) -> dict[str, Any]:
 
 def _inner_work(z: Sizes) -> Work:
     """Forward and weight gradient of every matrix, input gradient of those that have an input to learn."""
-    rows, parts = z.inner * z.tasks, _layer_rows(z)
-    return Work(
-        0, 2 * rows * sum(r * i * o * (2 if name.startswith("in.") else 3) for name, (r, i, o) in parts.items())
-    )
+    rows, parts = z.inner * z.tasks, layer_rows(z)
+    moved = sum(
+        2 * i * o + 2 * rows * r * (i + o) for r, i, o in parts.values()
+    )  # phi, delta; rows in and gradients, twice
+    products = sum(r * i * o * (2 if name.startswith("in.") else 3) for name, (r, i, o) in parts.items())
+    return Work(4 * (moved + 2 * rows * _of_task(z) * z.width + z.tasks * z.tokens * z.condition), 2 * rows * products)
 
 
 def chain_inputs(z: Sizes, make: Maker, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -361,10 +377,10 @@ def chain_inputs(z: Sizes, make: Maker, dtype: torch.dtype = torch.float32) -> d
 
 
 def chain_work(z: Sizes) -> Work:
-    """Of the folded matrices; the bytes are those that every multiprocessor has to read if it keeps none: T times the matrices."""
-    rows = z.depth * z.width + z.depth * (z.depth - 1) // 2 * z.hidden
+    """Of the folded matrices, read once; the condition's products are done once and not counted."""
+    hidden = (z.depth * z.width + z.depth * (z.depth - 1) // 2 * z.hidden) * z.hidden
     last = (z.width + z.depth * z.hidden) * z.width
-    return Work(0, 2 * z.chains * z.steps * (z.tokens * (rows * z.hidden + last) + rows * z.hidden))
+    return Work(4 * (2 * hidden + last), 2 * z.chains * z.steps * (z.tokens * (hidden + last) + hidden))
 
 
 OPERATIONS = [
@@ -405,7 +421,7 @@ OPERATIONS = [
     ),
     Operation(
         "outer_update_", outer.outer_update_, outer.outer_update_ref, _outer_update,
-        lambda z: Work(4 * 9 * sum(i * o for _, i, o in _layer_rows(z).values())), changes=("state",),
+        lambda z: Work(4 * 9 * sum(i * o for _, i, o in layer_rows(z).values())), changes=("state",),
     ),
     Operation(
         "head_trajectory", heads.head_trajectory, heads.head_trajectory_ref, _head_trajectory, _head_work, PRECISIONS,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-import checks
 import providers as P
 import report
-import test_pieces as kernel_list
+import test_pieces as pieces
 import test_sampling as sampling
+
+from mcdi_fast.kernels.operations import TINY
 
 INNER = P.inner_providers()
 
@@ -21,8 +23,8 @@ INNER = P.inner_providers()
 # compiling takes most of a minute: left to the benchmark, which checks it too
 @pytest.mark.parametrize("provider", sorted(INNER.keys() - {"compiled"}))
 def test_meta_step(provider):
-    phi, batch = P.meta_case(3, 2, 2, width=16, inner=2)
-    check = checks.meta_check(phi, batch)
+    phi, batch = P.meta_case(TINY)
+    check = P.meta_check(phi, batch)
     check(P.meta_step(INNER[provider], phi, batch)())
     delta, losses = INNER[provider](phi, batch)
     with pytest.raises(AssertionError):
@@ -32,7 +34,7 @@ def test_meta_step(provider):
 @pytest.mark.parametrize("provider", P.prepare_providers())
 def test_prepare(provider):
     case = P.prepare_case(2, 10)
-    checks.prepare_check(*case, count=2)(P.prepare_providers()[provider](*case))
+    P.prepare_check(*case, count=2)(P.prepare_providers()[provider](*case))
 
 
 def test_sampling(tmp_path):
@@ -40,23 +42,24 @@ def test_sampling(tmp_path):
     condition = test.condition[:2]
     found = sampling.providers(generator, condition)
     for name in ("ours", "eager", "loop"):
-        checks.close_to(sampling.reference(generator, condition, 20), 1e-4)(found[name]())
-    checks.close_to(sampling.reference(generator, condition, sampling.FEWEST), 1e-4)(found["3 steps"]())
+        P.close_to(sampling.reference(generator, condition, sampling.STEPS), 1e-4)(found[name]())
+    P.close_to(sampling.reference(generator, condition, sampling.FEWEST), 1e-4)(found["3 steps"]())
     assert family.scores(found["ours"](), test[:2].query).shape == (2,)
 
 
-@pytest.mark.parametrize("name", kernel_list.NAMES)
+@pytest.mark.parametrize("name", pieces.NAMES)
 def test_piece(name):
-    _, ours, plain, operations, moved = next(piece for piece in kernel_list.pieces(3, width=16) if piece[0] == name)
-    checks.close_to(plain(), 1e-4)(ours())
-    assert operations > 0
-    assert moved > 0
+    at_once, one_by_one, check = pieces.piece(P.WORK[name], TINY, 3)
+    check(at_once())
+    assert len(one_by_one()) == 3
+    work = P.WORK[name].work(TINY)
+    assert work.bytes > 0
 
 
 def test_operations_of_a_meta_step_by_hand():
-    phi, batch = P.meta_case(1, 1, 1, width=1, inner=1)
+    z = replace(P.DEFAULT, tasks=1, inner=1, samples=1, tokens=1, hidden=1, condition=64)
     # in: 65 and 64 inputs twice each; two blocks of token, sample (21 inputs) and out, three times each; out.token three times
-    assert P.meta_operations(phi, batch) == 2 * (2 * (65 + 64) + 2 * 3 * (1 + 21 + 1) + 3 * 65)
+    assert P.WORK["inner_loop"].work(z).flop == 2 * (2 * (65 + 64) + 2 * 3 * (1 + 21 + 1) + 3 * 65)
 
 
 def row(what, size, provider, median, work=1, **more):
@@ -82,6 +85,11 @@ def test_report_from_a_record(tmp_path):
     ]
     rows += [row("preparation", "500 tasks", "ours", 100.0, 500), row("preparation", "8 tasks", "loop", 64.0, 8)]
     rows += [row("sampling", "1 tasks", "ours", 2.0)]
+    for size, ms in {"8x16": 3.0, "128x16": 40.0}.items():
+        rows += [
+            row("meta-step", size, name, ms * times)
+            for name, times in {"ours": 1, "vmap": 1.01, "stacked": 1.02}.items()
+        ]
     record = {
         "format": 2,
         "machine_info": machine,
@@ -91,25 +99,43 @@ def test_report_from_a_record(tmp_path):
     (tmp_path / "2026-01-02-cpu.json").write_text(json.dumps(record))
     (tmp_path / "2026-01-01-cpu.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
     (found,) = report.records(tmp_path)
-    section = report.text(found)
+    section = report.whole(found)
     assert "| meta-step 32x16: at least 3 times vmap | 2.5 times | missed by 17 % |" in section
     assert "| meta-step 32x16: at least 4 times loop | 5 times | met |" in section
     assert "| preparation 500 tasks: at least 30 times loop | 40 times | met |" in section
     assert "| one head sampled in at most 3 ms | 2 ms | met |" in section
+    assert "| preparation, 500 tasks | 100 | a Python loop over tasks | 40 |" in report.short(found)
     assert report.plots(found, tmp_path)[0].stat().st_size > 1000
-    readme = report.rewrite(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", section)
+    readme = report.rewrite("README", f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", section)
     assert "old" not in readme
-    assert report.rewrite(readme, section) == readme
+    assert report.rewrite("README", readme, section) == readme
 
 
-def test_readme_has_the_place_for_the_table():
-    readme = (Path(report.__file__).parents[1] / "README.md").read_text()
-    assert report.BEGIN in readme
-    assert report.END in readme
+def test_names_in_the_picture_do_not_meet():
+    import matplotlib.pyplot as plt
+
+    (found,) = report.records()
+    for panel in report.PANELS:
+        figure, axis = plt.subplots(figsize=(13 / 3, 3.4), layout="constrained")
+        names = report.draw(axis, found, *panel)
+        figure.canvas.draw()
+        boxes = [*axis.get_xticklabels(), *names]
+        boxes = [text.get_window_extent() for text in boxes]
+        plt.close(figure)
+        assert len(names) > 1
+        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)], panel
+
+
+def test_both_documents_are_the_report_of_the_record():
+    found = report.records()
+    for name, section in {"README.md": report.short, "docs/performance.md": report.whole}.items():
+        text = (report.ROOT / name).read_text()
+        assert "\n\n".join(map(section, found)) in text, f"{name}: run make bench-report"
+        assert report.END in text
 
 
 def test_torch_is_not_left_in_another_state():
     before = torch.get_num_threads(), torch.is_grad_enabled()
-    phi, batch = P.meta_case(1, 1, 1, width=4, inner=1)
+    phi, batch = P.meta_case(TINY)
     INNER["ours"](phi, batch)
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
