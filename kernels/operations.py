@@ -72,6 +72,10 @@ DEFAULT = Sizes(
 """5-way heads of 64 features, 100 rows a task."""
 TINY = Sizes(3, 2, 2, 3, 13, 7, 33, 2, 4, 3, 23, 3, 10, 6, 3)
 """Odd and ragged, for the interpreter."""
+ONE = Sizes(1, 1, 1, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 3, 1)
+"""What can be 1 is: there integers become constants of a kernel, and dimensions vanish."""
+WIDE = Sizes(2, 2, 4, 17, 70, 40, 70, 1, 3, 2, 130, 17, 20, 3, 5)
+"""More than one block of everything."""
 
 
 class Maker:
@@ -166,6 +170,7 @@ def relative_error(found: Any, exact: Any) -> float:
     """The largest error of all tensors in `found`, each relative to the norm of the one in `exact`; infinite where one is not finite."""
     worst = 0.0
     for one, two in zip(tensors(found), tensors(exact), strict=True):
+        assert one.shape == two.shape
         if not bool(one.isfinite().all()):
             return float("inf")
         worst = max(worst, float((one.double() - two.double()).norm() / two.double().norm().clamp_min(1e-300)))

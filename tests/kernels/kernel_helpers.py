@@ -1,8 +1,12 @@
-"""What the kernel tests share: the device, NaN-poisoned outputs, and a tolerance derived from torch's own rounding error."""
+"""What the kernel tests share: the device, NaN-poisoned outputs, inputs in bfloat16, and a tolerance derived from torch's own rounding error."""
 
 import torch
 
 from mcdi_fast.backend import interpreted
+from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import recording
+from mcdi_fast.kernels.operations import convert
+from mcdi_fast.kernels.operations import relative_error as error
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9}
@@ -17,10 +21,17 @@ def poisoned(*shape):
     return torch.full(shape, float("nan"), device=DEVICE)
 
 
-def error(found, exact):
-    """Of the whole tensor, relative to its norm."""
-    assert found.shape == exact.shape
-    return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
+def in_bfloat16(operation, inputs):
+    """The inputs with all of them in bfloat16 that the launcher takes so, but for those that it changes."""
+    for name in inputs.keys() - (operation.changes or ()):
+        changed = inputs | {name: convert(inputs[name], torch.bfloat16)}
+        try:
+            with recording():
+                operation.run(**changed)
+        except McdiError:
+            continue
+        inputs = changed
+    return inputs
 
 
 def assert_close(found, exact, float32, precision="ieee", depth=1):

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_helpers import DEVICE, assert_close, error, normal, poisoned, same_bits
+from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast import heads
 from mcdi_fast.backend import Backend
@@ -14,41 +14,21 @@ from mcdi_fast.tasks import optimizer_steps
 CONFIG = PrepareConfig(steps=6, rho=0.05, weight_decay=0.03)
 
 
-def case(tasks, rows, width, ways, copies=1, steps=6, dtype=torch.float32):
+def case(tasks, rows, width, ways, copies=1, steps=6):
     generator = torch.Generator().manual_seed(0)
     start = normal(tasks, ways, width + 1) * 0.01
     labels = torch.randint(ways, (tasks, rows), generator=generator).to(DEVICE)
     pick = torch.randint(copies, (steps, tasks, rows), generator=generator, dtype=torch.int32).to(DEVICE)
-    return start, normal(copies, tasks, rows, width, seed=1, dtype=dtype), labels, pick if copies > 1 else None
+    return start, normal(copies, tasks, rows, width, seed=1), labels, pick if copies > 1 else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("shape", "rho"),
-    [((1, 1, 1, 2), 0.05), ((3, 25, 64, 5, 2), 0.05), ((17, 7, 13, 3, 2), 0.0), ((1, 70, 20, 17), 0.05)],
-)
-def test_same_as_torch(shape, rho, dtype):
-    start, features, labels, pick = case(*shape, dtype=dtype)
-    config = replace(CONFIG, rho=rho)
-    found = head_trajectory(start, features, labels, config, 3, pick, out=poisoned(shape[0], 3, *start.shape[1:]))
-    exact, float32 = (
-        head_trajectory_ref(start.to(kind), features.to(kind), labels, config, 3, pick)
-        for kind in (torch.float64, torch.float32)
-    )
+@pytest.mark.parametrize(("shape", "rho"), [((1, 1, 1, 2), 0.05), ((17, 7, 13, 3, 2), 0.0)])
+def test_equal_rows_and_without_sam(shape, rho):
+    start, features, labels, pick = case(*shape)
+    given = (labels, replace(CONFIG, rho=rho), 3, pick)
+    found = head_trajectory(start, features, *given, out=poisoned(shape[0], 3, *start.shape[1:]))
+    exact, float32 = (head_trajectory_ref(start.to(t), features.to(t), *given) for t in (torch.float64, torch.float32))
     assert_close(found, exact, float32)
-
-
-def test_row_weights():
-    start, features, labels, pick = case(3, 23, 13, 4, 2)
-    weight = normal(23, seed=5).abs()
-    weight /= weight.sum()
-    found = head_trajectory(start, features, labels, CONFIG, 3, pick, weight, out=poisoned(3, 3, 4, 14))
-    exact, float32 = (
-        head_trajectory_ref(start.to(t), features.to(t), labels, CONFIG, 3, pick, weight.to(t))
-        for t in (torch.float64, torch.float32)
-    )
-    assert_close(found, exact, float32)
-    assert error(found, head_trajectory_ref(start, features, labels, CONFIG, 3, pick)) > 0.01
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.0])

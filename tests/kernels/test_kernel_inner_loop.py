@@ -34,14 +34,12 @@ def random_case(b, k, s, n, d, c, steps, width, depth, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("shape", "masked"),
     [
-        ((1, 1, 1, 1, 1, 1, 1, 1, 1), False),
-        ((2, 3, 2, 5, 13, 7, 6, 33, 2), False),
-        ((2, 2, 2, 3, 5, 4, 3, 32, 1), True),
-        ((7, 2, 2, 3, 5, 4, 3, 9, 1), True),
+        ((2, 2, 2, 3, 5, 4, 3, 32, 1), False),
+        ((3, 3, 2, 3, 5, 4, 3, 9, 1), True),
     ],
 )
 def test_same_as_inner_loop(shape, masked, stacked):
-    """Low precisions: test_kernel_operations.py."""
+    """Other sizes, low precisions: test_kernel_operations.py, in the form that is chosen there."""
     phi, batch = random_case(*shape)
     if masked:
         batch = replace(batch, mask=Maker(DEVICE).mask(*shape[3:5]))

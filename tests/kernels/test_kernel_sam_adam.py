@@ -1,24 +1,19 @@
 import pytest
 import torch
-from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
+from kernel_helpers import DEVICE, assert_close, normal, same_bits
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.sam_adam import adam_step_, adam_step_ref, sam_ascent, sam_ascent_ref
+from mcdi_fast.kernels.sam_adam import adam_step_, sam_ascent, sam_ascent_ref
 from mcdi_fast.optim import adam_scalars
 
-SHAPES = [(1, 1), (3, 5, 65), (17, 37), (2, 2500)]
 
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_ascent(shape):
-    theta, gradient = normal(*shape), normal(*shape, seed=1)
-    out = sam_ascent(theta, gradient, 0.05, out=poisoned(*shape))
-    exact = sam_ascent_ref(theta.double(), gradient.double(), 0.05)
-    assert_close(out, exact, sam_ascent_ref(theta, gradient, 0.05))
-    # the ascent itself, which hides behind theta: length rho
-    assert_close(
-        sam_ascent(theta * 0, gradient, 0.05), exact - theta.double(), sam_ascent_ref(theta * 0, gradient, 0.05)
-    )
+@pytest.mark.parametrize("shape", [(3, 5, 65), (2, 2500)])
+def test_ascent_itself(shape):
+    """What hides behind theta: its length is rho."""
+    zero, gradient = torch.zeros(shape, device=DEVICE), normal(*shape)
+    exact, float32 = (sam_ascent_ref(zero.to(t), gradient.to(t), 0.05) for t in (torch.float64, torch.float32))
+    assert_close(sam_ascent(zero, gradient, 0.05), exact, float32)
+    assert exact.flatten(1).norm(dim=1).tolist() == pytest.approx([0.05] * len(zero))
 
 
 def test_ascent_of_zero_gradient_stays():
@@ -31,25 +26,6 @@ def test_ascent_per_task():
     alone = sam_ascent(theta[3:4].contiguous(), gradient[3:4].contiguous(), 0.1)
     gradient[0], gradient[4] = float("nan"), 1e15
     same_bits(sam_ascent(theta, gradient, 0.1)[3:4], alone)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_adam(shape):
-    def run(step_of, dtype):
-        theta, exp_avg, exp_avg_sq = (
-            normal(*shape).to(dtype),
-            torch.zeros(shape, dtype=dtype, device=DEVICE),
-            torch.zeros(shape, dtype=dtype, device=DEVICE),
-        )
-        for step in range(1, 4):
-            step_of(theta, normal(*shape, seed=step).to(dtype), exp_avg, exp_avg_sq, *adam_scalars(step, 0.05))
-        return theta, exp_avg, exp_avg_sq
-
-    found = run(adam_step_, torch.float32)
-    for value, exact, baseline in zip(
-        found, run(adam_step_ref, torch.float64), run(adam_step_ref, torch.float32), strict=True
-    ):
-        assert_close(value, exact, baseline)
 
 
 def test_adam_agrees_with_torch_optim():

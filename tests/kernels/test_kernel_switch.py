@@ -270,7 +270,7 @@ def test_the_main_job_through_the_kernels(tmp_path):
 
 @pytest.mark.slow
 def test_launchers_compile():
-    done = python(f"import runpy; runpy.run_path({str(Path(__file__).with_name('compile_launches.py'))!r})")
+    done = python("import compile_launches", PYTHONPATH=f"{ROOT}:{Path(__file__).parent}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("compiled 11 kernels")
 

@@ -4,7 +4,7 @@ from kernel_helpers import DEVICE, assert_close, normal, same_bits
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import padded, recording
-from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, reptile_delta_ref, sgd_step_, sgd_step_ref
+from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, reptile_delta_ref, sgd_step_
 
 
 def layers(*shapes, dtype=torch.float32):
@@ -29,10 +29,8 @@ def to(dtype, given):
     return [tuple(tensor.to(dtype, copy=True) for tensor in layer) for layer in given]
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_delta(dtype, precision):
-    ours = layers((1, 1, 1, 1, 1), (3, 3, 20, 65, 70), (2, 17, 13, 9, 33), dtype=dtype)
+def test_delta_of_rows_in_bfloat16():
+    ours = layers((1, 1, 1, 1, 1), (3, 3, 20, 65, 70), (2, 17, 13, 9, 33), dtype=torch.bfloat16)
     exact, float32 = to(torch.float64, ours), to(torch.float32, ours)
     for given in (exact, float32):
         for number, layer in enumerate(given):  # every layer has the rate of the first one's tasks
@@ -41,9 +39,9 @@ def test_delta(dtype, precision):
     with recording() as launched:
         reptile_delta_(ours, 0.05)
     assert len(launched) == 1
-    reptile_delta_(ours, 0.05, precision=precision)
+    reptile_delta_(ours, 0.05)
     for one, two, three in zip(ours, exact, float32, strict=True):
-        assert_close(one[2], two[2], three[2], precision)
+        assert_close(one[2], two[2], three[2])
 
 
 def test_delta_is_the_sum_of_weight_gradients():
@@ -52,18 +50,6 @@ def test_delta_is_the_sum_of_weight_gradients():
     exact = torch.autograd.grad(inputs[..., :7].double() @ weight, weight, gradients[..., :9].double())[0]
     reptile_delta_([(inputs, gradients, out)], 0.3)
     assert torch.allclose(out.double(), -0.1 * exact, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 20, 65, 70), (17, 13, 9, 33)])
-def test_sgd_step(shape, precision):
-    b, r, i, o = shape
-    weights, inputs, gradients = normal(b, i, o), normal(b, r, i, seed=1), normal(b, r, o, seed=2)
-    exact, float32 = weights.double(), weights.clone()
-    sgd_step_ref(exact, inputs.double(), gradients.double(), 0.05)
-    sgd_step_ref(float32, inputs, gradients, 0.05)
-    sgd_step_(weights, inputs, gradients, 0.05, precision=precision)
-    assert_close(weights, exact, float32, precision)
 
 
 def test_sgd_per_task():
