@@ -6,7 +6,7 @@ generated weights and fine-tuning are differences from it, so 0 is the base itse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -246,10 +246,18 @@ def _load(setup: Setup, *names: str) -> list[dict[str, LabelledRows]]:
     return found
 
 
-@register(_defaults)
-def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
-    """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
-    source, *target = _load(setup, options.source, *([options.target] if options.target is not None else []))
+def transfer_family(options: TransferOptions, setup: Setup, further: Sequence[str] = ()) -> PhotoFamily:
+    """New classes of the source, or those of the target.
+
+    Args:
+        further: more data sets, each a split of its own, or one for each of its domains.
+
+    Raises:
+        McdiError: splits that are missing or share a class; too few images of a class; an encoder that is not there.
+    """
+    targets = [options.target] if options.target is not None else []
+    source, *others = _load(setup, options.source, *targets, *further)
+    target, more = others[: len(targets)], [join(list(one.values())) for one in others[len(targets) :]]
     wanted = ["train", "val"] if target else ["train", "val", "test"]
     if missing := [split for split in wanted if split not in source]:
         raise McdiError(
@@ -259,7 +267,15 @@ def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
     check_class_splits(parts, options.source)
     if target:
         parts["test"] = join(list(target[0].values()))  # all of its classes, whatever its splits
+    for name, data in zip(further, more, strict=True):
+        parts |= {domain: data.select(domains=[domain]) for domain in data.domain_names} or {name: data}
     return photo_family(parts, options, setup)
+
+
+@register(_defaults)
+def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
+    """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
+    return transfer_family(options, setup)
 
 
 def domain_family(options: DomainOptions, setup: Setup) -> PhotoFamily:
