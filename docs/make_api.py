@@ -34,6 +34,7 @@ MORE = {
     "mcdi_fast.tasks.images": ["load", "LabelledRows"],
     "mcdi_fast.tasks.encoders": ["load_encoder", "encode", "Encoder", "ScaledImages", "Projection"],
     "mcdi_fast.tasks.prior": ["ClassPrior", "informed_head", "ridge_head"],
+    "mcdi_fast.tasks.photos": ["HeadWriter"],
     "mcdi_fast.train": ["train"],
     "mcdi_fast.prepare": ["prepare_bank"],
     "mcdi_fast.backbone": ["load_backbone", "extract_features"],

@@ -182,25 +182,31 @@ class HeadFamily(TaskFamily):
         """[B, ways, shots, F]."""
         return self.features(tasks.support).unflatten(1, (self.options.ways, -1))
 
+    def heads(self, theta: Tensor, data: Data) -> Tensor:
+        """Whole heads of what is generated, of one task or of all."""
+        return theta
+
     def loss(self, theta: Tensor, data: Data) -> Tensor:
         """Cross-entropy, the mean or by each row's weight."""
-        x = self._features[data["row"]]
+        theta, x = self.heads(theta, data), self._features[data["row"]]
         losses = F.cross_entropy(torch.addmm(theta[:, -1], x, theta[:, :-1].mT), data["label"], reduction="none")
         return (losses * data["weight"]).sum() if "weight" in data else losses.mean()
 
     def score(self, theta: Tensor, data: Data) -> Tensor:
         """Share of the images that the head gets right."""
+        theta = self.heads(theta, data)
         logits = torch.addmm(theta[:, -1], self._features[data["row"]], theta[:, :-1].mT)
         return (logits.argmax(-1) == data["label"]).float().mean()
 
     def scores(self, theta: Tensor, data: Data) -> Tensor:
         """The same of all tasks at once."""
-        return (heads.head_logits(theta, self.features(data)).argmax(-1) == data["label"]).float().mean(1)
+        logits = heads.head_logits(self.heads(theta, data), self.features(data))
+        return (logits.argmax(-1) == data["label"]).float().mean(1)
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """By hand: heads.head_gradient."""
         weight = data["weight"][0] if "weight" in data else None
-        return heads.head_gradient(theta, self.features(data), data["label"], 0.0, weight)
+        return heads.head_gradient(self.heads(theta, data), self.features(data), data["label"], 0.0, weight)
 
     def trajectories(
         self,

@@ -22,7 +22,9 @@ from mcdi_fast.backend import Backend
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.optim import trajectory
+from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import Data, Setup, TaskBatch, optimizer_steps, register
 from mcdi_fast.tasks.encoders import Projection, encode, load_encoder
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
@@ -113,24 +115,12 @@ class PhotoFamily(HeadFamily):
         return informed_head(self.prior, support)
 
     def heads(self, theta: Tensor, data: Data) -> Tensor:
-        """Whole heads of differences: base + trust * theta, of one task or of all."""
+        """base + trust * theta."""
         return data["base"] + data["trust"] * theta
-
-    def loss(self, theta: Tensor, data: Data) -> Tensor:
-        """Of the whole head."""
-        return super().loss(self.heads(theta, data), data)
-
-    def score(self, theta: Tensor, data: Data) -> Tensor:
-        """Of the whole head."""
-        return super().score(self.heads(theta, data), data)
-
-    def scores(self, theta: Tensor, data: Data) -> Tensor:
-        """Of the whole heads."""
-        return super().scores(self.heads(theta, data), data)
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """By hand."""
-        return data["trust"] * super().gradient(self.heads(theta, data), data)
+        return data["trust"] * super().gradient(theta, data)
 
     def trajectories(
         self,
@@ -179,6 +169,35 @@ class PhotoFamily(HeadFamily):
             "ridge": partial(away, lambda support: ridge_head(support, 1.0)),
             "head-finetune": partial(away, adam),
         }
+
+
+@dataclass(frozen=True)
+class HeadWriter:
+    """A generator with what it needs to know of a task, as a run leaves them in its folder `generator`."""
+
+    sampler: Sampler
+    projection: Projection
+    prior: ClassPrior
+
+    @classmethod
+    def load(cls, folder: Path) -> HeadWriter:
+        """Of a run's `generator`. Raises McdiError for files that are missing or damaged."""
+        return cls(
+            Sampler(WeightGenerator.from_pretrained(folder)),
+            Projection.load(folder / "projection.safetensors"),
+            ClassPrior.load(folder / "class-prior.safetensors"),
+        )
+
+    def __call__(self, support: Tensor, seed: int = 0) -> Tensor:
+        """Heads on projected features: an encoder's features [B, ways, shots, F] -> [B, ways, K + 1], for any number of ways."""
+        support = self.projection(support)
+        condition = informed_head(self.prior, support)
+        theta = self.sampler.sample(condition, range(seed, seed + len(condition))).tokens
+        return BASE * condition + (1 - self.prior.distance(support))[:, None, None] * theta
+
+    def labels(self, head: Tensor, features: Tensor) -> Tensor:
+        """Which class each image is of: one task's head [ways, K + 1], an encoder's features [n, F] -> int64 [n]."""
+        return heads.head_logits(head[None], self.projection(features)[None])[0].argmax(-1)
 
 
 def photo_family(
