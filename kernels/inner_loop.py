@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mcdi_fast.backend import check_precision
@@ -13,7 +12,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels.launch import padded
 from mcdi_fast.kernels.residual_loss import residual_loss
-from mcdi_fast.kernels.task_linear import Broadcast, task_linear
+from mcdi_fast.kernels.task_linear import MAX_TOKENS, task_linear
 from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, sgd_step_
 from mcdi_fast.outer import named_views
 
@@ -35,37 +34,46 @@ class _Linear:
     Both are padded to multiples of launch.PAD; so is a copy of the weights where a product reads them along a width that is not.
     """
 
-    def __init__(self, weight: Tensor, inputs: Tensor, gradients: Tensor, back: int, stacked: bool, precision: str):
-        """inputs, gradients: [K, B, rows, padded], zeros. back: width of the input's gradient; 0 where nobody asks for it."""
+    def __init__(self, weight: Tensor, inputs: Tensor, gradients: Tensor, stacked: bool, precision: str):
+        """inputs, gradients: [K, B, rows, padded], zeros."""
         self.shared, self.inputs, self.gradients = weight, inputs, gradients
-        self.stacked, self.precision, self.back = stacked, precision, back
+        self.stacked, self.precision = stacked, precision
         i, o = weight.shape
         self.weight = weight
-        if stacked or o != padded(o) or back > i:
+        if stacked or o != padded(o):
             tasks = (inputs.shape[1],) if stacked else ()
-            self.weight = weight.new_zeros(*tasks, max(i, back), padded(o))
+            self.weight = weight.new_zeros(*tasks, i, padded(o))
 
     def start(self, inner_lr: float) -> None:
         """Before the first inner step."""
         self.inner_lr = inner_lr
         if self.weight is not self.shared:
-            self.weight[..., : self.shared.shape[0], : self.shared.shape[1]].copy_(self.shared)
+            self.weight[..., : self.shared.shape[1]].copy_(self.shared)
 
-    def forward(self, r: int, **fused) -> None:
-        """`inputs[r]` times the task's weights, and what task_linear fuses behind it."""
+    def forward(self, r: int, padding: bool = False, **fused) -> None:
+        """`inputs[r]` times the task's weights, and what task_linear fuses behind it; padding: also the weights' zeros, for wider copies."""
         earlier = None if self.stacked else (self.inputs[:r], self.gradients[:r])
-        task_linear(self.inputs[r], self.weight, earlier, self.inner_lr, precision=self.precision, **fused)
+        weight = self.weight if padding else self.weight[..., : self.shared.shape[1]]
+        task_linear(self.inputs[r], weight, earlier, self.inner_lr, precision=self.precision, **fused)
 
-    def backward(self, r: int, **fused) -> None:
-        """The gradient of the first `back` columns of `inputs[r]`, from `gradients[r]`."""
-        earlier = None if self.stacked else (self.gradients[:r], self.inputs[:r])
-        weight = self.weight[..., : self.back, :].mT
+    def backward(self, r: int, first: int, last: int, **fused) -> None:
+        """The gradient of the columns first … last - 1 of `inputs[r]`, from `gradients[r]`."""
+        earlier = None if self.stacked else (self.gradients[:r], self.inputs[:r, ..., first:].contiguous())
+        weight = self.weight[..., first:last, :].mT
         task_linear(self.gradients[r], weight, earlier, self.inner_lr, precision=self.precision, **fused)
 
     def update(self, r: int) -> None:
         """The SGD step; the last one is not needed, for delta comes from the rows."""
         if self.stacked and r + 1 < len(self.inputs):
             sgd_step_(self.weight, self.inputs[r], self.gradients[r], self.inner_lr, precision=self.precision)
+
+
+def _maps(phi: Parameters) -> dict[str, tuple[str, ...]]:
+    """The linear maps of a token's row: matrices of phi whose inputs stand side by side, [x, condition] and [h, mean of h, one-hot step]."""
+    maps: dict[str, tuple[str, ...]] = {"in": ("in.token", "in.condition")}
+    for layer in range(depth_of(phi)):
+        maps |= {f"{layer}": (f"block{layer}.token", f"block{layer}.sample"), f"{layer} out": (f"block{layer}.out",)}
+    return maps | {"last": ("out.token",)}
 
 
 class InnerLoop:
@@ -78,7 +86,8 @@ class InnerLoop:
 
     def __init__(
         self,
-        phi: Parameters,
+        flat: Tensor,
+        shapes: dict[str, tuple[int, int]],
         batch: InnerBatch,
         *,
         stacked: bool,
@@ -89,99 +98,109 @@ class InnerLoop:
         """Make the buffers.
 
         Args:
-            phi: contiguous, read at every run. batch: whose shapes and mask the runs will have. delta: float32 [P] in phi's order, where to put it.
-            real: how many ones the mask has, where it has one.
+            flat: float32 [P], phi's matrices in a row, of `shapes`; read at every run. batch: whose shapes and mask the runs will have.
+            delta: float32 [P], where to put it. real: how many ones the mask has, where it has one.
         """
         b, k, s, n, d = self.shape = batch.x.shape
-        self.depth, self.width = depth_of(phi), phi["out.token"].shape[0]
-        self.wide = wide = padded(self.width)
-        flat = phi["out.token"].new_empty(sum(value.numel() for value in phi.values())) if delta is None else delta
-        self.delta = named_views(flat, {name: (len(value), value.shape[1]) for name, value in phi.items()})
-        self.precision, self.linear = precision, {}
-        rows = {name: n if name == "in.condition" else s if name.endswith(".sample") else s * n for name in phi}
-        # one storage for what goes into all layers, one for the gradients: the deltas are one launch
-        inputs, gradients = (
-            flat.new_zeros(sum(k * b * rows[name] * padded(value.shape[side]) for name, value in phi.items()))
-            for side in (0, 1)
-        )
-        starts = [0, 0]
-        for name, value in phi.items():
-            parts = []
-            for side, storage in enumerate((inputs, gradients)):
-                shape = (k, b, rows[name], padded(value.shape[side]))
-                parts.append(storage.narrow(0, starts[side], k * b * shape[2] * shape[3]).view(shape))
-                starts[side] += parts[-1].numel()
-            back = 0 if name.startswith("in.") else self.width if name.endswith(".sample") else wide
-            self.linear[name] = _Linear(value, parts[0], parts[1], back, stacked, precision)
+        flat_delta = torch.empty_like(flat) if delta is None else delta
+        phi, self.delta = named_views(flat, shapes), named_views(flat_delta, shapes)
+        self.depth, self.width, rows = depth_of(phi), shapes["out.token"][0], k * b * s * n
+        # matrices side by side lie below each other in phi: one map, one product
+        maps = {
+            name: (sum(shapes[part][0] for part in parts), shapes[parts[0]][1]) for name, parts in _maps(phi).items()
+        }
+        assert [part for parts in _maps(phi).values() for part in parts] == list(shapes)
+        # one storage for what goes into all maps, one for the gradients: the deltas are one launch
+        sizes = [[rows * padded(shape[side]) for shape in maps.values()] for side in (0, 1)]
+        stored = [[part.view(k, b, s * n, -1) for part in flat.new_zeros(sum(size)).split(size)] for size in sizes]
+        weights, self.deltas = named_views(flat, maps), named_views(flat_delta, maps)
+        self.linear = {
+            name: _Linear(weights[name], inputs, gradients, stacked, precision)
+            for name, inputs, gradients in zip(maps, *stored, strict=True)
+        }
+        self.precision, self.real, self.fused = precision, real, n <= MAX_TOKENS
         self.table = delta_table(self._layers())
         new = flat.new_empty
-        self.real = real
         self.gain, self.target, self.losses = new(k, b, s), new(k, b, s, n, d), new(k, b)
-        self.from_condition, self.from_sample = new(b, n, wide), new(b, s, wide)
-        self.to_mean = flat.new_zeros(b, s, wide)
-        self.to_sample = self.to_mean if wide == self.width else new(b, s, self.width)
-        self.pre_activation = [new(b, s * n, wide) for _ in range(self.depth)]
-        self.net = new(b, s * n, padded(d))
+        self.pre_activation = [new(b, s * n, self.width) for _ in range(self.depth)]
+        self.net = flat.new_zeros(b, s * n, padded(d))
+        self.of_means = None if self.fused else new(b, s * n, self.width)
 
     def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [(member.inputs, member.gradients, self.delta[name]) for name, member in self.linear.items()]
+        return [(member.inputs, member.gradients, self.deltas[name]) for name, member in self.linear.items()]
+
+    def _with_means(self, member: _Linear, r: int, out: Tensor, **fused) -> None:
+        """The map's product and, behind it in `out`, its means over tokens."""
+        (_, _, _, n, _), width = self.shape, self.width
+        if self.fused:
+            member.forward(r, out=out, tokens=n, mean_at=width, **fused)
+            return
+        member.forward(r, out=out, **fused)
+        per_token = out.unflatten(1, (-1, n))
+        per_token[..., width : 2 * width].copy_(per_token[..., :width].mean(2, keepdim=True).expand(-1, -1, n, -1))
+
+    def _to_tokens(self, member: _Linear, r: int, out: Tensor, add_to: Tensor) -> None:
+        """add_to + the gradient of a block's h: its own and, by the mean over tokens, its mean's."""
+        (_, _, _, n, _), width = self.shape, self.width
+        if self.of_means is None:
+            member.backward(r, 0, 2 * width, add_to=add_to, out=out, tokens=n, fold=True)
+            return
+        member.backward(r, 0, width, add_to=add_to, out=out)
+        member.backward(r, width, 2 * width, out=self.of_means)
+        out.unflatten(1, (-1, n))[..., :width].add_(self.of_means.unflatten(1, (-1, n)).mean(2, keepdim=True))
 
     def run(self, batch: InnerBatch, inner_lr: float) -> None:
         """Fill `delta` and `losses`."""
         b, k, s, n, d = self.shape
         width, linear = self.width, self.linear
-        blocks = [
-            tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(self.depth)
-        ]
-        tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
+        blocks = [(linear[f"{layer}"], linear[f"{layer} out"]) for layer in range(self.depth)]
+        enter, last = linear["in"], linear["last"]
         for member in linear.values():
             member.start(inner_lr)
-        tokens.inputs[..., :d].copy_(rearrange(batch.x, "b k s n d -> k b (s n) d"))
-        conditions.inputs[..., : batch.condition.shape[-1]].copy_(batch.condition.expand(k, b, n, -1))
-        for _, sample, _ in blocks:  # not F.one_hot, which looks at its values on the host
-            one_hot = sample.inputs[..., width : len(sample.shared)]
-            one_hot.zero_().scatter_(-1, batch.step.transpose(0, 1).unsqueeze(-1), 1.0)
+
+        def per_token(rows: Tensor) -> Tensor:
+            return rows.unflatten(-2, (s, n))
+
+        entered = per_token(enter.inputs)
+        entered[..., :d].copy_(batch.x.transpose(0, 1))
+        condition = batch.condition.expand(b, n, -1)
+        entered[..., d : d + condition.shape[-1]].copy_(condition[None, :, None].expand(k, b, s, n, -1))
+        step = batch.step.transpose(0, 1)[..., None, None].expand(k, b, s, n, 1)
+        for token, _ in blocks:  # not F.one_hot, which looks at its values on the host
+            per_token(token.inputs)[..., 2 * width : len(token.shared)].zero_().scatter_(-1, step, 1.0)
         self.gain.copy_(batch.gain.transpose(0, 1))
         self.target.copy_(batch.target.transpose(0, 1))
 
-        def per_token(rows: Tensor) -> Tensor:
-            return rows.view(b, s, n, -1)
-
         for r in range(k):
-            conditions.forward(r, out=self.from_condition)
-            h = blocks[0][0].inputs[r]
-            tokens.forward(r, broadcast=Broadcast(self.from_condition), out=h)
-            for layer, (token, sample, out) in enumerate(blocks):
-                torch.mean(per_token(h)[..., :width], 2, out=sample.inputs[r][..., :width])
-                sample.forward(r, out=self.from_sample)
-                token.forward(
-                    r, broadcast=Broadcast(self.from_sample, divide=n), activation="silu",
-                    pre_activation=self.pre_activation[layer], out=out.inputs[r],
-                )  # fmt: skip
-                above = (last if layer + 1 == self.depth else blocks[layer + 1][0]).inputs[r]
-                out.forward(r, add_to=h, out=above)
-                h = above
-            last.forward(r, out=self.net)
+            self._with_means(enter, r, blocks[0][0].inputs[r])
+            for layer, (token, out) in enumerate(blocks):
+                token.forward(r, activation="silu", pre_activation=self.pre_activation[layer], out=out.inputs[r])
+                h = token.inputs[r]
+                if layer + 1 < self.depth:
+                    self._with_means(out, r, blocks[layer + 1][0].inputs[r], add_to=h)
+                else:
+                    out.forward(r, add_to=h, out=last.inputs[r])
+            last.forward(r, padding=True, out=self.net)
             residual_loss(
                 per_token(self.net), self.gain[r], self.target[r], batch.mask, self.real,
                 loss=self.losses[r], gradient=per_token(last.gradients[r]),
             )  # fmt: skip
 
-            g = blocks[-1][2].gradients[r]
-            last.backward(r, out=g)
+            g = blocks[-1][1].gradients[r]
+            last.backward(r, 0, width, out=g)
             for layer in reversed(range(self.depth)):
-                token, sample, out = blocks[layer]
+                token, out = blocks[layer]
                 out.backward(
-                    r, activation="silu_backward", pre_activation=self.pre_activation[layer], out=token.gradients[r]
+                    r,
+                    0,
+                    width,
+                    activation="silu_backward",
+                    pre_activation=self.pre_activation[layer],
+                    out=token.gradients[r],
                 )
-                torch.sum(per_token(token.gradients[r]), 2, out=sample.gradients[r])
-                sample.backward(r, out=self.to_sample)
-                if self.to_sample is not self.to_mean:
-                    self.to_mean[..., :width].copy_(self.to_sample)
-                below = (blocks[layer - 1][2] if layer else tokens).gradients[r]
-                token.backward(r, add_to=g, broadcast=Broadcast(self.to_mean, divide=n, scale=1 / n), out=below)
+                below = (blocks[layer - 1][1] if layer else enter).gradients[r]
+                self._to_tokens(token, r, below, g)
                 g = below
-            torch.sum(per_token(g), 1, out=conditions.gradients[r])
             for member in linear.values():
                 member.update(r)
         reptile_delta_(self._layers(), inner_lr, self.table, precision=self.precision)
@@ -208,8 +227,9 @@ def inner_loop_triton(
     if batch.x.dtype != torch.float32:
         raise McdiError(f"phi: {batch.x.dtype}, expected torch.float32 for the kernels; impl='torch' takes others")
     stacked = prefer_stacked(batch, phi) if stacked is None else stacked
-    phi = {name: value.contiguous() for name, value in phi.items()}
+    flat = torch.cat([value.flatten() for value in phi.values()])
+    shapes = {name: (len(value), value.shape[1]) for name, value in phi.items()}
     real = None if batch.mask is None else int(batch.mask.sum())
-    loop = InnerLoop(phi, batch, stacked=stacked, precision=precision, real=real)
+    loop = InnerLoop(flat, shapes, batch, stacked=stacked, precision=precision, real=real)
     loop.run(batch, inner_lr)
     return loop.delta, loop.losses.T

@@ -107,7 +107,7 @@ class MetaStep:
         self._losses, self._mine, self._part = losses.view(k, meta_batch), ranks.share(meta_batch), b / meta_batch
         self._batch.check(phi)
         self._loop = InnerLoop(
-            phi, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
+            state.phi, shapes, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
             delta=self._delta, real=None if mask is None else int(mask.sum()),
         )  # fmt: skip
         self.loss = new(())

@@ -208,41 +208,44 @@ def _residual_loss(z: Sizes, make: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _of_task(z: Sizes) -> int:
+    return z.samples * z.tokens
+
+
 def _linear(
-    name: str, i: str, o: str, *, rows: Callable[[Sizes], int], stacked=False, backward=False, add=False, broadcast=False, activation="none"
-) -> Operation:  # fmt: skip
+    name: str, i: str, o: str, *, stacked=False, backward=False, add=False, activation="none", fold=False, means=False
+) -> Operation:
     """A map of the denoiser as the inner loop calls it in its last step, widths by name; backward: o -> i."""
 
     def widths(z: Sizes) -> tuple[int, int]:
-        found = vars(z) | {"sample": z.hidden + z.steps}
+        found = vars(z) | {"enter": z.width + z.condition, "block": 2 * z.hidden + z.steps}
         return found[i], found[o]
 
     def inputs(z: Sizes, make: Maker) -> dict[str, Any]:
-        (i, o), r = widths(z), rows(z)
+        (i, o), r = widths(z), _of_task(z)
         tasks = (z.tasks,) if stacked else ()
-        wide = z.hidden if name.startswith("sample") else padded(i)
-        weight = torch.zeros(*tasks, wide if backward else i, padded(o), device=make.device)
-        weight[..., :i, :o] = make.normal(*tasks, min(i, weight.shape[-2]), o) / i**0.5
-        out = weight.shape[-2] if backward else padded(o)
-        found: dict[str, Any] = {"weight": weight.mT if backward else weight}
+        weight = torch.zeros(*tasks, i, padded(o), device=make.device)
+        weight[..., :o] = make.normal(*tasks, i, o) / i**0.5
+        out = z.hidden if backward else o
+        found: dict[str, Any] = {
+            "weight": weight[..., : out * (1 + fold), :].mT
+            if backward
+            else weight
+            if name == "last"
+            else weight[..., :o]
+        }
         stored = [make.rows(z.inner - 1, z.tasks, r, i), make.rows(z.inner - 1, z.tasks, r, o)]
-        found |= {"rows": make.rows(z.tasks, r, o if backward else i), "inner_lr": 0.05}
+        found |= {"rows": make.rows(z.tasks, r, o if backward else i), "inner_lr": 0.05, "activation": activation}
         found["earlier"] = None if stacked else tuple(reversed(stored)) if backward else tuple(stored)
+        found |= {"tokens": z.tokens if fold or means else 0, "fold": fold, "mean_at": out if means else 0}
         if add:
             found["add_to"] = make.normal(z.tasks, r, out)
-        if broadcast:
-            per_sample = name.startswith("token")
-            rows_of = make.normal(z.tasks, z.samples if per_sample else z.tokens, out)
-            found["broadcast"] = linear.Broadcast(
-                rows_of, z.tokens if per_sample else 1, 1 / z.tokens if backward else 1.0
-            )
-        found["activation"] = activation
         if activation == "silu_backward":
             found["pre_activation"] = make.normal(z.tasks, r, out)
         return found
 
     def work(z: Sizes) -> Work:
-        (i, o), r = widths(z), rows(z)
+        (i, o), r = widths(z), _of_task(z)
         keys = 0 if stacked else (z.inner - 1) * r
         moved = z.tasks * r * (i + o) + z.tasks * keys * (i + o) + i * o * (z.tasks if stacked else 1)
         return Work(4 * moved, z.tasks * (2 * r * i * o + 2 * r * keys * (i + o)))
@@ -252,21 +255,15 @@ def _linear(
     )
 
 
-def _of_task(z: Sizes) -> int:
-    return z.samples * z.tokens
-
-
 _LINEAR = [
-    _linear("in", "width", "hidden", rows=_of_task, broadcast=True),
-    _linear("token", "hidden", "hidden", rows=_of_task, broadcast=True, activation="silu"),
-    _linear("token stacked", "hidden", "hidden", rows=_of_task, stacked=True, broadcast=True, activation="silu"),
-    _linear("sample", "sample", "hidden", rows=lambda z: z.samples),
-    _linear("out", "hidden", "hidden", rows=_of_task, add=True),
-    _linear("last", "hidden", "width", rows=_of_task),
-    _linear("out backward", "hidden", "hidden", rows=_of_task, backward=True, activation="silu_backward"),
-    _linear("token backward", "hidden", "hidden", rows=_of_task, backward=True, add=True, broadcast=True),
-    _linear("token stacked backward", "hidden", "hidden", rows=_of_task, stacked=True, backward=True),
-    _linear("sample backward", "sample", "hidden", rows=lambda z: z.samples, backward=True),
+    _linear("in", "enter", "hidden", means=True),
+    _linear("token", "block", "hidden", activation="silu"),
+    _linear("token stacked", "block", "hidden", stacked=True, activation="silu"),
+    _linear("out", "hidden", "hidden", add=True, means=True),
+    _linear("last", "hidden", "width"),
+    _linear("out backward", "hidden", "hidden", backward=True, activation="silu_backward"),
+    _linear("token backward", "block", "hidden", backward=True, add=True, fold=True),
+    _linear("token stacked backward", "block", "hidden", stacked=True, backward=True, fold=True),
 ]
 
 

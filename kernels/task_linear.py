@@ -2,12 +2,10 @@
 
 Low rank: all tasks share W, and task b adds -inner_lr * sum_{r'} (rows_b A_{r'b}^T) G_{r'b} over the rows of its earlier inner steps.
 Stacked: every task has its own weights. The backward of either is the same product with A and G swapped and W transposed, so one
-kernel does all four. What follows the product is fused: a residual, rows broadcast over samples or tokens, silu or its derivative.
+kernel does all four. What follows the product is fused: a residual, silu or its derivative, means over the tokens of a sample.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +18,11 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import (
     BLOCK_COLUMNS,
     across,
+    all_registers,
     check_rank,
     check_tensor,
     dot,
     launch,
-    output,
     row_block,
     stages,
     sum_block,
@@ -33,16 +31,14 @@ from mcdi_fast.kernels.launch import (
 ACTIVATIONS = ("none", "silu", "silu_backward")
 
 
-@dataclass(frozen=True)
-class Broadcast:
-    """Rows added to a product: row i of a task gets `scale * rows[b, (i // divide) % rows.shape[1]]`.
+MAX_TOKENS = 64
+"""Of a mean: a program holds all tokens of a sample."""
 
-    divide = tokens for a row a sample, 1 for a row a token (rows of a task are [S, N]).
-    """
 
-    rows: Tensor
-    divide: int = 1
-    scale: float = 1.0
+def _mean_ref(rows: Tensor, tokens: int) -> Tensor:
+    """To every row the mean of its sample's `tokens` rows."""
+    per_token = rows.unflatten(1, (-1, tokens))
+    return per_token.mean(2, keepdim=True).expand_as(per_token).flatten(1, 2)
 
 
 def task_linear_ref(
@@ -52,26 +48,30 @@ def task_linear_ref(
     inner_lr: float = 0.0,
     *,
     add_to: Tensor | None = None,
-    broadcast: Broadcast | None = None,
     activation: str = "none",
     pre_activation: Tensor | None = None,
+    tokens: int = 0,
+    fold: bool = False,
+    mean_at: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """As `task_linear`, in any dtype."""
     width_in, width_out = weight.shape[-2:]
     out = rows[..., :width_in] @ weight
     for keys, values in zip(*(earlier or ((), ())), strict=True):
         out = out - inner_lr * (rows @ keys.mT) @ values[..., :width_out]
+    if fold:
+        direct, of_means = out.chunk(2, -1)
+        out = direct + _mean_ref(of_means, tokens)
     if add_to is not None:
-        out = out + add_to
-    if broadcast is not None:
-        index = torch.arange(rows.shape[1], device=rows.device) // broadcast.divide % broadcast.rows.shape[1]
-        out = out + broadcast.scale * broadcast.rows[:, index]
-    if activation == "silu":
-        return F.silu(out), out
+        out = out + add_to[..., : out.shape[-1]]
+    pre, out = out, F.silu(out) if activation == "silu" else out
     if activation == "silu_backward" and pre_activation is not None:
         sigmoid = torch.sigmoid(pre_activation)
-        return out * sigmoid * (1 + pre_activation * (1 - sigmoid)), None
-    return out, None
+        out = out * sigmoid * (1 + pre_activation * (1 - sigmoid))
+    if mean_at:
+        space = out.new_zeros(*out.shape[:-1], mean_at - out.shape[-1])
+        out = torch.cat([out, space, _mean_ref(out, tokens)], -1)
+    return out, pre if activation == "silu" else None
 
 
 @triton.jit
@@ -83,37 +83,25 @@ def _rows_block(pointer, row_at, i, row_inside, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def task_linear_kernel(
-    rows, weight, keys, values, add_to, broadcast, pre_activation, out,
-    inner_lr, broadcast_scale, num_tasks, num_rows, num_keys, width_in, width_out, row_width, value_width,
-    weight_task, weight_in, weight_out, divide, modulo,
-    ALONG: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+def _product(
+    rows, weight, keys, values, inner_lr, task, num_tasks, num_rows, num_keys, width_in, row_width, value_width,
+    row_at, column_at, column, row_inside, column_inside, weight_in,
+    ALONG: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Program (task, block of rows, block of columns) computes out^T = W^T rows^T: the weights' columns are the M of the product.
-
-    ALONG: the weights lie along the sum. EVEN: row_width is a multiple of BLOCK_IN.
-    """
-    task = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """[BLOCK_OUT, BLOCK_ROWS] = (W - inner_lr sum keys^T values)^T rows^T; rows, weight: where the task's begin."""
     along_in = tl.arange(0, BLOCK_IN)
-    row_inside, column_inside = row < num_rows, column < width_out
-    # int64 for where a task's rows start, int32 within them (the launcher checks that they fit): half the registers for addresses
-    my_rows, my_weight = rows + task * num_rows * row_width, weight + task * weight_task
-    row_at, column_at = (row * row_width)[None, :], (column * weight_out)[:, None]
-
     result = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for first in range(0, row_width, BLOCK_IN):
         i = first + along_in
-        w_at = my_weight + (column_at + (i * weight_in)[None, :])
+        w_at = weight + (column_at + (i * weight_in)[None, :])
         if ALONG and EVEN:  # the launcher has seen that the weights are as wide as the rows
             w = tl.load(w_at, mask=column_inside[:, None], other=0.0)
         else:
             w = tl.load(w_at, mask=column_inside[:, None] & (i < width_in)[None, :], other=0.0)
         if not ALONG:
             w = across(w, PRECISION)
-        result = dot(w, _rows_block(my_rows, row_at, i, row_inside[None, :], row_width, EVEN), result, PRECISION)
+        result = dot(w, _rows_block(rows, row_at, i, row_inside[None, :], row_width, EVEN), result, PRECISION)
 
     # scores^T = keys rows^T, a block of keys at a time, never stored; num_keys = earlier steps * num_rows
     if keys is not None:
@@ -129,31 +117,77 @@ def task_linear_kernel(
                     k = tl.load(k_at, mask=key_inside[:, None], other=0.0)
                 else:
                     k = tl.load(k_at, mask=key_inside[:, None] & (i < row_width)[None, :], other=0.0)
-                scores = dot(
-                    k, _rows_block(my_rows, row_at, i, row_inside[None, :], row_width, EVEN), scores, PRECISION
-                )
+                scores = dot(k, _rows_block(rows, row_at, i, row_inside[None, :], row_width, EVEN), scores, PRECISION)
             v = tl.load(
                 values + stored_row[None, :] * value_width + column[:, None],
                 mask=key_inside[None, :] & column_inside[:, None], other=0.0,
             )  # fmt: skip
             result = dot(across(v, PRECISION), -inner_lr * scores, result, PRECISION)
+    return result
+
+
+@triton.jit
+def _means(value, tokens, rows):
+    """To every column of `rows` the mean of its sample's `tokens` columns."""
+    local = tl.arange(0, value.shape[1])
+    found = tl.zeros_like(value)
+    for first in range(0, rows, tokens):
+        sample = ((local >= first) & (local < first + tokens))[None, :]
+        found = tl.where(sample, (tl.sum(tl.where(sample, value, 0.0), 1) / tokens)[:, None], found)
+    return found
+
+
+@triton.jit
+def task_linear_kernel(
+    rows, weight, keys, values, add_to, pre_activation, out,
+    inner_lr, num_tasks, num_rows, num_keys, width_in, width_out, row_width, value_width, add_width, pre_width, out_width,
+    weight_task, weight_in, weight_out, tokens, rows_a_program, mean_at,
+    FOLD: tl.constexpr, MEANS: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """Program (task, block of rows, block of columns) computes out^T = W^T rows^T: the weights' columns are the M of the product.
+
+    ALONG: the weights lie along the sum. EVEN: row_width is a multiple of BLOCK_IN. FOLD, MEANS: `rows_a_program` are whole samples.
+    """
+    task = tl.program_id(0).to(tl.int64)
+    local = tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(1) * rows_a_program + local
+    column = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_inside, column_inside = (row < num_rows) & (local < rows_a_program), column < width_out
+    # int64 for where a task's rows start, int32 within them (the launcher checks that they fit): half the registers for addresses
+    my_rows, my_weight = rows + task * num_rows * row_width, weight + task * weight_task
+    row_at, column_at = (row * row_width)[None, :], (column * weight_out)[:, None]
+    if FOLD:
+        result = _product(
+            my_rows, my_weight + width_out * weight_out, keys, values + width_out if values is not None else None, inner_lr, task, num_tasks,
+            num_rows, num_keys, width_in, row_width, value_width, row_at, column_at, column, row_inside, column_inside, weight_in,
+            ALONG, EVEN, PRECISION, BLOCK_OUT, BLOCK_ROWS, BLOCK_KEYS, BLOCK_IN,
+        )  # fmt: skip
+        folded = _means(result, tokens, rows_a_program)
+    result = _product(
+        my_rows, my_weight, keys, values, inner_lr, task, num_tasks,
+        num_rows, num_keys, width_in, row_width, value_width, row_at, column_at, column, row_inside, column_inside, weight_in,
+        ALONG, EVEN, PRECISION, BLOCK_OUT, BLOCK_ROWS, BLOCK_KEYS, BLOCK_IN,
+    )  # fmt: skip
+    if FOLD:
+        result += folded
 
     inside = column_inside[:, None] & row_inside[None, :]
-    at = row[None, :] * width_out + column[:, None]
+    row = task * num_rows + row
     if add_to is not None:
-        result += tl.load(add_to + task * num_rows * width_out + at, mask=inside, other=0.0).to(tl.float32)
-    if broadcast is not None:
-        source = (row // divide % modulo)[None, :] * width_out + column[:, None]
-        more = tl.load(broadcast + task * modulo * width_out + source, mask=inside, other=0.0)
-        result += broadcast_scale * more.to(tl.float32)
+        result += tl.load(add_to + row[None, :] * add_width + column[:, None], mask=inside, other=0.0).to(tl.float32)
+    pre_at = row[None, :] * pre_width + column[:, None]
     if ACTIVATION == "silu":
-        tl.store(pre_activation + task * num_rows * width_out + at, result, mask=inside)
+        tl.store(pre_activation + pre_at, result, mask=inside)
         result = result / (1 + tl.exp(-result))
     elif ACTIVATION == "silu_backward":
-        a = tl.load(pre_activation + task * num_rows * width_out + at, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(pre_activation + pre_at, mask=inside, other=0.0).to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-a))
         result = result * sigmoid * (1 + a * (1 - sigmoid))
-    tl.store(out + task * num_rows * width_out + at, result, mask=inside)
+    at = out + row[None, :] * out_width + column[:, None]
+    tl.store(at, result, mask=inside)
+    if MEANS:
+        tl.store(at + mean_at, _means(result, tokens, rows_a_program), mask=inside)
 
 
 def task_linear(
@@ -163,25 +197,31 @@ def task_linear(
     inner_lr: float = 0.0,
     *,
     add_to: Tensor | None = None,
-    broadcast: Broadcast | None = None,
     activation: str = "none",
     pre_activation: Tensor | None = None,
+    tokens: int = 0,
+    fold: bool = False,
+    mean_at: int = 0,
     out: Tensor | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
-    """Each task's rows times its weights, and what is fused behind it, in this order: + add_to, + broadcast, activation.
+    """Each task's rows times its weights, and what is fused behind it, in this order: fold, + add_to, activation, means.
 
     Args:
         rows: [B, R, I or more]; columns behind I must be 0 (launch.PAD: then no copy needs a mask along the sum).
         weight: [I, O] for all tasks, or [B, I, O]; any strides, so a transposed view serves the backward.
         earlier: (keys [r, B, R, as rows], values [r, B, R, O or more]), the term -inner_lr * sum (rows keys^T) values; None or r = 0: none.
-        add_to: [B, R, O]; `out` itself is allowed. broadcast: rows [B, modulo, O].
+        add_to: [B, R, O or more]; `out` itself is allowed.
         activation: "silu" also returns what was before it; "silu_backward" multiplies by silu'(pre_activation).
-        pre_activation: [B, R, O], read by "silu_backward", written by "silu".
+        pre_activation: [B, R, O or more], read by "silu_backward", written by "silu".
+        tokens: rows of a sample, which fold and mean_at ask for; 64 at most, a divisor of R.
+        fold: the weight has 2 O columns, and the second half of the product counts by its mean over the tokens of a sample.
+        mean_at: where in `out` the means over the tokens of a sample begin, O at least; 0: none are written.
         precision: of the products' operands: "ieee", "tf32" or "bf16". Sums are float32.
 
     Returns:
-        out: float32 [B, R, O]. pre_activation: float32 [B, R, O] for "silu", else None.
+        out: float32 [B, R, O or more]; columns that nothing is written to are 0, or as they were in the caller's. pre_activation: likewise for
+            "silu", else None.
 
     Raises:
         McdiError: naming the argument.
@@ -196,7 +236,7 @@ def task_linear(
     check_precision(precision)
     if activation not in ACTIVATIONS:
         raise McdiError(f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-    if max(r * row_width, r * o, i * o) >= 2**31:
+    if max(r * row_width, i * o) >= 2**31:
         raise McdiError(
             f"rows, weight: {r} rows a task of {i} -> {o}, expected fewer than 2^31 numbers a task and a weight"
         )
@@ -207,30 +247,40 @@ def task_linear(
         check_tensor("keys", keys, (len(keys), b, r, row_width), device=device)
         check_tensor("values", values, (len(keys), b, r, max(o, values.shape[-1])), device=device)
         num_keys = len(keys) * r
+    wide = fold or mean_at > 0
+    o //= 1 + fold
+    if wide and (not 0 < tokens <= MAX_TOKENS or r % tokens or 0 < mean_at < o):
+        raise McdiError(
+            f"tokens = {tokens}, mean_at = {mean_at}: expected a divisor of {r} rows, at most {MAX_TOKENS}, and at least {o}"
+        )
+
+    def check(name: str, given: Tensor | None, width: int) -> Tensor:
+        if given is None:
+            return torch.zeros(b, r, width, device=device)
+        check_tensor(name, given, (b, r, max(width, given.shape[-1])), device=device)
+        return given
+
     if add_to is not None:
-        check_tensor("add_to", add_to, (b, r, o), device=device)
-    modulo = 1
-    if broadcast is not None:
-        _, modulo, _ = check_rank("broadcast", broadcast.rows, "BmO")
-        check_tensor("broadcast", broadcast.rows, (b, modulo, o), device=device)
-    if activation == "silu_backward":
-        if pre_activation is None:
-            raise McdiError("pre_activation: None, expected what the forward's silu was given")
-        check_tensor("pre_activation", pre_activation, (b, r, o), device=device)
-    elif activation == "silu":
-        pre_activation = output("pre_activation", pre_activation, (b, r, o), device)
-    out = output("out", out, (b, r, o), device)
+        check("add_to", add_to, o)
+    if activation == "silu_backward" and pre_activation is None:
+        raise McdiError("pre_activation: None, expected what the forward's silu was given")
+    if activation != "none":
+        pre_activation = check("pre_activation", pre_activation, o)
+    out = check("out", out, mean_at + o if mean_at else o)
     block_rows, block_in = row_block(r), sum_block(precision)
+    rows_a_program = block_rows // tokens * tokens if wide else block_rows
     even = row_width % block_in == 0
     launch(
-        "task_linear", task_linear_kernel, (b, triton.cdiv(r, block_rows), triton.cdiv(o, BLOCK_COLUMNS)), device,
-        {"num_stages": stages(precision)},
-        rows=rows, weight=weight, keys=keys, values=values, add_to=add_to, broadcast=broadcast.rows if broadcast else None,
+        "task_linear", task_linear_kernel, (b, triton.cdiv(r, rows_a_program), triton.cdiv(o, BLOCK_COLUMNS)), device,
+        {"num_stages": stages(precision)} | (all_registers(device) if wide and precision == "ieee" else {}),
+        rows=rows, weight=weight, keys=keys, values=values, add_to=add_to,
         pre_activation=pre_activation if activation != "none" else None, out=out,
-        inner_lr=inner_lr, broadcast_scale=broadcast.scale if broadcast else 1.0, num_tasks=b, num_rows=r, num_keys=num_keys,
+        inner_lr=inner_lr, num_tasks=b, num_rows=r, num_keys=num_keys,
         width_in=i, width_out=o, row_width=row_width, value_width=o if values is None else values.shape[-1],
         weight_task=weight.stride(0) if weight.ndim == 3 else 0, weight_in=weight.stride(-2), weight_out=weight.stride(-1),
-        divide=broadcast.divide if broadcast else 1, modulo=modulo,
+        add_width=1 if add_to is None else add_to.shape[-1], out_width=out.shape[-1],
+        pre_width=pre_activation.shape[-1] if pre_activation is not None and activation != "none" else 1,
+        tokens=max(1, tokens), rows_a_program=rows_a_program, mean_at=mean_at, FOLD=fold, MEANS=mean_at > 0,
         ALONG=weight.stride(-2) == 1 and (i == row_width or not even), EVEN=even, ACTIVATION=activation, PRECISION=precision,
         BLOCK_OUT=BLOCK_COLUMNS, BLOCK_ROWS=block_rows, BLOCK_KEYS=BLOCK_COLUMNS, BLOCK_IN=block_in,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcdi_fast import heads
 from mcdi_fast.backend import Backend
@@ -71,6 +72,24 @@ class Transfers(TorchFunctionMode):
         if function is torch.Tensor.__getitem__ and arguments[0].device.type == "cuda":
             return taken(*arguments)
         return function(*arguments, **options)
+
+
+class Operations(TorchDispatchMode):
+    """torch's own launches on the GPU, by name: everything but views and memory of no content."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        returned = function._schema.returns
+        alias = returned[0].alias_info if returned else None
+        view = alias is not None and not alias.is_write
+        name = function._schema.name.removeprefix("aten::")
+        if isinstance(found, torch.Tensor) and found.device.type == "cuda" and not view and "empty" not in name:
+            self.names.append(name)
+        return found
 
 
 def taken(tensor, index):
@@ -143,12 +162,13 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
                 step._resident = None
             transfers.waits = False
             launched.clear()
-            for number in range(3):  # the next would be captured
-                loss = step.step(draws, number, outer_scalars(meta, number))
+            with Operations() as operations:
+                for number in range(3):  # the next would be captured
+                    loss = step.step(draws, number, outer_scalars(meta, number))
             assert loss.device == cuda
-            print(
-                f"meta-step, {outer}, bank {'resident' if resident else 'on the host'}: {len(names(launched)) // 3} launches"
-            )
+            where = "resident" if resident else "on the host"
+            count, more = len(names(launched)) // 3, len(operations.names) // 3
+            print(f"meta-step, {outer}, bank {where}: {count} launches and {more} of torch")
 
     for mask in (None, torch.ones(n, d, device=cuda)):
         transfers.waits = True

@@ -36,6 +36,7 @@ def random_case(b, k, s, n, d, c, steps, width, depth, dtype=torch.float32):
     [
         ((2, 2, 2, 3, 5, 4, 3, 32, 1), False),
         ((3, 3, 2, 3, 5, 4, 3, 9, 1), True),
+        ((1, 2, 1, 65, 5, 4, 3, 9, 1), False),  # more tokens than a program holds: their means by torch
     ],
 )
 def test_same_as_inner_loop(shape, masked, stacked):

@@ -104,7 +104,7 @@ def table(target, *options):
 def test_compiles_for_hopper():
     """The products of the default precision, wide copies and no spills (inspect exits with 1 otherwise); the rest is slow."""
     rows = table("cuda:90", "--only", "tf32")
-    assert len(rows) == 16
+    assert len(rows) == 14
     # the deltas take both operands as they lie, across the sum: not wgmma's way; a few chains are summed in float32, from registers
     kinds = {"reptile_delta_ tf32": "mma tf32", "sgd_step_ tf32": "mma tf32", "run_chain tf32 2 tasks": "none"}
     for name, row in rows.items():
@@ -120,7 +120,7 @@ def test_compiles_without_spills(target):
     assert ("resident_chain" in rows) == target.startswith("cuda")  # its packets are inline PTX
     wanted = {"cuda:80": "mma ", "cuda:90": "mma ", "hip:gfx942": "v_mfma_"}[target]
     products = {name: row for name, row in rows.items() if re.search(r" (tf32|bf16)\b", name)}
-    assert len(products) == 35
+    assert len(products) == 31
     for name, row in products.items():  # every product of low precision is on the matrix units
         assert wanted in row["kind"] or (name.endswith(" 2 tasks") and "cuda" in target), name
 
@@ -153,7 +153,8 @@ def test_hot_paths_neither_wait_nor_mix_devices():
     launches = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
     assert launches["sampler, no padding"] == "2 launches"
     assert launches["heads of 5 x 64"] == "1 launches"
-    assert len([name for name in launches if name.startswith("meta-step")]) == 4
+    counts = [count for name, count in launches.items() if name.startswith("meta-step")]
+    assert counts == 2 * ["39 launches and 35 of torch", "39 launches and 33 of torch"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 from kernel_helpers import assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.task_linear import Broadcast, task_linear, task_linear_ref
+from mcdi_fast.kernels.task_linear import task_linear, task_linear_ref
 
 SHAPES = [  # tasks, rows, in, out, earlier steps
     (1, 1, 1, 1, 0),
@@ -37,28 +37,19 @@ def test_backward_is_the_same_product_swapped(shape):
     assert_close(found, *results)
 
 
-@pytest.mark.parametrize("divide", [1, 5])
-def test_fused(divide):
-    b, s, n, i, o = 3, 4, 5, 13, 33
-    rows, weight, earlier = case(b, s * n, i, o, 2)
-    add_to, more = normal(b, s * n, o, seed=5), normal(b, n if divide == 1 else s, o, seed=6)
-    pre_activation, gradient = poisoned(b, s * n, o), normal(b, s * n, i, seed=7)
-    options = dict(add_to=add_to, broadcast=Broadcast(more, divide, 0.3), activation="silu")
-    found, found_pre_activation = task_linear(
-        rows, weight, earlier, RATE, **options, pre_activation=pre_activation, out=poisoned(b, s * n, o)
+def test_silu_and_its_backward_by_autograd():
+    rows, weight, earlier = case(3, 20, 13, 33, 2)
+    add_to, gradient = normal(3, 20, 33, seed=5), normal(3, 20, 13, seed=7)
+    found, pre_activation = task_linear(
+        rows, weight, earlier, RATE, add_to=add_to, activation="silu", pre_activation=poisoned(3, 20, 33)
     )
-    assert found_pre_activation is pre_activation
-
-    def exact(kind):
-        leaf = rows.to(kind).requires_grad_()
-        options = dict(add_to=add_to.to(kind), broadcast=Broadcast(more.to(kind), divide, 0.3), activation="silu")
-        out, pre_activation = task_linear_ref(leaf, *to(kind, weight, earlier), RATE, **options)
-        return out.detach(), pre_activation.detach()
-
-    assert_close(found, exact(torch.float64)[0], exact(torch.float32)[0])
-    assert_close(pre_activation, exact(torch.float64)[1], exact(torch.float32)[1])
-
-    # the backward of silu behind another product, against autograd
+    exact, float32 = (
+        task_linear_ref(*to(t, rows, weight, earlier), RATE, add_to=add_to.to(t))
+        for t in (torch.float64, torch.float32)
+    )
+    assert_close(pre_activation, exact[0], float32[0])
+    assert_close(found, *(torch.nn.functional.silu(out) for out, _ in (exact, float32)))
+    # the backward of silu behind another product
     found, _ = task_linear(gradient, weight, activation="silu_backward", pre_activation=pre_activation)
     results = []
     for kind in (torch.float64, torch.float32):
@@ -66,6 +57,36 @@ def test_fused(divide):
         upstream = gradient.to(kind) @ weight.to(kind)
         results.append(torch.autograd.grad(torch.nn.functional.silu(leaf), leaf, upstream)[0])
     assert_close(found, *results)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33, 64])
+def test_means_and_their_backward(tokens):
+    """Behind the product's columns the means over a sample's tokens; the backward of a map of [h, mean of h] folds them back. More than one block."""
+    rows, weight, _ = case(2, 2 * tokens, 13, 70, 0)
+    found, _ = task_linear(rows, weight, tokens=tokens, mean_at=71, out=poisoned(2, 2 * tokens, 150))
+    assert bool(found[..., 141:].isnan().all())
+    assert bool(found[..., 70].isnan().all())
+    exact, float32 = (rows.to(t) @ weight.to(t) for t in (torch.float64, torch.float32))
+
+    def mean(h):
+        return h.unflatten(1, (2, tokens)).mean(2, keepdim=True).expand(-1, -1, tokens, -1).flatten(1, 2)
+
+    assert_close(found[..., :70], exact, float32)
+    assert_close(found[..., 71:141], mean(exact), mean(float32))
+    both, (keys, values), gradient = (
+        normal(140, 9, seed=8),
+        (normal(1, 2, 2 * tokens, 140), normal(1, 2, 2 * tokens, 9)),
+        normal(2, 2 * tokens, 9),
+    )
+    folded, _ = task_linear(
+        gradient, both.T, (values, keys), RATE, tokens=tokens, fold=True, out=poisoned(2, 2 * tokens, 70)
+    )
+    results = []
+    for t in (torch.float64, torch.float32):
+        h = exact.to(t).requires_grad_()
+        out, _ = task_linear_ref(torch.cat([h, mean(h)], -1), both.to(t), (keys.to(t), values.to(t)), RATE)
+        results.append(torch.autograd.grad(out, h, gradient.to(t))[0])
+    assert_close(folded, *results)
 
 
 def test_in_place_residual():
@@ -98,7 +119,8 @@ def test_bad_input():
         ((rows, weight, (keys[..., :4], values)), {}, "keys: shape"),
         ((rows, weight, (keys, values[:1])), {}, "values: shape"),
         ((rows, weight), {"add_to": rows}, "add_to: shape"),
-        ((rows, weight), {"broadcast": Broadcast(normal(3, 4, 5))}, "broadcast: shape"),
+        ((rows, weight), {"fold": True, "tokens": 3}, "tokens = 3, mean_at = 0: expected a divisor of 4 rows"),
+        ((rows, weight), {"mean_at": 5, "tokens": 2}, "mean_at = 5: expected .* at least 6"),
         ((rows, weight), {"activation": "relu"}, "activation = 'relu'"),
         ((rows, weight), {"activation": "silu_backward"}, "pre_activation: None"),
         ((rows, weight), {"precision": "fp8"}, "precision = 'fp8'"),
