@@ -34,6 +34,7 @@ GRADIENTS = ("finetune", "finetune-decay", "trained-target")  # methods that tak
 _STEP_COUNTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 _CHAIN_SEEDS = 12
 _PLANE_POINTS = 41
+_PICTURED = 4  # tasks a family may draw
 _CHUNK = 2000  # tasks of a bank at a time
 
 Adapt = Callable[[TaskBatch], Tensor]
@@ -139,7 +140,8 @@ def evaluate(
         on_stage: called with the name of each of the four parts before it runs.
 
     Returns:
-        JSON-able: `metric`, `methods` (mean, ci95, `threads.latency`, what validation chose), `sampling_steps`, `norms`, `plane` (report.py).
+        JSON-able: `metric`, `methods` (mean, ci95, `threads.latency`, what validation chose), `sampling_steps`, `norms`, `plane` (report.py);
+        and `figures`, the family's own.
     """
     generator, metric = sampler.generator, family.metric
     objective, num_steps = generator.diffusion.objective, generator.num_steps or generator.diffusion.steps
@@ -178,9 +180,10 @@ def evaluate(
     targets = trained_targets(family, test, recipe, generator.diffusion.segments, seed, backend)
     methods: dict[str, Any] = {}
     scores: dict[str, Tensor] = {}
+    drawn: dict[str, Tensor] = {}
     for name, adapt in adapters.items():
         theta = targets[:, -1] if name == "trained-target" else adapt(test)
-        scores[name] = family.scores(theta, test.query)
+        scores[name], drawn[name] = family.scores(theta, test.query), theta[:_PICTURED]
         methods[name] = {**shown(scores[name]), **timed(adapt, test), **chosen.get(name, {})}
         if name not in (objective, "trained-target"):
             difference = shown(scores[objective] - scores[name])
@@ -205,6 +208,13 @@ def evaluate(
 
     on_stage("chains")
     generated = generate(sampler, test, seed, **sample)
+    pictured, chain = test[:_PICTURED], list[tuple[int, Tensor]]()
+    stepwise = Sampler(generator, sampler.device, impl="torch")
+
+    def keep(t: int, x: Tensor) -> None:
+        chain.append((t, generator.normalizer.denormalize(x)))
+
+    generate(stepwise, pictured, seed, eta_noise=config.eta_noise, callback=keep)
     return {
         "metric": metric._asdict(),
         "methods": methods,
@@ -214,6 +224,7 @@ def evaluate(
             "target": targets[:, -1].flatten(1).norm(dim=1).tolist(),
         },
         "plane": chain_plane(family, sampler, test[:1], targets[0], seed, config.eta_noise),
+        "figures": family.figures(pictured, drawn, chain),
     }
 
 

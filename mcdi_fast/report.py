@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from mcdi_fast.evaluate import GRADIENTS, OBJECTIVE_TITLES, WHAT
+from mcdi_fast.figures import new_figure, png
 from mcdi_fast.store import atomic_write, write_json
 
 
@@ -55,9 +55,10 @@ def write_report(folder: Path, result: dict[str, Any], metrics: Sequence[dict[st
     """Write `report.json`, the plots and `report.md` into the run folder.
 
     Args:
-        result: what `evaluate` returned, with `config`, `machine` and `seconds` (by stage) added.
+        result: what `evaluate` returned, with `config`, `machine` and `seconds` (by stage) added; `figures` goes into files of its own.
         metrics: the lines of metrics.jsonl.
     """
+    figures = result.pop("figures")
     write_json(folder / "report.json", result)
     name = result["metric"]["name"]
     plots = {
@@ -66,6 +67,7 @@ def write_report(folder: Path, result: dict[str, Any], metrics: Sequence[dict[st
         "steps.png": (f"The {name} and the weight error against the number of sampling steps", _plot_steps(result)),
         "norms.png": ("Norm of generated against target weights", _plot_norms(result)),
         "chains.png": ("Sampling chains in a plane of weight space, over the task's loss", plot_chains(result)),
+        **figures,
     }
     for file, (_, data) in plots.items():
         atomic_write(folder / file, data)
@@ -154,26 +156,6 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
     lines += ["## Machine", "", *(f"- {key}: {value}" for key, value in result["machine"].items()), ""]
     lines += ["Every setting is in `config.json`, every number above in `report.json`.", ""]
     return "\n".join(lines)
-
-
-def new_figure(columns: int = 1) -> tuple[Any, Any]:
-    """A figure without a display, and its axes, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for ax in np.atleast_1d(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def png(figure: Any) -> bytes:
-    """The figure's file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _plot_learning(metrics: Sequence[dict[str, Any]], result: dict[str, Any]) -> bytes:

@@ -417,6 +417,31 @@ def test_waves():
     check_family(gaussian)
 
 
+def test_the_report_of_waves_has_its_pictures(tmp_path):
+    config = find_family("waves").config()
+    config = dataclasses.replace(
+        config,
+        run_dir=tmp_path / "run",
+        task=WaveOptions(width=4, start_steps=2),
+        prepare=dataclasses.replace(config.prepare, tasks=8, steps=6),
+        meta=dataclasses.replace(config.meta, steps=4, meta_batch=4),
+        denoiser=dataclasses.replace(config.denoiser, width=8),
+        evaluate=dataclasses.replace(
+            config.evaluate,
+            tasks=5,
+            validation_tasks=3,
+            finetune_steps=(2,),
+            finetune_lrs=(0.01,),
+            finetune_decays=(0.01,),
+        ),
+    )
+    folder = train.train(config)
+    text = (folder / "report.md").read_text()
+    for name in ("waves.png", "networks.png"):
+        assert f"]({name})" in text
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_points_say_of_a_wave():
     """The family's waves have two dimensions, so three points without noise say all; noise costs as much as least squares on the sines."""
     for points, noise, most in ((3, 0.0, 0.02), (10, 0.3, 0.05)):

@@ -27,10 +27,11 @@ from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
 from mcdi_fast.config import AtLeastOne, Options, TrainConfig
 from mcdi_fast.evaluate import VALIDATION_SEED, generate, interval, latency_ms, step_counts
+from mcdi_fast.figures import new_figure, png
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank
-from mcdi_fast.report import git_sha, machine, new_figure, number, png, table
+from mcdi_fast.report import git_sha, machine, number, table
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import atomic_write, make_folder, read_json, write_json
 from mcdi_fast.tasks import Metric, Setup, TaskBatch, TaskFamily, find_family

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mcdi_fast.report import new_figure, plot_chains, png, table
+from mcdi_fast.figures import new_figure, png
+from mcdi_fast.report import plot_chains, table
 from mcdi_fast.store import atomic_write, make_folder
 from mcdi_fast.study.plan import PREPARED, REVISION, VARIANTS
 from mcdi_fast.study.records import Entry, Table, default_settings, load_records, steps_of

@@ -149,6 +149,16 @@ class TaskFamily:
         """Further methods by name, tasks -> weights [B, N, D], beyond fine-tuning, trained targets and what the bank gives."""
         return {}
 
+    def figures(
+        self, tasks: TaskBatch, drawn: dict[str, Tensor], chain: list[tuple[int, Tensor]]
+    ) -> dict[str, tuple[str, bytes]]:
+        """Pictures for a run's report: file name -> (title, PNG). None by default.
+
+        Args:
+            tasks: a few test tasks. drawn: each method's weights for them, [B, N, D]. chain: (t, weights) along their sampling chains.
+        """
+        return {}
+
 
 def optimizer_steps(backend: Backend) -> dict[str, Any]:
     """`ascend` and `update` of `optim.trajectory`, through the kernels where they run."""

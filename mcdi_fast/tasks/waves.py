@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mcdi_fast.align import align
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, NotNegative, PrepareConfig, TrainConfig
+from mcdi_fast.figures import new_figure, png
 from mcdi_fast.optim import trajectory
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, register
 from mcdi_fast.tasks.modules import ModuleFamily
@@ -150,14 +151,17 @@ class WaveFamily(ModuleFamily):
         for _ in range(_REFERENCE_ROUNDS):
             self._reference = align(points, self.layout, self._reference, odd=True)[:, -1].mean(0)
 
-    def losses(self, theta: Tensor, data: Data) -> Tensor:
-        """Of all tasks, [B, N, D] -> [B], by batched products: five times faster than vmap."""
-        weights = list(self.layout.unpack(theta).values())
-        h = data["x"]
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """y [B, n, 1] of all tasks' networks at x [B, n, 1], by batched products: five times faster than vmap."""
+        weights, h = list(self.layout.unpack(theta).values()), x
         for layer in range(0, len(weights), 2):
             h = torch.baddbmm(weights[layer + 1].unsqueeze(1), h, weights[layer].mT)
             h = h.tanh() if layer + 2 < len(weights) else h
-        return (h - data["y"]).square().mean((1, 2))
+        return h
+
+    def losses(self, theta: Tensor, data: Data) -> Tensor:
+        """Of all tasks, [B, N, D] -> [B]."""
+        return (self.outputs(theta, data["x"]) - data["y"]).square().mean((1, 2))
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """Of each task's loss."""
@@ -169,6 +173,40 @@ class WaveFamily(ModuleFamily):
     def scores(self, theta: Tensor, data: Data) -> Tensor:
         """Mean squared errors."""
         return self.losses(theta, data)
+
+    def figures(
+        self, tasks: TaskBatch, drawn: dict[str, Tensor], chain: list[tuple[int, Tensor]]
+    ) -> dict[str, tuple[str, bytes]]:
+        """Waves of several tasks, and the networks along their chains."""
+        x = torch.linspace(LOW, HIGH, QUERY)
+        every = x.expand(len(tasks), -1).unsqueeze(-1)
+        generated = next(iter(drawn))  # evaluate's own method comes first
+        lines = {"truth": tasks.train["y"]} | {
+            name: self.outputs(drawn[name], every) for name in (generated, "finetune")
+        }
+        waves, tops = new_figure(len(tasks))
+        along, bottoms = new_figure(len(tasks))
+        for task, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):
+            for (name, y), style in zip(lines.items(), ("k-", "C0-", "C1--"), strict=True):
+                top.plot(x, y[task, :, 0], style, lw=1.2, label="generated" if name == generated else name)
+            for t, theta in chain:
+                shade = t / max(chain[-1][0], 1)
+                bottom.plot(x, self.outputs(theta, every)[task, :, 0], color=(1 - shade, 0.3, shade), lw=0.7)
+            for ax in (top, bottom):
+                ax.plot(tasks.support["x"][task, :, 0], tasks.support["y"][task, :, 0], "k.", ms=7)
+                reach = 1.3 * float(tasks.train["y"][task].abs().max()) + 0.3
+                ax.set(xlabel="x", ylim=(-reach, reach))
+        tops[0].legend(frameon=False)
+        return {
+            "waves.png": (
+                "Test tasks: the points seen, the truth, the generated and the fine-tuned network",
+                png(waves),
+            ),
+            "networks.png": (
+                "The network of each step of the chain, from noise (red) to the weights (blue)",
+                png(along),
+            ),
+        }
 
     def meta_learn(self, setup: Setup) -> None:
         """Reptile (Nichol et al., 2018) over the start: all tasks of an outer step at once, ten steps of Adam each."""
