@@ -17,10 +17,12 @@ from mcdi_fast.align import align
 from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import prototype_head
-from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, find_family, register
+from mcdi_fast.tasks import BUILT_IN, Setup, TaskBatch, check_family, digit_networks, find_family, register
+from mcdi_fast.tasks.digit_networks import DigitFamily, NetworkOptions
 from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions
 from mcdi_fast.tasks.encoders import Projection
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions, draw_episodes
+from mcdi_fast.tasks.images import LabelledRows
 from mcdi_fast.tasks.modules import ModuleFamily
 from mcdi_fast.tasks.prior import ClassPrior
 from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
@@ -584,3 +586,31 @@ def test_a_domain_is_held_out(tmp_path, across):
     assert "0 domains, expected at least" in error_of(
         entry.family, dataclasses.replace(options, source=str(feature_file(tmp_path))), Setup()
     )
+
+
+def digit_data(each=60):
+    g = torch.Generator().manual_seed(0)
+    domain, digit = (part.flatten() for part in torch.meshgrid(torch.arange(3), torch.arange(10), indexing="ij"))
+    rows = torch.randint(0, 256, (len(digit), each, 32, 32, 3), generator=g, dtype=torch.uint8).flatten(0, 1)
+    labels, domains = (part.repeat_interleave(each) for part in (digit, domain))
+    return LabelledRows.of(rows, labels, domains=domains, domain_names=("mnist", "mnist_m", "usps"))
+
+
+def test_digit_networks():
+    """Pairs and domains of the splits do not meet; the base alone is the start with a ridge head; too few images are refused by name."""
+    family = DigitFamily(digit_data(), NetworkOptions(width=4, start_steps=2))
+    check_family(family)
+    pairs = {
+        split: {tuple(pair) for pair in family._pairs[rows].tolist()} for split, rows in digit_networks._PAIRS.items()
+    }
+    assert sum(len(found) for found in pairs.values()) == len(set().union(*pairs.values())) == 45
+    before = family._initial.clone()
+    family.meta_learn(Setup())
+    assert not torch.equal(family._initial, before)
+    tasks = family.tasks("train", 0, 3, 0)
+    base = tasks.support["base"]
+    assert torch.equal(base[:, :-2], family._initial[:-2].expand(3, -1, -1))
+    assert torch.equal(base[:, -2], -base[:, -1])
+    assert torch.equal(tasks.condition[:, -1, :17], -tasks.condition[:, 0, :17])
+    assert family.score(torch.zeros_like(base[0]), {name: value[0] for name, value in tasks.support.items()}) > 0.5
+    assert "expected 40" in error_of(DigitFamily, digit_data(39), NetworkOptions())

@@ -31,9 +31,13 @@ Data = dict[str, Tensor]
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot", "waves")} | {
-    name: "mcdi_fast.tasks.photos" for name in ("tiny-imagenet", "pacs", "digits")
+    "digit-networks": "mcdi_fast.tasks.digit_networks",
+    **{name: "mcdi_fast.tasks.photos" for name in ("tiny-imagenet", "pacs", "digits")},
 }
 """Families that come with the package, by the module that registers each."""
+_GRADIENT_CHUNK = (
+    64  # tasks differentiated at a time (a small convolutional network of 500 tasks: 3.5 times faster than all at once)
+)
 _CHUNK = 128  # tasks scored at a time: a network's activations of all tasks at once would not fit
 
 
@@ -114,7 +118,7 @@ class TaskFamily:
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """Of each task's loss, [B, N, D] -> [B, N, D]: autograd under vmap by default. step: of the trajectory, for minibatches."""
-        return vmap(grad(self.loss), randomness="different")(theta, data)
+        return vmap(grad(self.loss), randomness="different", chunk_size=_GRADIENT_CHUNK)(theta, data)
 
     def trajectories(
         self,
