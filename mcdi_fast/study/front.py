@@ -224,7 +224,7 @@ def front_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that no quicker row is as good as, quickest first."""
     kept: list[dict[str, Any]] = []
     for row in rows:
-        if not kept or row["behind"] < kept[-1]["behind"]:
+        if not kept or row["behind"] < kept[-1]["behind"] - 1e-6:
             kept.append(row)
     return kept
 
@@ -237,7 +237,7 @@ def tabulated(record: dict[str, Any]) -> list[str]:
     lines = []
     for row in sorted(shown, key=lambda row: row["ms"]):
         sizes = [row[key] for key in ("width", "depth", "T", "k", "sampling", "outer")]
-        behind = f"{number(row['behind'], row['behind_ci95'])} ± {number(row['behind_ci95'])}"
+        behind = f"{row['behind']:.3f} ± {row['behind_ci95']:.3f}"
         costs = [f"{row['ms']:.3f}", f"{row['training_seconds']:.0f}", row["kilobytes"]]
         line = [*sizes, number(row["mean"]), behind, *costs]
         lines.append([f"**{cell}**" for cell in line] if row is knee else line)
@@ -260,24 +260,25 @@ def tabulated(record: dict[str, Any]) -> list[str]:
 
 
 def plot(record: dict[str, Any]) -> bytes:
-    """Every row by the time of its sample, the front as a line with its sizes."""
+    """Every fully trained row by the time of its sample; the front as a line, with the size of each of its networks."""
     figure, ax = new_figure()
-    rows, metric = record["rows"], record["metric"]
+    metric, last = record["metric"], record["outer_steps"]
+    rows = [row for row in record["rows"] if row["outer"] == last]
     ax.plot([row["ms"] for row in rows], [row["mean"] for row in rows], ".", ms=3, color="0.7")
     line = front_of(rows)
     ax.plot([row["ms"] for row in line], [row["mean"] for row in line], "o-", ms=4)
+    shown: list[str] = []
     for row in line:
-        label = f"{row['width']}x{row['depth']}, {row['sampling']} of {row['T']}"
-        ax.annotate(label, (row["ms"], row["mean"]), xytext=(3, -9), textcoords="offset points", fontsize=6)
-    close = sorted(row["mean"] for row in rows)
+        label = f"{row['width']} x {row['depth']}"
+        if label not in shown:
+            place = (4, -10) if len(shown) % 2 else (-14, 8)  # in turn, so that neighbours do not overlap
+            ax.annotate(label, (row["ms"], row["mean"]), xytext=place, textcoords="offset points", fontsize=8)
+            shown.append(label)
     ax.set(
         xscale="log",
         xlabel="one sample on one thread, ms",
         ylabel=f"{metric['name']} (validation), {metric['unit']}".rstrip(", "),
     )
-    keep = close[len(close) // 3 :] if metric["higher_is_better"] else close[: -(len(close) // 3) or None]
-    span = max(keep[-1] - keep[0], 1e-9)
-    ax.set_ylim(keep[0] - 0.1 * span, keep[-1] + 0.1 * span)
     return png(figure)
 
 

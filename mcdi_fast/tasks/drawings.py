@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mcdi_fast import backbone as bb
 from mcdi_fast.bounds import Range
+from mcdi_fast.config import TrainConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import make_folder
 from mcdi_fast.tasks import Setup
@@ -95,6 +96,16 @@ class DrawingOptions(HeadOptions):
     """Augmented versions of each training image, beside the image itself, that preparation picks from (paper: some; record, five seeds:
     one is 0.07 ± 0.03 % worse than none)."""
     backbone: bb.BackboneConfig = field(default_factory=bb.BackboneConfig)
+
+
+def drawing_defaults(config: TrainConfig) -> TrainConfig:
+    """The quickest sizes that are level with the best on validation characters (docs/choices.md, "What accuracy costs")."""
+    return replace(
+        config,
+        prepare=replace(config.prepare, tasks=5000),
+        denoiser=replace(config.denoiser, depth=1),
+        meta=replace(config.meta, steps=500),
+    )
 
 
 def drawing_family(data: FewShotData, options: DrawingOptions, setup: Setup) -> HeadFamily:

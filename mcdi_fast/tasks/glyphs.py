@@ -13,14 +13,14 @@ Every draw is `Generator.random()` and every image comes from it by ``+ - * / mi
 """
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mcdi_fast.backbone import BackboneConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import Setup, register
-from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_family
+from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_defaults, drawing_family
 from mcdi_fast.tasks.heads import HeadFamily
 
 SIDE = 28
@@ -231,7 +231,7 @@ class GlyphOptions(DrawingOptions):
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(steps=250))
 
 
-@register(lambda c: replace(c, prepare=replace(c.prepare, tasks=5000), meta=replace(c.meta, steps=500)))
+@register(drawing_defaults)
 def glyphs(options: GlyphOptions, setup: Setup) -> HeadFamily:
     """Built in, drawn by rule: needs no data, and its whole run takes minutes."""
     with setup.stage("data", 1, "set") as bar:

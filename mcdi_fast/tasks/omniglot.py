@@ -22,8 +22,16 @@ import numpy as np
 
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import show_path, user_path
-from mcdi_fast.tasks import Setup
-from mcdi_fast.tasks.drawings import SIDE, ClassImages, DrawingOptions, FewShotData, drawing_family, preprocess
+from mcdi_fast.tasks import Setup, register
+from mcdi_fast.tasks.drawings import (
+    SIDE,
+    ClassImages,
+    DrawingOptions,
+    FewShotData,
+    drawing_defaults,
+    drawing_family,
+    preprocess,
+)
 from mcdi_fast.tasks.heads import HeadFamily
 
 DRAWERS = 20
@@ -305,6 +313,7 @@ class OmniglotOptions(DrawingOptions):
     """Folder of train.txt, val.txt and test.txt, a character ALPHABET/characterNN a line, for another split than the Vinyals split."""
 
 
+@register(drawing_defaults)
 def omniglot(options: OmniglotOptions, setup: Setup) -> HeadFamily:
     """Real drawings: found under --data-dir or MCDI_DATA_DIR, else downloaded."""
     with setup.stage("data", 1, "set") as bar:
