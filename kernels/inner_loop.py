@@ -22,10 +22,13 @@ def inner_loop_ref(phi: Parameters, batch: InnerBatch, inner_lr: float, *, stack
     return inner_loop(phi, batch, inner_lr, "reference", stacked)
 
 
-def prefer_stacked(batch: InnerBatch, phi: Parameters) -> bool:
-    """Whether per-task weights are the cheaper form on a GPU, by operation counts: rows of all K steps of a task against the hidden width."""
-    _, k, s, n, _ = batch.x.shape
-    return k * s * n > 4 * phi["out.token"].shape[0]
+def prefer_stacked(sizes: tuple[int, ...], width: int) -> bool:
+    """Whether per-task weights are the cheaper form on a GPU, by operation counts: rows of all K steps of a task against the hidden width.
+
+    sizes: B, K, S, N, D.
+    """
+    _, k, s, n, _ = sizes
+    return k * s * n > 4 * width
 
 
 class _Linear:
@@ -88,20 +91,22 @@ class InnerLoop:
         self,
         flat: Tensor,
         shapes: dict[str, tuple[int, int]],
-        batch: InnerBatch,
+        sizes: tuple[int, ...],
         *,
         stacked: bool,
         precision: str,
-        delta: Tensor | None = None,
+        mask: Tensor | None = None,
         real: int | None = None,
+        delta: Tensor | None = None,
+        losses: Tensor | None = None,
     ):
         """Make the buffers.
 
         Args:
-            flat: float32 [P], phi's matrices in a row, of `shapes`; read at every run. batch: whose shapes and mask the runs will have.
-            delta: float32 [P], where to put it. real: how many ones the mask has, where it has one.
+            flat: float32 [P], phi's matrices in a row, of `shapes`; read at every run. sizes: B, K, S, N, D.
+            mask: float32 [N, D], 1 at real numbers. real: how many it has. delta, losses: float32 [P], [K, B], where to put them.
         """
-        b, k, s, n, d = self.shape = batch.x.shape
+        b, k, s, n, d = self.shape = sizes
         flat_delta = torch.empty_like(flat) if delta is None else delta
         phi, self.delta = named_views(flat, shapes), named_views(flat_delta, shapes)
         self.depth, self.width, rows = depth_of(phi), shapes["out.token"][0], k * b * s * n
@@ -111,8 +116,8 @@ class InnerLoop:
         }
         assert [part for parts in _maps(phi).values() for part in parts] == list(shapes)
         # one storage for what goes into all maps, one for the gradients: the deltas are one launch
-        sizes = [[rows * padded(shape[side]) for shape in maps.values()] for side in (0, 1)]
-        stored = [[part.view(k, b, s * n, -1) for part in flat.new_zeros(sum(size)).split(size)] for size in sizes]
+        lengths = [[rows * padded(shape[side]) for shape in maps.values()] for side in (0, 1)]
+        stored = [[part.view(k, b, s * n, -1) for part in flat.new_zeros(sum(each)).split(each)] for each in lengths]
         weights, self.deltas = named_views(flat, maps), named_views(flat_delta, maps)
         self.linear = {
             name: _Linear(weights[name], inputs, gradients, stacked, precision)
@@ -121,7 +126,10 @@ class InnerLoop:
         self.precision, self.real, self.fused = precision, real, n <= MAX_TOKENS
         self.table = delta_table(self._layers())
         new = flat.new_empty
-        self.gain, self.target, self.losses = new(k, b, s), new(k, b, s, n, d), new(k, b)
+        self.mask, self.gain, self.target = mask, new(k, b, s), new(k, b, s, n, d)
+        self.losses = new(k, b) if losses is None else losses
+        self.enter = self.linear["in"].inputs
+        self.blocks = [self.linear[f"{layer}"].inputs for layer in range(self.depth)]
         self.pre_activation = [new(b, s * n, self.width) for _ in range(self.depth)]
         self.net = flat.new_zeros(b, s * n, padded(d))
         self.of_means = None if self.fused else new(b, s * n, self.width)
@@ -149,9 +157,32 @@ class InnerLoop:
         member.backward(r, width, 2 * width, out=self.of_means)
         out.unflatten(1, (-1, n))[..., :width].add_(self.of_means.unflatten(1, (-1, n)).mean(2, keepdim=True))
 
-    def run(self, batch: InnerBatch, inner_lr: float) -> None:
-        """Fill `delta` and `losses`."""
+    @property
+    def noised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views [B, K, S, …] of what a run reads: x, the loss's target, its gain."""
+        _, _, s, n, d = self.shape
+        return (
+            self.enter.unflatten(-2, (s, n))[..., :d].transpose(0, 1),
+            self.target.transpose(0, 1),
+            self.gain.transpose(0, 1),
+        )
+
+    def load(self, batch: InnerBatch) -> None:
+        """What a run reads, from a batch; `MetaStep` writes it by two launches instead."""
         b, k, s, n, d = self.shape
+        for there, here in zip(self.noised, (batch.x, batch.target, batch.gain), strict=True):
+            there.copy_(here)
+        condition = batch.condition.expand(b, n, -1)
+        there = self.enter.unflatten(-2, (s, n))[..., d : d + condition.shape[-1]]
+        there.copy_(condition[None, :, None].expand_as(there))
+        step = batch.step.transpose(0, 1)[..., None, None].expand(k, b, s, n, 1)
+        for block in self.blocks:
+            one_hot = block.unflatten(-2, (s, n))[..., 2 * self.width : len(self.linear["0"].shared)]
+            one_hot.zero_().scatter_(-1, step, 1.0)
+
+    def run(self, inner_lr: float) -> None:
+        """Fill `delta` and `losses`."""
+        _, k, s, n, _ = self.shape
         width, linear = self.width, self.linear
         blocks = [(linear[f"{layer}"], linear[f"{layer} out"]) for layer in range(self.depth)]
         enter, last = linear["in"], linear["last"]
@@ -160,16 +191,6 @@ class InnerLoop:
 
         def per_token(rows: Tensor) -> Tensor:
             return rows.unflatten(-2, (s, n))
-
-        entered = per_token(enter.inputs)
-        entered[..., :d].copy_(batch.x.transpose(0, 1))
-        condition = batch.condition.expand(b, n, -1)
-        entered[..., d : d + condition.shape[-1]].copy_(condition[None, :, None].expand(k, b, s, n, -1))
-        step = batch.step.transpose(0, 1)[..., None, None].expand(k, b, s, n, 1)
-        for token, _ in blocks:  # not F.one_hot, which looks at its values on the host
-            per_token(token.inputs)[..., 2 * width : len(token.shared)].zero_().scatter_(-1, step, 1.0)
-        self.gain.copy_(batch.gain.transpose(0, 1))
-        self.target.copy_(batch.target.transpose(0, 1))
 
         for r in range(k):
             self._with_means(enter, r, blocks[0][0].inputs[r])
@@ -182,7 +203,7 @@ class InnerLoop:
                     out.forward(r, add_to=h, out=last.inputs[r])
             last.forward(r, padding=True, out=self.net)
             residual_loss(
-                per_token(self.net), self.gain[r], self.target[r], batch.mask, self.real,
+                per_token(self.net), self.gain[r], self.target[r], self.mask, self.real,
                 loss=self.losses[r], gradient=per_token(last.gradients[r]),
             )  # fmt: skip
 
@@ -226,10 +247,11 @@ def inner_loop_triton(
     check_precision(precision)
     if batch.x.dtype != torch.float32:
         raise McdiError(f"phi: {batch.x.dtype}, expected torch.float32 for the kernels; impl='torch' takes others")
-    stacked = prefer_stacked(batch, phi) if stacked is None else stacked
+    stacked = prefer_stacked(batch.x.shape, phi["out.token"].shape[0]) if stacked is None else stacked
     flat = torch.cat([value.flatten() for value in phi.values()])
     shapes = {name: (len(value), value.shape[1]) for name, value in phi.items()}
     real = None if batch.mask is None else int(batch.mask.sum())
-    loop = InnerLoop(flat, shapes, batch, stacked=stacked, precision=precision, real=real)
-    loop.run(batch, inner_lr)
+    loop = InnerLoop(flat, shapes, batch.x.shape, stacked=stacked, precision=precision, mask=batch.mask, real=real)
+    loop.load(batch)
+    loop.run(inner_lr)
     return loop.delta, loop.losses.T

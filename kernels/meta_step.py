@@ -20,14 +20,14 @@ from torch import Tensor
 
 from mcdi_fast.backend import check_precision
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.denoiser import Parameters
-from mcdi_fast.diffusion import Draws, InnerBatch
+from mcdi_fast.diffusion import Draws
 from mcdi_fast.kernels.inner_loop import InnerLoop, prefer_stacked
 from mcdi_fast.kernels.launch import capture, pinned
+from mcdi_fast.kernels.load_batch import block_starts, load_batch_
 from mcdi_fast.kernels.noise_batch import noise_batch
-from mcdi_fast.kernels.outer_update import outer_update_
+from mcdi_fast.kernels.outer_update import Verdict, judge_, outer_update_
 from mcdi_fast.normalizer import Normalizer
-from mcdi_fast.outer import OuterScalars, OuterState, named_views
+from mcdi_fast.outer import OuterScalars, OuterState
 from mcdi_fast.ranks import ALONE, Ranks
 
 EAGER_STEPS = 3  # before capture: they compile the kernels and settle the allocator
@@ -84,42 +84,40 @@ class MetaStep:
             return tensor.float().to(device)
 
         self._tables, self._mask = to_device(tables), None if mask is None else to_device(mask)
-        self._mean, self._std = to_device(normalizer.mean), to_device(normalizer.std)
-        self._condition_mean, self._condition_std = (
-            to_device(condition_normalizer.mean), to_device(condition_normalizer.std)
-        )  # fmt: skip
+        rows, columns = bank.condition_rows, bank.condition_width
+        self._moments = [
+            to_device(value).expand(shape).contiguous()
+            for of, shape in ((normalizer, (n, d)), (condition_normalizer, (rows, columns)))
+            for value in (of.mean, of.std)
+        ]
         new = state.phi.new_empty
-        self._target, self._condition = new(b, n, d), new(b, bank.condition_rows, bank.condition_width)
-        self._resident = self._move_bank()
-        condition = new(b, n, shapes["in.condition"][0])
-        if (
-            condition.shape[-1] > bank.condition_width
-        ):  # which token is which stands behind the condition, the same for all tasks
-            condition[..., bank.condition_width :] = to_device(bank.layout.position())
-        self._batch = InnerBatch(
-            new(b, k, s, n, d), self._step, condition, new(b, k, s), new(b, k, s, n, d), self._mask
-        )
-        phi: Parameters = named_views(state.phi, shapes)
+        self._target, self._read = new(b, n, d), (new(b, n, d), new(b, rows, columns))
         self._skip, self._ranks, meta_batch = skip, ranks, meta_batch or b
         # one exchange: the mean difference, then the losses [K, B] of every base learner
         self._sent = new(state.phi.numel() + k * meta_batch)
         self._delta, losses = self._sent.split([state.phi.numel(), k * meta_batch])
         self._losses, self._mine, self._part = losses.view(k, meta_batch), ranks.share(meta_batch), b / meta_batch
-        self._batch.check(phi)
+        sizes = (b, k, s, n, d)
         self._loop = InnerLoop(
-            state.phi, shapes, self._batch, stacked=prefer_stacked(self._batch, phi), precision=precision,
-            delta=self._delta, real=None if mask is None else int(mask.sum()),
+            state.phi, shapes, sizes, stacked=prefer_stacked(sizes, shapes["out.token"][0]), precision=precision, mask=self._mask,
+            real=None if mask is None else int(mask.sum()), delta=self._delta, losses=self._losses if ranks.size == 1 else None,
         )  # fmt: skip
-        self.loss = new(())
-        self._failed = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self._failed_losses = torch.zeros_like(self._losses)
-        self._skipped = torch.zeros_like(self._failed)
+        self._starts, self._num_steps = block_starts(self._loop.blocks), tables.shape[1]
+        position = shapes["in.condition"][0] - columns
+        if position:  # which token is which stands behind the condition, the same for all tasks
+            there = self._loop.enter.unflatten(-2, (s, n))[..., d + columns : d + columns + position]
+            there.copy_(to_device(bank.layout.position()).expand_as(there))
+        self._verdict = Verdict.start(self._losses)
+        self.loss = self._verdict.loss[0]
+        self._resident = self._move_bank()
+        self._every = torch.arange(b, device=device)
         self._steps_taken = 0
         self._replay: Callable[[], None] | None = None
 
     def _move_bank(self) -> tuple[Tensor, Tensor] | None:
         """The whole bank on the device, targets [tasks * k, N, D], where it fits."""
-        bytes_ = 4 * len(self.bank) * (self.bank.num_segments * self._target[0].numel() + self._condition[0].numel())
+        target, condition = self._read
+        bytes_ = 4 * len(self.bank) * (self.bank.num_segments * target[0].numel() + condition[0].numel())
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
         if bytes_ > RESIDENT_SHARE * free:
             return None
@@ -129,24 +127,15 @@ class MetaStep:
     def step(self, draws: Draws, number: int, scalars: OuterScalars) -> Tensor:
         """Take outer step `number`; returns `loss`, on the device, without waiting for it."""
         row = draws.task * self.bank.num_segments + draws.segment
-        integers = [
-            row,
-            draws.task,
-            draws.segment,
-            draws.step.flatten(),
-            draws.streams,
-            torch.tensor([number], device="cpu"),
-        ]
+        drawn = row, draws.task, draws.segment, draws.step.flatten(), draws.streams
+        integers = [*drawn, torch.tensor([number], device="cpu")]
         numbers = torch.tensor(scalars, dtype=torch.float64, device="cpu").view(torch.int64)
         self._copy(self._inbox, torch.cat([*integers, numbers]))
-        if self._resident is not None:
-            torch.index_select(self._resident[0], 0, self._row, out=self._target)
-            torch.index_select(self._resident[1], 0, self._task, out=self._condition)
-        else:
+        if self._resident is None:
             targets, condition = self.bank.gather(draws.task)
             chosen = targets[torch.arange(len(targets), device="cpu"), draws.segment]
-            self._copy(self._target, chosen)
-            self._copy(self._condition, condition)
+            self._copy(self._read[0], chosen)
+            self._copy(self._read[1], condition)
         if self._replay is None and self.device.type == "cuda" and self._steps_taken >= EAGER_STEPS:
             self._replay = capture(self._run, self.device)
         (self._replay or self._run)()
@@ -158,45 +147,39 @@ class MetaStep:
 
     @torch.no_grad()
     def _run(self) -> None:
-        """From `_inbox`, `_target` and `_condition` on: launches alone, nothing is read back."""
-        batch, losses = self._batch, self._losses
-        self._target.sub_(self._mean).div_(self._std)
-        self._condition.sub_(self._condition_mean).div_(self._condition_std)
-        batch.condition[..., : self._condition.shape[-1]].copy_(self._condition)
+        """From `_inbox` on: launches alone, nothing is read back."""
+        loop, losses, verdict = self._loop, self._losses, self._verdict
+        row, task = (self._every, self._every) if self._resident is None else (self._row, self._task)
+        targets, conditions = self._resident or self._read
+        mean, std, condition_mean, condition_std = self._moments
+        load_batch_(
+            targets, conditions, row, task, self._step, mean, std, condition_mean, condition_std,
+            self._target, loop.enter, loop.blocks, self._target.shape[-1], 2 * loop.width, self._num_steps, self._starts,
+        )  # fmt: skip
+        x, loss_target, gain = loop.noised
         noise_batch(
             self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
-            x=batch.x, loss_target=batch.target, gain=batch.gain,
+            x=x, loss_target=loss_target, gain=gain,
         )  # fmt: skip
-        self._loop.run(batch, self.inner_lr)
-        if self._ranks.size == 1:
-            losses.copy_(self._loop.losses)
-        else:
+        loop.run(self.inner_lr)
+        if self._ranks.size > 1:
             losses.zero_()
-            losses[:, self._mine] = self._loop.losses
+            losses[:, self._mine] = loop.losses
             self._delta.mul_(self._part)
             self._ranks.sum_(self._sent)
-        torch.mean(losses[0], 0, out=self.loss)
-        # one sum decides: a NaN or infinity anywhere reaches it
-        finite = (self._delta.sum() + losses.sum()).isfinite()
-        well = self._failed < 0
-        outer_update_(self.state, self._delta, self._scalars.float(), (finite & well).int(), self.outer)
-        if self._skip:
-            self._skipped.add_(finite.logical_not())
-            return
-        first_failure = finite.logical_not() & well
-        self._failed_losses.copy_(torch.where(first_failure, losses, self._failed_losses))
-        self._failed.copy_(torch.where(first_failure, self._number, self._failed))
+        judge_(verdict, self._delta.sum().view(1), losses, self._number, self._skip)
+        outer_update_(self.state, self._delta, self._scalars, verdict.good, self.outer)
 
     def reset(self) -> None:
         """Forget failed and skipped steps: the state is another one, of a checkpoint."""
-        self._failed.fill_(-1)
-        self._skipped.zero_()
+        self._verdict.failed.fill_(-1)
+        self._verdict.skipped.zero_()
 
     def failure(self) -> tuple[int, Tensor] | None:
         """Waits for the GPU. None, or the number of the first step that was not finite and its losses [B, K]; phi is as before it."""
-        number = int(self._failed)
-        return None if number < 0 else (number, self._failed_losses.T.cpu())
+        number = int(self._verdict.failed)
+        return None if number < 0 else (number, self._verdict.failed_losses.T.cpu())
 
     def skipped(self) -> int:
         """Waits for the GPU. Steps that were not finite and left phi as it was."""
-        return int(self._skipped)
+        return int(self._verdict.skipped)

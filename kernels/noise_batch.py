@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcdi_fast.diffusion import Objective
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch, output
+from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch
 from mcdi_fast.kernels.normal_noise import noise_options, philox_normal_block
 from mcdi_fast.noise import philox_normal
 
@@ -42,7 +42,8 @@ def noise_batch_ref(
 @triton.jit(do_not_specialize=["seed"])
 def noise_batch_kernel(
     target, segment, step, streams, tables, mask, x, loss_target, gain,
-    seed, rows, per_row, num_steps, blocks, BLOCK: tl.constexpr,
+    seed, rows, per_row, width, samples, num_steps, blocks, x_task, x_step, x_pitch, target_task, target_step, gain_task, gain_step,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program task * blocks + block: BLOCK normals of the task, BLOCK / 8 calls of Philox."""
     task, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -60,9 +61,25 @@ def noise_batch_kernel(
     signal, noise = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
     eps_weight, skip = tl.load(at + 2, mask=inside, other=0.0), tl.load(at + 3, mask=inside, other=0.0)
     noised = signal * theta + noise * eps
-    tl.store(x + task * count + flat, noised, mask=inside)
-    tl.store(loss_target + task * count + flat, eps_weight * eps - skip * noised, mask=inside)
-    tl.store(gain + task * rows + row, tl.load(at + 4, mask=inside, other=0.0), mask=inside & (entry == 0))
+    k, sample = (row // samples).to(tl.int64), row % samples
+    x_at = x + task * x_task + k * x_step + (sample * (per_row // width) + entry // width) * x_pitch + entry % width
+    tl.store(x_at, noised, mask=inside)
+    target_at = loss_target + task * target_task + k * target_step + sample * per_row + entry
+    tl.store(target_at, eps_weight * eps - skip * noised, mask=inside)
+    gain_at = gain + task * gain_task + k * gain_step + sample
+    tl.store(gain_at, tl.load(at + 4, mask=inside, other=0.0), mask=inside & (entry == 0))
+
+
+def _strided(name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device, pitched: int = 0) -> Tensor:
+    """As `output`, but tasks and inner steps may lie anywhere; so may the rows of dimension `pitched`, at equal distances."""
+    if given is None:
+        return torch.empty(shape, device=device)
+    check_tensor(name, given, shape, (torch.float32,), device, contiguous=False)
+    strides = (*given.stride(), 0)
+    expected = [shape[i + 1] * strides[i + 1] if i + 1 < len(shape) else 1 for i in range(len(shape))]
+    if any(strides[i] != expected[i] for i in range(2, len(shape)) if i != pitched):
+        raise McdiError(f"{name}: strides {given.stride()}, expected the numbers of an inner step one behind the other")
+    return given
 
 
 def noise_batch(
@@ -88,7 +105,8 @@ def noise_batch(
     Segments and steps are not range-checked: that would wait for the GPU.
 
     Returns:
-        x, loss_target: float32 [B, K, S, N, D]. gain: float32 [B, K, S].
+        x, loss_target: float32 [B, K, S, N, D]. gain: float32 [B, K, S]. The caller's may be views whose task and inner step lie anywhere, and of
+        x also the rows' pitch.
 
     Raises:
         McdiError: naming the tensor.
@@ -108,14 +126,16 @@ def noise_batch(
         raise McdiError(f"seed = {seed}: expected an integer in [0, 2^63)")
     if k * s * n * d >= 2**31:
         raise McdiError(f"step, target: {k * s * n * d} numbers a task, expected fewer than 2^31")
-    x = output("x", x, (b, k, s, n, d), device)
-    loss_target = output("loss_target", loss_target, (b, k, s, n, d), device)
-    gain = output("gain", gain, (b, k, s), device)
+    x = _strided("x", x, (b, k, s, n, d), device, pitched=3)
+    loss_target = _strided("loss_target", loss_target, (b, k, s, n, d), device)
+    gain = _strided("gain", gain, (b, k, s), device)
     block = element_block(k * s * n * d)
     blocks = triton.cdiv(k * s * n * d, block)
     launch(
         "noise_batch", noise_batch_kernel, (b * blocks,), device, noise_options(block),
         target=target, segment=segment, step=step, streams=streams, tables=tables, mask=mask, x=x, loss_target=loss_target, gain=gain,
-        seed=seed, rows=k * s, per_row=n * d, num_steps=steps, blocks=blocks, BLOCK=block,
+        seed=seed, rows=k * s, per_row=n * d, width=d, samples=s, num_steps=steps, blocks=blocks, x_task=x.stride(0), x_step=x.stride(1),
+        x_pitch=x.stride(3), target_task=loss_target.stride(0), target_step=loss_target.stride(1), gain_task=gain.stride(0),
+        gain_step=gain.stride(1), BLOCK=block,
     )  # fmt: skip
     return x, loss_target, gain

@@ -18,6 +18,7 @@ from mcdi_fast.denoiser import FoldedDenoiser, init_parameters, parameter_shapes
 from mcdi_fast.diffusion import InnerBatch, Objective, chain_table, diffusion_tables
 from mcdi_fast.kernels import head_trajectory as heads
 from mcdi_fast.kernels import inner_loop as inner
+from mcdi_fast.kernels import load_batch as load
 from mcdi_fast.kernels import noise_batch as noise
 from mcdi_fast.kernels import normal_noise as normals
 from mcdi_fast.kernels import outer_update as outer
@@ -201,6 +202,26 @@ def _noise_batch(z: Sizes, make: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _load_batch(z: Sizes, make: Maker) -> dict[str, Any]:
+    step, (b, n, d, c) = make.integers(z.steps, z.tasks, z.inner, z.samples), (z.tasks, z.tokens, z.width, z.condition)
+    storage = torch.zeros(2, z.inner, b, z.samples * n, padded(2 * z.hidden + z.steps), device=make.device)
+    return {
+        "targets": make.normal(3 * b, n, d), "conditions": make.normal(b, n, c), "row": make.integers(3 * b, b), "task": make.integers(b, b),
+        "step": step, "mean": make.normal(n, d), "std": make.normal(n, d).abs() + 0.5, "condition_mean": make.normal(n, c),
+        "condition_std": make.normal(n, c).abs() + 0.5, "target": make.normal(b, n, d),
+        "enter": make.rows(z.inner, b, z.samples * n, d + c), "blocks": list(storage), "first": d, "first_step": 2 * z.hidden,
+        "num_steps": z.steps,
+    }  # fmt: skip
+
+
+def _judge(z: Sizes, make: Maker) -> dict[str, Any]:
+    losses = make.normal(z.inner, z.tasks).abs()
+    return {
+        "verdict": outer.Verdict.start(losses), "total": make.normal(1) + float("nan") * (z.tasks % 2), "losses": losses,
+        "number": make.integers(100, 1) + 1, "skip": False,
+    }  # fmt: skip
+
+
 def _residual_loss(z: Sizes, make: Maker) -> dict[str, Any]:
     shape, mask = (z.tasks, z.samples, z.tokens, z.width), make.mask(z.tokens, z.width)
     return {
@@ -322,7 +343,7 @@ def _outer_update(z: Sizes, make: Maker) -> dict[str, Any]:
     count = sum(i * o for _, i, o in layer_rows(z).values())
     return {
         "state": OuterState(*(make.normal(count).abs() for _ in range(4))), "delta": make.normal(count),
-        "scalars": torch.tensor(OuterScalars(0.01, 0.5, -3.0, 0.1), device=make.device),
+        "scalars": torch.tensor(OuterScalars(0.01, 0.5, -3.0, 0.1), dtype=torch.float64, device=make.device),
         "good": torch.ones(1, dtype=torch.int32, device=make.device), "outer": "adam",
     }  # fmt: skip
 
@@ -401,6 +422,11 @@ OPERATIONS = [
         lambda z: Work(4 * z.chains * z.tokens * z.width),
     ),
     Operation(
+        "load_batch_", load.load_batch_, load.load_batch_ref, _load_batch,
+        lambda z: Work(4 * z.tasks * z.tokens * (2 * z.width + z.condition + z.inner * z.samples * (z.condition + 2 * z.steps))),
+        changes=("target", "enter", "blocks"),
+    ),
+    Operation(
         "noise_batch", noise.noise_batch, noise.noise_batch_ref, _noise_batch,
         lambda z: Work(4 * z.tasks * z.tokens * z.width * (2 * z.inner * z.samples + 1)),
     ),
@@ -421,6 +447,7 @@ OPERATIONS = [
         "inner_loop", inner.inner_loop_triton, inner.inner_loop_ref, _inner_loop, _inner_work, PRECISIONS,
         depth=lambda z: 2 * (2 + 3 * z.depth) * z.inner,
     ),
+    Operation("judge_", outer.judge_, outer.judge_ref, _judge, lambda z: Work(4 * z.inner * z.tasks), changes=("verdict",)),
     Operation(
         "outer_update_", outer.outer_update_, outer.outer_update_ref, _outer_update,
         lambda z: Work(4 * 9 * sum(i * o for _, i, o in layer_rows(z).values())), changes=("state",),

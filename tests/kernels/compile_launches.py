@@ -14,6 +14,7 @@ from mcdi_fast.kernels.operations import ONE, TINY, Maker, each
 MORE = {  # what the registry's inputs leave out
     "noise_batch": [{"seed": 0}, {"seed": 1}, {"seed": 2**40}, {"mask": torch.ones(TINY.tokens, TINY.width)}],
     "normal_noise": [{"stream": 1}, {"stream": 2**40}, {"mask": torch.ones(TINY.tokens, TINY.width)}],
+    "judge_": [{"skip": True}],
     "outer_update_": [{"outer": "reptile"}],
     "head_trajectory": [{"pick": None, "sample_weight": None}],
     "run_chain": [{"mask": torch.ones(TINY.tokens, TINY.width)}],

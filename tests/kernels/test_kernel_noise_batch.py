@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from kernel_helpers import DEVICE, assert_close, normal, same_bits
+from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.diffusion import OBJECTIVES, make_inner_batch, make_objective, make_schedule
 from mcdi_fast.errors import McdiError
@@ -66,6 +66,17 @@ def test_per_task():
         same_bits(a, b[2:3])
 
 
+def test_into_views():
+    """Inner steps before tasks, rows with a pitch, as the inner loop keeps them; what stands between the rows stays."""
+    given = case(3, 2, 4, 5, 7)
+    expected = run(*given)
+    rows, target, gain = poisoned(2, 3, 4, 5, 32), poisoned(2, 3, 4, 5, 7), poisoned(2, 3, 4)
+    views = rows[..., :7].transpose(0, 1), target.transpose(0, 1), gain.transpose(0, 1)
+    found = run(*given, x=views[0], loss_target=views[1], gain=views[2])
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    assert bool(rows[..., 7:].isnan().all())
+
+
 def test_bad_input():
     schedule, objective, target, segment, step, streams = case(3, 2, 3, 5, 7)
     for changes, message in [
@@ -75,6 +86,7 @@ def test_bad_input():
         ({"streams": streams[:2]}, "streams: shape"),
         ({"seed": -1}, "seed = -1"),
         ({"mask": torch.ones(5, 6, device=DEVICE)}, "mask: shape"),
+        ({"x": torch.empty(3, 2, 3, 7, 5, device=DEVICE).mT}, "x: strides"),
     ]:
         arguments = (
             dict(schedule=schedule, objective=objective, target=target, segment=segment, step=step, streams=streams)

@@ -4,7 +4,7 @@ from kernel_helpers import DEVICE, assert_close, normal
 
 from mcdi_fast.config import MetaConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.outer_update import outer_update_
+from mcdi_fast.kernels.outer_update import Verdict, judge_, judge_ref, outer_update_
 from mcdi_fast.outer import OuterState, outer_scalars, outer_update
 
 NAMES = ("phi", "average", "exp_avg", "exp_avg_sq")
@@ -21,7 +21,7 @@ def run(update, count, outer, dtype, steps=3):
 
 def on_the_device(state, delta, scalars, outer, good=1):
     flag = torch.tensor([good], dtype=torch.int32, device=DEVICE)
-    outer_update_(state, delta, torch.tensor(scalars, dtype=torch.float32, device=DEVICE), flag, outer)
+    outer_update_(state, delta, torch.tensor(scalars, dtype=torch.float64, device=DEVICE), flag, outer)
 
 
 @pytest.mark.parametrize("outer", ["adam", "reptile"])
@@ -67,12 +67,28 @@ def test_nothing_happens_once_a_step_has_failed(outer):
 
 def test_bad_input():
     state = OuterState(*(normal(6, seed=i) for i in range(4)))
-    scalars, good = torch.ones(4, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    scalars, good = torch.ones(4, dtype=torch.float64, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
     for arguments, message in [
         ((state, normal(5), scalars, good), "delta: shape"),
-        ((state, normal(6), scalars.double(), good), "scalars: torch.float64"),
+        ((state, normal(6), scalars.float(), good), "scalars: torch.float32"),
         ((state, normal(6), scalars, good.long()), "good: torch.int64"),
         ((OuterState(*(normal(5 + i) for i in range(4))), normal(5), scalars, good), "average: shape"),
     ]:
         with pytest.raises(McdiError, match=message):
             outer_update_(*arguments, "adam")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_first_step_that_is_not_finite_is_remembered_or_passed_over(skip):
+    losses, number = torch.ones(2, 3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    ours, theirs = Verdict.start(losses), Verdict.start(losses)
+    for step, (total, loss, good) in enumerate(
+        [(1.0, 1.0, 1), (float("inf"), 2.0, 0), (0.0, float("nan"), 0), (1.0, 3.0, int(skip))]
+    ):
+        losses[1, 2] = loss
+        for judge, verdict in ((judge_, ours), (judge_ref, theirs)):
+            judge(verdict, torch.full((1,), total, device=DEVICE), losses, number.fill_(step), skip)
+        assert int(ours.good) == good
+        for name, value in vars(theirs).items():
+            assert torch.equal(getattr(ours, name), value), (step, name)
+    assert (int(ours.failed), int(ours.skipped)) == ((-1, 2) if skip else (1, 0))
