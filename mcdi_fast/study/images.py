@@ -27,7 +27,7 @@ from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
 from mcdi_fast.config import Options, PrepareConfig, TrainConfig
 from mcdi_fast.denoiser import Parameters, denoise, init_parameters, token_condition
-from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, generate, interval, step_counts, trained_targets
+from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, generate, step_counts, trained_targets
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_logits, prototype_head
 from mcdi_fast.meta import fit
@@ -302,10 +302,8 @@ def _cell(folder: Path, family: PhotoFamily, config: ImagesConfig[Any], seed: in
         found[split] = _compare(both, heads, family.tasks(split, 0, count, TEST_SEED + seed))
         classes = len(family._parts[split].counts)
         if further and classes > family.options.ways:  # all classes at once, from the same generator
-            part, options = (
-                {name: family._parts[split] for name in ("train", "test")},
-                replace(config.task, ways=classes),
-            )
+            part = dict.fromkeys(("train", "test"), family._parts[split])
+            options = replace(config.task, ways=classes)
             wide = Families.of(PhotoFamily(part, options, family.prior, family.projection))
             of_any = {name: head for name, head in heads.items() if name not in ("reptile", "ceiling")}
             tasks = wide.family.tasks("test", 0, max(2, config.target_tasks // 2), TEST_SEED + seed)
@@ -339,14 +337,11 @@ def _compare(f: Families, heads: dict[str, Head], tasks: TaskBatch) -> dict[str,
         d = correct[ours] - correct[theirs]
         return [round(float(d.mean()), 4), round(float(d.var()), 4)]
 
-    pairs = [("mc-few", name) for name in correct if name != "mc-few"] + [
-        p for p in PAIRS if p[1] in correct and "mc" in correct
-    ]
+    pairs = [("mc-few", name) for name in correct if name != "mc-few"] + [p for p in PAIRS if p[1] in correct]
     return {
         "tasks": len(tasks),
         "distance": round(float((1 - tasks.support["trust"]).mean()), 4),
         "mean": {name: round(float(values.mean()), 4) for name, values in correct.items()},
-        "ci95": {name: round(interval(values), 4) for name, values in correct.items()},
         "minus": {f"{ours} - {theirs}": difference(ours, theirs) for ours, theirs in pairs},
     }
 
@@ -356,7 +351,8 @@ def _compare(f: Families, heads: dict[str, Head], tasks: TaskBatch) -> dict[str,
 
 def pooled(cells: Sequence[dict[str, Any]], split: str, pair: str) -> tuple[float, float]:
     """A paired difference over the tasks of all seeds and half its 95 % interval."""
-    rows = [(cell["splits"][split]["tasks"], *cell["splits"][split]["minus"][pair]) for cell in cells]
+    found = [cell["splits"][split] for cell in cells if split in cell["splits"]]
+    rows = [(one["tasks"], *one["minus"][pair]) for one in found]
     n = sum(count for count, _, _ in rows)
     mean = sum(count * m for count, m, _ in rows) / n
     squares = sum((count - 1) * v + count * (m - mean) ** 2 for count, m, v in rows)
@@ -364,7 +360,8 @@ def pooled(cells: Sequence[dict[str, Any]], split: str, pair: str) -> tuple[floa
 
 
 def _average(cells: Sequence[dict[str, Any]], split: str, name: str) -> float:
-    return sum(cell["splits"][split]["mean"][name] for cell in cells) / len(cells)
+    found = [cell["splits"][split]["mean"][name] for cell in cells if split in cell["splits"]]
+    return sum(found) / len(found)
 
 
 def _best(cells: Sequence[dict[str, Any]], split: str) -> str:
@@ -418,70 +415,62 @@ def _shown(cells: Sequence[dict[str, Any]], split: str, name: str) -> str:
     return f"{mean} ({d:+.2f} ± {half:.2f})"
 
 
+def _row(cells: Sequence[dict[str, Any]], split: str, *columns: str) -> list[str]:
+    """Distance, seeds, Mc-Di, the best baseline by its name, and further methods."""
+    best, having = _best(cells, split), [cell for cell in cells if split in cell["splits"]]
+    distance = sum(cell["splits"][split]["distance"] for cell in having) / len(having)
+    shown = [_shown(having, split, name) for name in ("mc-few", best, *columns)]
+    return [
+        f"{distance:.2f}",
+        str(len({cell["seed"] for cell in having})),
+        shown[0],
+        f"{shown[1]}, {TITLES[best]}",
+        *shown[2:],
+    ]
+
+
 def _setting(cells: list[dict[str, Any]]) -> list[str]:
-    task, budget = cells[0]["task"], cells[0]["budget"]
-    splits = list(cells[0]["splits"])
+    first, budget = cells[0]["splits"], cells[0]["budget"]
+    counts = sorted({one["tasks"] for split, one in first.items() if split != "test"})
+    elsewhere = f" and {' or '.join(map(str, counts))} elsewhere" if counts else ""
     text = [
         f"## {cells[0]['label']}",
         "",
-        f"{len(cells)} seeds; {cells[0]['splits']['test']['tasks']} test tasks a seed on new classes, {cells[0]['splits'][splits[-1]]['tasks']} to"
-        f" {max(c['tasks'] for s, c in cells[0]['splits'].items() if s != 'test' or len(splits) == 1)} elsewhere;"
-        f" {budget['trajectories']} tasks in the bank, {budget['outer_steps']} outer steps; {cells[0]['machine']['processor']},"
-        f" git {', '.join(sorted({cell['git'] for cell in cells}))}.",
+        f"{len(cells)} seeds; {first['test']['tasks']} test tasks a seed on new classes{elsewhere}; {budget['trajectories']} tasks in the bank,"
+        f" {budget['outer_steps']} outer steps; {cells[0]['machine']['processor']}, git {', '.join(sorted({cell['git'] for cell in cells}))}.",
         "",
     ]
-    rows = [
-        [TITLES[name], _shown(cells, "test", name)] for name in TITLES if name in cells[0]["splits"]["test"]["mean"]
-    ]
-    text += table(["method", f"new classes, {task['ways']}-way {task['shots']}-shot"], rows)
-    pairs = [
+    rows = [[TITLES[name], _shown(cells, "test", name)] for name in TITLES if name in first["test"]["mean"]]
+    text += table(["method", "new classes"], rows)
+    pairs = [pair for pair in PAIRS if " - ".join(pair) in first["test"]["minus"]]
+    shown = [
         [f"{TITLES[a]} minus {TITLES[b]}", "{:+.2f} ± {:.2f}".format(*pooled(cells, "test", f"{a} - {b}"))]
-        for a, b in PAIRS
-        if f"{a} - {b}" in cells[0]["splits"]["test"]["minus"]
+        for a, b in pairs
     ]
-    text += table(["difference", "new classes"], pairs)
-    lines = []
-    for split in splits:
-        best = _best(cells, split)
-        columns = ("mc-few", best, "class-prior", "mv-few", "flow-few", "nearest-prototype")
-        lines.append(
-            [split, f"{cells[0]['splits'][split]['distance']:.2f}", *(_shown(cells, split, name) for name in columns)]
-        )
-        lines[-1][3] += f", {TITLES[best]}"
-    header = [
-        "tasks of",
-        "distance",
-        "Mc-Di, 3 steps",
-        "best tuned baseline",
-        "class prior",
-        "Mv-Di",
-        "flow matching",
-        "nearest class mean",
-    ]
-    return text + table(header, lines) if len(splits) > 1 else text
+    text += table(["difference", "new classes"], shown)
+    lines = [[split, *_row(cells, split, "class-prior", "mv-few", "flow-few", "nearest-prototype")] for split in first]
+    header = "tasks of|distance|seeds|Mc-Di, 3 steps|best tuned baseline|class prior|Mv-Di, 3 steps|flow matching, 3 steps|nearest class mean"
+    return text + table(header.split("|"), lines) if len(first) > 1 else text
 
 
 def _domains(groups: Sequence[list[dict[str, Any]]]) -> list[str]:
     if not groups:
         return []
-    lines = []
+    lines, columns = [], ("class-prior", "finetune-prior", "reptile", "nearest-prototype", "ceiling")
+    together: dict[str, list[dict[str, Any]]] = {}
     for cells in groups:
-        best = _best(cells, "test")
-        columns = ("mc-few", best, "class-prior", "finetune-prior", "nearest-prototype", "ceiling")
-        lines.append([cells[0]["label"], len(cells), *(_shown(cells, "test", name) for name in columns)])
-        lines[-1][3] += f", {TITLES[best]}"
-    header = [
-        "held out",
-        "seeds",
-        "Mc-Di, 3 steps",
-        "best tuned baseline",
-        "class prior",
-        "Adam from it",
-        "nearest class mean",
-        "ceiling",
-    ]
-    note = "Training sees the other domains, of the same classes. `across`: the support is of one of those, the query of the one held out."
-    return ["## Domains held out", "", note, "", *table(header, lines)]
+        lines.append([cells[0]["label"], *_row(cells, "test", *columns)])
+        together.setdefault(cells[0]["label"].replace(f"-{cells[0]['task']['held_out']}-", ", mean, "), []).extend(
+            cells
+        )
+    lines += [[f"**{name}**", *_row(cells, "test", *columns)] for name, cells in together.items() if len(cells) > 1]
+    header = "held out|distance|seeds|Mc-Di, 3 steps|best tuned baseline|class prior|Adam from it|Reptile's head|nearest class mean|ceiling"
+    tasks, budget = groups[0][0]["splits"]["test"]["tasks"], groups[0][0]["budget"]
+    note = (
+        "Training sees the other domains, of the same classes. `across`: the support is of one of those, the query of the one held out."
+        f" {tasks} test tasks a seed; {budget['trajectories']} tasks in the bank, {budget['outer_steps']} outer steps."
+    )
+    return ["## Domains held out", "", note, "", *table(header.split("|"), lines)]
 
 
 def _plot_steps(groups: Sequence[list[dict[str, Any]]]) -> bytes:
@@ -506,7 +495,7 @@ def _plot_distance(groups: Sequence[list[dict[str, Any]]]) -> bytes:
         points = []
         for split in cells[0]["splits"]:
             d, half = pooled(cells, split, f"mc-few - {_best(cells, split)}")
-            points.append((cells[0]["splits"][split]["distance"], d, half))
+            points.append((float(_row(cells, split)[0]), d, half))
         x, y, e = zip(*points, strict=True)
         ax.errorbar(x, y, e, fmt="o", ms=3, lw=0.8, label=cells[0]["label"] if not _held_out(cells) else None)
     ax.axhline(0, color="0.6", lw=0.8)
