@@ -10,7 +10,7 @@ import providers as P
 import pytest
 import torch
 
-SIZES = {  # the default size of the main job, and what differs from it
+SIZES = {  # two blocks of width 256, and what differs from that
     "8x16": {"tasks": 8, "tokens": 4},
     "32x16": {"tokens": 4},
     "32x20": {},
@@ -21,9 +21,14 @@ SIZES = {  # the default size of the main job, and what differs from it
     "32x20 width 512": {"hidden": 512},
     "32x20 K 1": {"inner": 1},
     "32x20 K 5": {"inner": 5},
+    "32x20 depth 1": {"depth": 1},  # the main job on drawings
+    "33 tokens": {"tokens": 33, "samples": 1, "hidden": 128, "tasks": 64},  # the main job on waves
+    "81 tokens": {"tokens": 81},
+    "192 tokens": {"tokens": 192, "tasks": 8},
 }
 EVERYWHERE = ("ours", "vmap", "stacked")  # the others at few sizes: ten minutes are to be enough
 FEW = ("8x16", "32x16", "32x20", "128x8")
+COMPILED = ("32x20", "32x20 depth 1", "33 tokens")
 INNER = P.inner_providers()
 
 
@@ -54,7 +59,7 @@ def products(z):
 def test_meta_step(benchmark, measure, provider, size):
     benchmark.group = f"meta-step, tasks x rows = {size}"
     # a size takes torch.compile most of a minute
-    if provider not in EVERYWHERE and size not in (("32x20",) if provider == "compiled" else FEW):
+    if provider not in EVERYWHERE and size not in (COMPILED if provider == "compiled" else FEW):
         pytest.skip("timed at fewer sizes")
     if provider == "cuda-graph" and P.DEVICE != "cuda":
         pytest.skip("no GPU")

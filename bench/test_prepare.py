@@ -1,9 +1,15 @@
-"""Weight preparation, Adam + SAM on linear heads: all tasks of a chunk at once against a loop over tasks and batched eager torch."""
+"""Weight preparation, all tasks at once: Adam + SAM on heads, Adam on whole networks; against loops over tasks and batched eager torch."""
 
 from dataclasses import replace
 
 import providers as P
 import pytest
+import torch
+
+from mcdi_fast.backend import Backend
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.kernels.operations import Work
+from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
 
 SIZES = {"8 tasks": (8, 100), "100 tasks": (100, 100), "500 tasks": (500, 100), "500 tasks, 25 rows": (500, 25)}
 LOOP_TASKS = 8  # a loop's cost is linear in tasks: 500 of them take a minute
@@ -26,3 +32,52 @@ def test_prepare(benchmark, measure, provider, size):
         lambda: PREPARE[provider](*case), P.prepare_check(*case), work, what="preparation", provider=provider, size=size, work=done
     )  # fmt: skip
     benchmark.extra_info["ms_per_task"] = benchmark.extra_info["median_ms"] / done
+
+
+def loop_over_networks(family, data, recipe):
+    """What published code does: a module and torch.optim.Adam for each task."""
+    found = []
+    for x, y in zip(data["x"], data["y"], strict=True):
+        module = family.module
+        module.load_state_dict(family.layout.unpack(family._initial))
+        optimizer = torch.optim.Adam(module.parameters(), lr=recipe.learning_rate)
+        for _ in range(recipe.steps):
+            optimizer.zero_grad()
+            (module(x) - y).square().mean().backward()
+            optimizer.step()
+        found.append(family.layout.pack(module).detach())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("size", ["8 tasks", "500 tasks"])
+@pytest.mark.parametrize("provider", ["loop", "ours"])
+def test_whole_networks(benchmark, measure, provider, size):
+    """Networks 1-32-1 of the family waves, 90 steps of Adam on 100 points, from one start."""
+    benchmark.group = f"preparation of networks, {size}"
+    tasks = int(size.split()[0])
+    if provider == "loop" and tasks > LOOP_TASKS:
+        pytest.skip(f"timed at {LOOP_TASKS} tasks: linear in tasks")
+    family, recipe = (
+        WaveFamily(WaveOptions()),
+        PrepareConfig(steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0),
+    )
+    data = family.tasks("train", 0, tasks, 0).train
+    expected = loop_over_networks(family, {name: value[:2] for name, value in data.items()}, recipe)
+    runs = {
+        "loop": lambda: loop_over_networks(family, data, recipe),
+        "ours": lambda: family.trajectories(data, recipe, 1, torch.Generator(), Backend())[:, -1],
+    }
+    check = P.close_to(expected, 2e-2)
+    operations = (
+        3 * 2 * 2 * 32 * 100 * recipe.steps * tasks
+    )  # forward and both products of the backward, two layers of 32 x 1
+    work = Work(4 * 10 * family.layout.mask.numel() * recipe.steps * tasks, operations)
+    measure(
+        runs[provider],
+        lambda found: check(found[:2]),
+        work,
+        what="preparation of networks",
+        provider=provider,
+        size=size,
+        work=tasks,
+    )

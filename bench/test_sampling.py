@@ -20,7 +20,8 @@ from mcdi_fast.noise import philox_normal
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
-STEPS = P.DEFAULT.steps
+SIZE = replace(P.DEFAULT, depth=1)  # of the main job on drawings
+STEPS = SIZE.steps
 TASKS = [1, 4, 32, 600, 4096]
 FEWEST = 3  # one a segment
 BACKEND = Backend.at_door()
@@ -39,7 +40,7 @@ def trained(folder, meta_steps=400, tasks=2000, width=256):
     splits = {"train": gaussian_classes(400, 20, 0), "test": gaussian_classes(200, 20, 1)}
     family = HeadFamily({name: ClassRows.of_grid(grid) for name, grid in splits.items()}, HeadOptions())
     bank = prepare_bank(folder, family, PrepareConfig(tasks=tasks), 3, 0)
-    generator = fit(bank, MetaConfig(steps=meta_steps, ema=0.99), denoiser=DenoiserConfig(width=width))
+    generator = fit(bank, MetaConfig(steps=meta_steps, ema=0.99), denoiser=DenoiserConfig(width, depth=1))
     return generator, family, family.tasks("test", 0, 600, 7)
 
 
@@ -100,7 +101,7 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
     measure(
         found[provider],
         P.close_to(reference(P.on_device(generator), condition, steps), 1e-3),
-        P.WORK["run_chain"].work(replace(P.DEFAULT, chains=tasks, steps=steps)),
+        P.WORK["run_chain"].work(replace(SIZE, chains=tasks, steps=steps)),
         what="sampling",
         provider=provider,
         size=f"{tasks} tasks",

@@ -84,7 +84,7 @@ def test_report_from_a_record(tmp_path):
         row("meta-step", "32x16", "loop", 50.0),
     ]
     rows += [row("preparation", "500 tasks", "ours", 100.0, 500), row("preparation", "8 tasks", "loop", 64.0, 8)]
-    rows += [row("sampling", "1 tasks", "ours", 2.0)]
+    rows += [row("sampling", "1 tasks", name, ms) for name, ms in {"3 steps": 0.2, "fine-tuning": 10.0}.items()]
     for size, ms in {"8x16": 3.0, "128x16": 40.0}.items():
         rows += [
             row("meta-step", size, name, ms * times)
@@ -103,7 +103,8 @@ def test_report_from_a_record(tmp_path):
     assert "| meta-step 32x16: at least 3 times vmap | 2.5 times | missed by 17 % |" in section
     assert "| meta-step 32x16: at least 4 times loop | 5 times | met |" in section
     assert "| preparation 500 tasks: at least 30 times loop | 40 times | met |" in section
-    assert "| one head sampled in at most 3 ms | 2 ms | met |" in section
+    assert "| 1 heads in 3 steps: at most 0.25 ms | 0.2 ms | met |" in section
+    assert "| 1 heads in 3 steps: at least 60 times fine-tuning | 50 times | missed by 17 % |" in section
     assert "| preparation, 500 tasks | 100 | a Python loop over tasks | 40 |" in report.short(found)
     assert report.plots(found, tmp_path)[0].stat().st_size > 1000
     readme = report.rewrite("README", f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", section)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,3 +205,26 @@ def test_steps_that_do_not_divide(steps, segments):
     assert f"M = {steps}" in message
     assert f"k = {segments}" in message
     assert f"raise M to {max(segments, 32 if steps == 30 and segments == 4 else segments)}" in message
+
+
+@pytest.mark.slow
+def test_a_network_of_50000_weights_in_8_gb():
+    """Prepared, meta-trained and sampled; peak resident memory of a process of its own."""
+    code = """
+import resource, tempfile, torch
+from mcdi_fast.config import DenoiserConfig, MetaConfig, PrepareConfig
+from mcdi_fast.meta import fit
+from mcdi_fast.prepare import prepare_bank
+from mcdi_fast.sampler import Sampler
+from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
+family = WaveFamily(WaveOptions(width=224, depth=2))
+assert int(family.layout.mask.sum()) > 50_000
+recipe = PrepareConfig(tasks=40, steps=6, learning_rate=0.003, rho=0.0, start_std=0.0)
+bank = prepare_bank(tempfile.mkdtemp(), family, recipe, 3, 0)
+generator = fit(bank, MetaConfig(steps=2), None, DenoiserConfig(256, 2), progress=False)
+tasks = family.tasks("val", 0, 8, 0)
+assert Sampler(generator).sample(tasks.condition, range(8)).tokens.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 8
