@@ -30,9 +30,12 @@ Data = dict[str, Tensor]
 """Tensors by name, the task first: [B, ...]. What they mean is the family's business."""
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
-BUILT_IN = {name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot", "waves")} | {
-    "digit-networks": "mcdi_fast.tasks.digit_networks",
+BUILT_IN = {
+    **{name: f"mcdi_fast.tasks.{name}" for name in ("glyphs", "omniglot", "waves")},
     **{name: "mcdi_fast.tasks.photos" for name in ("tiny-imagenet", "pacs", "digits")},
+    "digit-networks": "mcdi_fast.tasks.digit_networks",
+    "glue": "mcdi_fast.tasks.lora",
+    "intents": "mcdi_fast.tasks.text",
 }
 """Families that come with the package, by the module that registers each."""
 _GRADIENT_CHUNK = (

@@ -247,7 +247,8 @@ def photo_family(
     return PhotoFamily(splits, options, prior, projection, provenance, setup.device)
 
 
-def _defaults(config: TrainConfig) -> TrainConfig:
+def photo_defaults(config: TrainConfig) -> TrainConfig:
+    """For heads on features, as differences from the class prior's."""
     return replace(
         config,
         prepare=PrepareConfig(tasks=4000, steps=30, learning_rate=0.1, weight_decay=0.03, start_std=0.0),
@@ -291,7 +292,7 @@ def transfer_family(options: TransferOptions, setup: Setup, further: Sequence[st
     return photo_family(parts, options, setup)
 
 
-@register(_defaults)
+@register(photo_defaults)
 def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
     """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
     return transfer_family(options, setup)
@@ -332,13 +333,13 @@ def domain_family(options: DomainOptions, setup: Setup) -> PhotoFamily:
     return photo_family(source, options, setup, parts_of, pairs)
 
 
-@register(_defaults)
+@register(photo_defaults)
 def pacs(options: DomainOptions, setup: Setup) -> PhotoFamily:
     """Photos, paintings, cartoons and sketches of the same classes: one of them is left out of training."""
     return domain_family(options, setup)
 
 
-@register(_defaults)
+@register(photo_defaults)
 def digits(options: DigitOptions, setup: Setup) -> PhotoFamily:
     """Digits written and printed, one source left out of training."""
     return domain_family(options, setup)

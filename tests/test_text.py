@@ -1,0 +1,146 @@
+"""LoRA of a transformer and few-shot intents, on a tiny one made on the spot."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_text import write
+
+from mcdi_fast import GeneratedWeights, McdiError
+from mcdi_fast.config import PrepareConfig
+from mcdi_fast.tasks import Setup, check_family
+from mcdi_fast.tasks.lora import LoraOptions, TextClassifier, glue
+from mcdi_fast.tasks.text import IntentOptions, intents, load_texts, load_transformer
+from mcdi_fast.train import main
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tiny"))
+
+
+def options(folder, **more):
+    given = {"support": 8, "queries": 10, "train_rows": 16, "rows": 60, "rank": 2} | more
+    sets = tuple(str(folder / f"{name}.json") for name in ("warm", "size"))
+    return LoraOptions(model=str(folder / "model"), sets=sets, **given)
+
+
+@pytest.fixture(scope="module")
+def family(folder):
+    return glue(options(folder), Setup(cache_dir=folder / "cache"))
+
+
+def test_the_family_keeps_the_door_s_promises(family):
+    check_family(family)
+    assert family.layout.num_tokens == 2 * 2 + 2
+
+
+def test_logits_and_gradients_are_peft_s(folder, family):
+    """The whole transformer under peft, in float64 tolerance of float32: the same logits and autograd's gradient."""
+    tasks = family.tasks("test", 1, 1, 0)
+    theta = family.start(1, PrepareConfig(start_std=0.3), torch.Generator().manual_seed(0))
+    weights = GeneratedWeights(family.layout, theta + tasks.query["base"])
+    weights.load_into(family.model, 0)
+    tokenizer, _ = load_transformer(str(folder / "model"))
+    # the texts of the rows, found by their pooled embedding's place: test rows of both sets
+    texts = {}
+    start = 0
+    for name in family.options.sets:
+        data = load_texts(name)
+        for source, begin, count in (("train", 0, 53), ("train", 53, 27), ("test", 0, 30)):
+            order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()
+            for i in order[begin : begin + count]:
+                texts[start] = data[source].text[i]
+                start += 1
+    assert start == len(family._length)
+    rows = tasks.query["row"][0].tolist()
+    inputs = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
+    logits = family.model(**inputs)
+    assert torch.allclose(logits, family.logits(theta, tasks.query)[0], atol=1e-4)
+    torch.nn.functional.cross_entropy(logits, tasks.query["label"][0]).backward()
+    slope = family.layout.unpack(family.gradient(theta, tasks.query)[0])
+    named = dict(family.model.named_parameters())
+    for name, found in slope.items():
+        assert torch.allclose(named[name].grad, found, atol=1e-5), name
+
+
+def test_generated_weights_as_peft_files(folder, family, tmp_path):
+    tasks = family.tasks("test", 0, 2, 0)
+    theta = family.start(2, PrepareConfig(start_std=0.3), torch.Generator().manual_seed(0))
+    weights = GeneratedWeights(family.layout, theta + tasks.query["base"])
+    weights.save_peft(tmp_path / "one", 1, family.peft_config)
+    weights.load_into(family.model, 1)
+    tokenizer, net = load_transformer(str(folder / "model"))
+    again = peft.PeftModel.from_pretrained(TextClassifier(net), str(tmp_path / "one")).eval()
+    inputs = tokenizer(["sun sun word3", "ice"], padding=True, return_tensors="pt")
+    assert torch.equal(again(**inputs), family.model(**inputs))
+
+
+def test_lora_learns_what_the_frozen_transformer_does_not_show(family):
+    tasks = family.tasks("test", 0, 4, 0)
+    recipe = PrepareConfig(steps=60, learning_rate=0.02, rho=0.0, weight_decay=0.0, start_std=0.0)
+    theta = family.trajectories(tasks.train, recipe, 1, torch.Generator())[:, -1]
+    frozen = family.scores(family.baselines()["ridge"](tasks), tasks.query)
+    assert family.scores(theta, tasks.query).mean() >= frozen.mean()
+
+
+def test_a_left_out_set_is_in_the_test_tasks_alone(folder):
+    left = str(folder / "size.json")
+    family = glue(options(folder, left_out=left), Setup(cache_dir=folder / "cache"))
+    assert family.names("test") == (left,)
+    assert left not in family.names("train") + family.names("val")
+
+
+def test_intents(folder):
+    given = {"source": str(folder / "intents.json"), "encoder": str(folder / "model"), "ways": 2, "components": 16}
+    family = intents(IntentOptions(queries=5, **given), Setup(cache_dir=folder / "cache"))
+    check_family(family)
+
+
+def test_example_customer_intents(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import customer_intents
+
+    small = ["--prepare.tasks", "40", "--meta.steps", "10", "--evaluate.tasks", "4", "--evaluate.validation-tasks", "4"]
+    given = ["--task.source", str(folder / "intents.json"), "--task.encoder", str(folder / "model"), "--task.ways", "2"]
+    where = ["--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache"), "--task.components", "16"]
+    assert main(["--dataset", "intents", *where, *given, *small]) == 0
+    found = customer_intents.main(
+        [
+            "--generator",
+            str(folder / "run/generator"),
+            "--model",
+            str(folder / "model"),
+            "--cache-dir",
+            str(folder / "cache"),
+        ]
+    )
+    assert set(found) <= set(customer_intents.INTENTS)
+
+
+def test_one_clear_line(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("MCDI_DATA_DIR", raising=False)
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "float.json").write_text(json.dumps({s: {"text": ["a"], "label": [0.5]} for s in ("train", "test")}))
+    for call, words in (
+        (lambda: load_texts("mrpc"), "MCDI_DATA_DIR"),
+        (lambda: load_texts("rte", tmp_path), "cannot read rte"),
+        (lambda: load_texts(str(tmp_path / "bad.json")), "bad.json"),
+        (lambda: load_texts(str(tmp_path / "float.json")), "integer labels"),
+        (lambda: load_transformer("nowhere"), "nowhere"),
+        (lambda: load_transformer(str(tmp_path)), "not a transformer"),
+        (lambda: glue(options(folder, support=400), Setup(cache_dir=tmp_path)), "--task.support"),
+    ):
+        with pytest.raises(McdiError) as caught:
+            call()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(McdiError, match=r"mcdi_fast\[text\]"):
+        load_transformer(str(folder / "model"))
