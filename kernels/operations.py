@@ -73,8 +73,9 @@ DEFAULT = Sizes(
 """5-way heads of 64 features, 100 rows a task."""
 TINY = Sizes(3, 2, 2, 3, 13, 7, 33, 2, 4, 3, 23, 3, 10, 6, 3)
 """Odd and ragged, for the interpreter."""
-ONE = Sizes(1, 1, 1, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 3, 1)
-"""What can be 1 is: there integers become constants of a kernel, and dimensions vanish."""
+ONE = Sizes(1, 1, 1, 1, 1, 1, 1, 1, 3, 1, 1, 2, 1, 3, 1)
+"""What can be 1 is: there integers become constants of a kernel, and dimensions vanish. Not ways: the gradient of one way is the rounding of
+x / x - 1, which Adam divides by itself."""
 WIDE = Sizes(2, 2, 4, 17, 70, 40, 70, 1, 3, 2, 130, 17, 20, 3, 5)
 """More than one block of everything."""
 

@@ -28,7 +28,7 @@ def test_equal_rows_and_without_sam(shape, rho):
     given = (labels, replace(CONFIG, rho=rho), 3, pick)
     found = head_trajectory(start, features, *given, out=poisoned(shape[0], 3, *start.shape[1:]))
     exact, float32 = (head_trajectory_ref(start.to(t), features.to(t), *given) for t in (torch.float64, torch.float32))
-    assert_close(found, exact, float32)
+    assert_close(found, exact, float32, approximate=18)
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.0])
@@ -43,7 +43,7 @@ def test_heads_too_large_for_a_program_go_step_by_step(rho):
         head_trajectory_ref(start.to(t), features.to(t), labels, config, 3, pick)
         for t in (torch.float64, torch.float32)
     )
-    assert_close(found, exact, float32)
+    assert_close(found, exact, float32, approximate=18)
 
 
 def test_bf16_products_stay_near():

@@ -46,4 +46,5 @@ def test_same_as_the_reference(name, operation, sizes, precision, label):
         if operation.name == "normal_noise":  # two libraries' sine, cosine and logarithm
             torch.testing.assert_close(one.cpu(), two.float().cpu(), rtol=1e-5, atol=4e-6)
         else:
-            assert_close(one, two, three, precision or "ieee", operation.depth(sizes))
+            approximate = 18 if operation.name == "head_trajectory" else 0
+            assert_close(one, two, three, precision or "ieee", operation.depth(sizes), approximate)
