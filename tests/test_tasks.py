@@ -580,7 +580,7 @@ def test_a_domain_is_held_out(tmp_path, across):
         assert bool((shown[:, 0] != seen[:, 0]).all()) == across
         assert set(seen.flatten().tolist()) == ({1} if split == "test" else {0, 2, 3})
         assert set(shown.flatten().tolist()) == ({1} if split == "test" and not across else {0, 2, 3})
-    assert not set(family._parts["train"].rows.sum(1).tolist()) & set(family._parts["val"].rows.sum(1).tolist())
+    assert not set(family.splits["train"].rows.sum(1).tolist()) & set(family.splits["val"].rows.sum(1).tolist())
     bad = dataclasses.replace(options, held_out="glass")
     assert "not among the domains" in error_of(entry.family, bad, Setup())
     assert "0 domains, expected at least" in error_of(

@@ -85,7 +85,7 @@ class Families(NamedTuple):
     @classmethod
     def of(cls, family: PhotoFamily) -> Families:
         """Both of a family."""
-        return cls(family, HeadFamily(family._parts, family.options))
+        return cls(family, HeadFamily(family.splits, family.options))
 
 
 Head = Callable[[Families, TaskBatch], Tensor]
@@ -241,7 +241,7 @@ def _tuned(f: Families, validation: TaskBatch, chosen: dict[str, Any], seed: int
 
 def _reptile(f: Families, seed: int) -> tuple[list[Any], Callable[..., Tensor]]:
     """What is tried, learning rates and test steps, and how."""
-    c, rows = ReptileConfig(), f.plain._parts["train"]
+    c, rows = ReptileConfig(), f.plain.splits["train"]
     shots = min(c.train_shots, int(rows.counts.min()) - 1)
     training, starts = HeadFamily({"train": rows}, replace(f.plain.options, shots=shots, queries=1)), {}
     for lr in c.head_lrs:
@@ -296,13 +296,13 @@ def _cell(folder: Path, family: PhotoFamily, config: ImagesConfig[Any], seed: in
 
     heads["ceiling"] = ceiling
     found: dict[str, Any] = {}
-    further = [name for name in family._parts if name not in ("train", "val", "test")]
+    further = [name for name in family.splits if name not in ("train", "val", "test")]
     for split in ("test", *further):
         count = config.evaluate.tasks if split == "test" else config.target_tasks
         found[split] = _compare(both, heads, family.tasks(split, 0, count, TEST_SEED + seed))
-        classes = len(family._parts[split].counts)
+        classes = len(family.splits[split].counts)
         if further and classes > family.options.ways:  # all classes at once, from the same generator
-            part = dict.fromkeys(("train", "test"), family._parts[split])
+            part = dict.fromkeys(("train", "test"), family.splits[split])
             options = replace(config.task, ways=classes)
             wide = Families.of(PhotoFamily(part, options, family.prior, family.projection))
             of_any = {name: head for name, head in heads.items() if name not in ("reptile", "ceiling")}
@@ -463,7 +463,11 @@ def _domains(groups: Sequence[list[dict[str, Any]]]) -> list[str]:
         together.setdefault(cells[0]["label"].replace(f"-{cells[0]['task']['held_out']}-", ", mean, "), []).extend(
             cells
         )
-    lines += [[f"**{name}**", *_row(cells, "test", *columns)] for name, cells in together.items() if len(cells) > 1]
+    lines += [
+        [f"**{name}**", *_row(cells, "test", *columns)]
+        for name, cells in together.items()
+        if len({c["label"] for c in cells}) > 1
+    ]
     header = "held out|distance|seeds|Mc-Di, 3 steps|best tuned baseline|class prior|Adam from it|Reptile's head|nearest class mean|ceiling"
     tasks, budget = groups[0][0]["splits"]["test"]["tasks"], groups[0][0]["budget"]
     note = (

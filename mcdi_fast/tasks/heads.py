@@ -95,7 +95,7 @@ class HeadFamily(TaskFamily):
     """Heads [ways, F + 1] on features that are computed once.
 
     A batch's data are {"row": int64 [B, R], "label": int64 [B, R]}, rows of one table of all features, so a batch is small; `train` also has
-    "weight" [B, R], each row's share of the loss.
+    "weight" [B, R], each row's share of the loss. `splits` are the tables it was made of.
     """
 
     metric = Metric("accuracy", "%", True, 100.0)
@@ -116,7 +116,7 @@ class HeadFamily(TaskFamily):
         Raises:
             McdiError: naming the option and the split; features that are not finite.
         """
-        self.options, self._parts, self._provenance = options, dict(splits), provenance or {}
+        self.options, self.splits, self._provenance = options, dict(splits), provenance or {}
         self._first, total = {}, 0
         for split, part in splits.items():
             self.check_split(split, part, options)
@@ -153,7 +153,7 @@ class HeadFamily(TaskFamily):
 
     def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
         """Episodes of the split's classes. Trajectories train on every image of their classes, weighted towards the support."""
-        o, part = self.options, self._parts[split]
+        o, part = self.options, self.splits[split]
         images = int(part.counts.min())
         rows = draw_episodes(part.counts, o.ways, images, seed, start, count, o.shots, part.pairs) + self._first[split]
         rows = rows.to(self._features.device)
