@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from mcdi_fast.tasks.waves import WaveFamily, WaveOptions, draw
 
 POINTS = (5, 10, 20)
 SEEDS = (0, 1, 2, 3, 4)
+PARTS = (*OBJECTIVE_TITLES, "gradients")
 _GRADIENT_STEPS = (1, 3, 5, 10, 30, 100, 300, 1000)
 _RATES = (0.001, 0.003, 0.01, 0.03)
 _OUTER_STEPS = 800
@@ -59,6 +61,7 @@ _MAML_STEPS, _MAML_TASKS, _MAML_LR, _MAML_OUTER_LR = 4000, 25, 0.03, 0.001
 _REGRESSION_STEPS, _REGRESSION_TASKS = 1500, 64
 
 
+@cache
 def maml(points: int) -> tuple[WaveFamily, Tensor]:
     """Networks 1-40-40-1, as in its paper, and a start [N, D] by second-order MAML (Finn et al., 2017): one inner step on `points` points.
 
@@ -129,11 +132,9 @@ def configuration() -> TrainConfig[Any]:
     return replace(config, meta=replace(config.meta, steps=_OUTER_STEPS))
 
 
-def one_seed(seed: int, folder: Path, meta_learned: dict[int, tuple[WaveFamily, Tensor]]) -> dict[str, Any]:
-    """Scores of all test tasks, by method and points."""
+def one_part(seed: int, part: str, folder: Path, family: WaveFamily) -> dict[str, Any]:
+    """Scores of all test tasks, by method and points. part: of `PARTS`. folder: of the seed's bank."""
     config = configuration()
-    family = find_family("waves").family(config.task, Setup())
-    assert isinstance(family, WaveFamily)
     bank = prepare_bank(folder / "bank", family, config.prepare, config.diffusion.segments, seed)
     seen = {points: WaveFamily(replace(config.task, points=points)) for points in POINTS}
     tasks, validation = (
@@ -153,12 +154,14 @@ def one_seed(seed: int, folder: Path, meta_learned: dict[int, tuple[WaveFamily, 
         if points == 10 and seed == SEEDS[0]:
             entry["ms"] = round(latency_ms(adapt, tasks[points]), 3)
 
-    objective: Any
-    for objective, title in OBJECTIVE_TITLES.items():
-        began = time.perf_counter()
+    if part != "gradients":
+        objective: Any = part
+        title, began = OBJECTIVE_TITLES[objective], time.perf_counter()
+        # Mv-Di's and Tw-Di's losses weigh errors of the target by up to 99, Mc-Di's by up to 2: at its rate they diverged (once in two seeds)
+        meta = config.meta if title == "Mc-Di" else replace(config.meta, outer_lr=0.003)
         generator = fit(
             bank,
-            config.meta,
+            meta,
             replace(config.diffusion, objective=objective),
             config.denoiser,
             seed=seed,
@@ -188,8 +191,9 @@ def one_seed(seed: int, folder: Path, meta_learned: dict[int, tuple[WaveFamily, 
                     points,
                     lambda t: trained_targets(family, t, config.prepare, 1, seed, Backend())[:, -1],
                 )
+        return rows
     for points in POINTS:
-        theirs, start = meta_learned[points]
+        theirs, start = maml(min(points, 10))
         for steps in _GRADIENT_STEPS[:6]:
             keep(f"MAML, {steps} steps", points, partial(descend, theirs, start, steps), theirs)
         tried = {}
@@ -216,65 +220,75 @@ def one_seed(seed: int, folder: Path, meta_learned: dict[int, tuple[WaveFamily, 
 
 
 def record_of(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, deviation over seeds, and the paired difference to Mc-Di over all tasks with its 95 % interval."""
+    """Means over the seeds that have a method, deviation over them, and the paired difference to Mc-Di over all tasks with its 95 % interval."""
     rows: dict[str, Any] = {}
-    for name, points in [(name, points) for name, entry in seeds[0].items() for points in entry]:
-        every = [torch.tensor(seed[name][points]["scores"], dtype=torch.float64) for seed in seeds]
-        ours = [torch.tensor(seed["Mc-Di"][points]["scores"], dtype=torch.float64) for seed in seeds]
+    cells = dict.fromkeys((one, points) for seed in seeds for one in seed for points in seed[one])
+    for name, points in cells:
+        found = [(seed[name][points], seed["Mc-Di"][points]) for seed in seeds if name in seed]
+        every, ours = (
+            [torch.tensor(entry["scores"], dtype=torch.float64) for entry in entries]
+            for entries in zip(*found, strict=True)
+        )
         means, gap = torch.stack([one.mean() for one in every]), torch.cat(every) - torch.cat(ours)
-        first = seeds[0][name][points]
+        first = found[0][0]
         rows.setdefault(name, {})[points] = {
+            "seeds": len(found),
             "mean": round(float(means.mean()), 5),
             "std_over_seeds": round(float(means.std(correction=min(1, len(means) - 1))), 5),
             "minus_mc_di": round(float(gap.mean()), 5),
             "minus_mc_di_ci95": round(interval(gap), 5),
-            **{key: [seed[name][points].get(key) for seed in seeds] for key in first if key not in ("scores", "ms")},
+            **{key: [entry.get(key) for entry, _ in found] for key in first if key not in ("scores", "ms")},
             **{key: first[key] for key in ("ms",) if key in first},
         }
     return rows
 
 
 def tabulated(rows: dict[str, Any]) -> list[str]:
-    """A Markdown table: a row a method, a column a number of points."""
+    """Two Markdown tables: methods by the number of points, and errors at ten points by the number of steps."""
 
     def cell(entry: dict[str, Any]) -> str:
         return f"{number(entry['mean'])} ± {number(entry['std_over_seeds'], entry['mean'])}"
 
-    def paired(entry: dict[str, Any]) -> str:
-        return f"{entry['minus_mc_di']:+.3f} ± {entry['minus_mc_di_ci95']:.3f}"
-
-    lines = []
+    lines, curves = [], dict[str, dict[int, str]]()
     for name, entry in rows.items():
-        ms = f"{entry['10']['ms']:.2f}" if "ms" in entry["10"] else ""
-        lines.append([name, *(cell(entry[str(p)]) for p in POINTS), paired(entry["10"]), ms])
-    return table(["method", *(f"{p} points" for p in POINTS), "minus Mc-Di, 10 points", "one task, ms"], lines)
+        ten = entry["10"]
+        curve = re.fullmatch(r"(.+), (\d+) steps", name)
+        if curve:
+            curves.setdefault(curve[1], {})[int(curve[2])] = number(ten["mean"])
+        if not curve or name == "MAML, 10 steps":  # the number of its paper
+            paired = f"{ten['minus_mc_di']:+.3f} ± {ten['minus_mc_di_ci95']:.3f}" if name != "Mc-Di" else ""
+            ms = f"{ten['ms']:.2f}" if "ms" in ten else ""
+            lines.append([name, ten["seeds"], *(cell(entry[str(points)]) for points in POINTS), paired, ms])
+    steps = sorted({count for curve in curves.values() for count in curve})
+    by_steps = [[name, *(curve.get(count, "") for count in steps)] for name, curve in curves.items()]
+    return [
+        *table(
+            ["method", "seeds", *(f"{points} points" for points in POINTS), "minus Mc-Di, 10 points", "one task, ms"],
+            lines,
+        ),
+        *table(["steps", *(str(count) for count in steps)], by_steps),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the seeds that are missing, then the record and its table: [folder [out]]."""
+    """Make what is missing, all seeds of Mc-Di first, and after each part the record and its tables: [folder [out]]."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     folder = make_folder(Path(given[0] if given else "runs/study-waves"))
-    seeds, starts = [], dict[int, tuple[WaveFamily, Tensor]]()
-    for seed in SEEDS:
-        path = folder / f"seed{seed}.json"
-        if not path.exists():
-            if not starts:
-                starts = {points: maml(points) for points in (5, 10)}
-            write_json(path, one_seed(seed, make_folder(folder / f"seed{seed}"), starts | {20: starts[10]}))
-        seeds.append(read_json(path))
-        rows = record_of(seeds)
-        config = configuration()
+    config = configuration()
+    family = find_family("waves").family(config.task, Setup())
+    assert isinstance(family, WaveFamily)
+    seeds: list[dict[str, Any]] = [{} for _ in SEEDS]
+    for part in PARTS:
+        for seed, rows in zip(SEEDS, seeds, strict=True):
+            path = folder / f"seed{seed}-{part}.json"
+            if not path.exists():
+                write_json(path, one_part(seed, part, make_folder(folder / f"seed{seed}"), family))
+            rows |= read_json(path)
         settings = json.loads(json.dumps({"prepare": vars(config.prepare), "meta": vars(config.meta)}))
-        record = {
-            "seeds": list(SEEDS[: len(seeds)]),
-            "machine": machine(),
-            "git": git_sha(),
-            "settings": settings,
-            "rows": rows,
-        }
+        record = {"machine": machine(), "git": git_sha(), "settings": settings, "rows": record_of(seeds)}
         out = make_folder(Path(given[1] if len(given) > 1 else folder))
         write_json(out / "waves.json", record)
-        print("\n".join(tabulated(rows)), flush=True)
+        print("\n".join(tabulated(record["rows"])), flush=True)
     return 0
 
 

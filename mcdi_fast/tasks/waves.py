@@ -233,7 +233,7 @@ def _defaults(config: TrainConfig) -> TrainConfig:
         config,
         prepare=_PREPARE,
         diffusion=replace(config.diffusion, residual="target"),
-        meta=replace(config.meta, steps=1500, meta_batch=64, samples=1, outer_lr=0.006, checkpoint_every=250),
+        meta=replace(config.meta, steps=1000, meta_batch=64, samples=1, outer_lr=0.006, checkpoint_every=250),
         denoiser=replace(config.denoiser, width=128),
         evaluate=EvaluateConfig(
             tasks=400,
