@@ -224,8 +224,9 @@ def repeats(run: Run) -> None:
         made = operation.inputs(sizes, Maker(run.device))
         count, found, first = 2 if DRY else 30 if sizes.chains > 1000 else 200, 0, None
         for number in range(count):
-            # an operation that writes its inputs starts from the same ones; a copy would lose the one storage that the deltas ask for
-            inputs = made if operation.changes in (None, ("layers",)) else convert(made, torch.float32)
+            # an operation that updates its inputs starts from the same ones; these two only overwrite, and want one storage, which a copy loses
+            overwrites = operation.changes is None or operation.name in ("load_batch_", "reptile_delta_")
+            inputs = made if overwrites else convert(made)
             if side is not None and number % 2:
                 with torch.cuda.stream(side):
                     busy @ busy

@@ -179,10 +179,10 @@ def relative_error(found: Any, exact: Any) -> float:
     return worst
 
 
-def convert(value: Any, dtype: torch.dtype) -> Any:
-    """A copy with every floating tensor in `dtype`; views of one storage become tensors of their own."""
+def convert(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy with every floating tensor in `dtype`, by default its own; views of one storage become tensors of their own."""
     if isinstance(value, Tensor):
-        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+        return value.to(dtype, copy=True) if dtype is not None and value.is_floating_point() else value.clone()
     if isinstance(value, dict):
         return {name: convert(part, dtype) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -131,8 +131,8 @@ class TrainConfig(Generic[Options]):
     """
 
     dataset: str = "glyphs"
-    """Which family of tasks: glyphs, omniglot, or package.module:function of your own (docs/own-network.md). The options --task.… are its own:
-    --dataset NAME --help shows them."""
+    """Which family of tasks: glyphs, omniglot, tiny-imagenet, pacs, digits (heads); waves, digit-networks (whole networks); glue, intents (language);
+    or package.module:function of your own (docs/own-network.md). The options --task.… are its own: --dataset NAME --help shows them."""
     run_dir: Path | None = None
     """Where config, bank, checkpoint, generator, metrics and report go. runs/<dataset>-seed<seed> by default."""
     data_dir: Path | None = None
