@@ -37,7 +37,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 # What the command says when a stage begins: its progress bar; of the report, the end of the bar before. Then the last line.
 STAGES = ("backbone", "features", "trajectories", "meta-training", "evaluation", "report")
-SIGNS = {name: rf"{name} *:" for name in STAGES[:-1]} | {"report": r" 4/4 \[", "exit": r"report: "}
+SIGNS = {name: rf"{name} *:" for name in STAGES[:-1]} | {"report": r" 5/5 \[", "exit": r"report: "}
 WRITING = ("backbone", "trajectories", "meta-training", "report")  # the stages that write files
 # Each kills in each of the 6 stages and in a write: 63 kills. One that came later than drawn and hit another stage again is one more.
 BLOCKS = 9
