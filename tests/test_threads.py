@@ -266,7 +266,9 @@ def test_the_command_chooses_and_the_library_does_not(machine, monkeypatch, tmp_
         return {3: 9.0, 1: 1.0}
 
     monkeypatch.setattr(threads, "time", time)
-    monkeypatch.setattr(threads, "_SLOW", float("inf"))  # whatever else the machine does meanwhile, nothing is measured again
+    monkeypatch.setattr(
+        threads, "_SLOW", float("inf")
+    )  # whatever else the machine does meanwhile, nothing is measured again
     monkeypatch.setattr(threads, "_AGAIN_SECONDS", float("inf"))
     monkeypatch.setattr(threads, "measure", measure)
     options = [*SMALL, "--dataset", "test_tasks:lines", "--run-dir", str(tmp_path / "run")]
