@@ -27,7 +27,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.optim import trajectory
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, register
 from mcdi_fast.tasks.images import LabelledRows, load
-from mcdi_fast.tasks.modules import ModuleFamily, Net
+from mcdi_fast.tasks.modules import ModuleFamily, Net, reptile_start
 
 SIDE = 16  # of an image as the network sees it
 _QUERIES = 15  # images of a class that score a network (protocol)
@@ -124,13 +124,15 @@ class DigitFamily(ModuleFamily):
         with torch.no_grad():
             features = functional_call(body, weights, (support.flatten(0, 2),)).view(count, ways * shots, -1)
         rows = F.pad(features, (0, 1), value=1.0)
-        label = torch.ones(count, ways * shots, 1)
+        label = features.new_ones(count, ways * shots, 1)
         label[:, shots:] = -1
-        penalty = _PENALTY * features.square().sum(-1).mean(1)[:, None, None] * torch.eye(ways * shots)
+        penalty = (
+            _PENALTY * features.square().sum(-1).mean(1)[:, None, None] * torch.eye(ways * shots, dtype=features.dtype)
+        )
         ridge = (
             rows.mT @ torch.linalg.solve(rows @ rows.mT + penalty, label)
         ).mT  # [B, 1, F + 1], above 0 for the first class
-        turn = torch.tensor([[1.0], [-1.0]])
+        turn = features.new_tensor([[1.0], [-1.0]])
         base = self._initial.repeat(count, 1, 1)
         base[:, -2:, : ridge.shape[2]] = _GAIN * turn * ridge
         condition = F.pad(F.normalize(ridge, dim=2), (0, features.shape[2])).repeat(1, self.layout.num_tokens, 1)
@@ -161,17 +163,16 @@ class DigitFamily(ModuleFamily):
         return {"ridge-head": lambda tasks: torch.zeros_like(tasks.support["base"]), "start-finetune": from_start}
 
     def meta_learn(self, setup: Setup) -> None:
-        """Reptile (Nichol et al., 2018) over the start: all tasks of an outer step at once, ten steps of Adam each."""
-        recipe = PrepareConfig(steps=10, learning_rate=_START_LR, rho=0.0, weight_decay=0.0)
-        total = self.options.start_steps
-        with setup.stage("start", total, "steps") as bar:
-            for step in range(total):
-                data = self._draw("train", step * _START_TASKS, _START_TASKS, 2**31).train
-                data["base"] = self._initial.expand(_START_TASKS, -1, -1)
-                theta = torch.zeros_like(data["base"])
-                end = trajectory(theta, lambda at, _, data=data: self.gradient(at, data), recipe, 1)[:, -1]  # type: ignore[misc]
-                self._initial = self._initial + (1 - step / total) * end.mean(0)
-                bar.update()
+        """Replace the start by a meta-learned one."""
+
+        def data(start: int, count: int) -> Data:
+            return self._draw("train", start, count, 2**31).train | {
+                "base": torch.zeros(count, 1, 1, dtype=torch.float32)
+            }
+
+        self._initial = reptile_start(
+            self._initial, self.gradient, data, _START_LR, _START_TASKS, self.options.start_steps, setup
+        )
 
 
 def _cross_entropy(net: Net, data: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ and was computed once.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -136,7 +137,10 @@ class LoraFamily(TaskFamily):
                     f"{split} of {name}: fewer than 2 classes with {half} examples, "
                     "expected half of --task.support + --task.queries; ask for fewer, or raise --task.rows"
                 )
-        self.fingerprint = str(asdict(options)) + f"{float(self._tokens.double().sum()):.6f} {len(self._length)}"
+        digest = hashlib.sha256(str(asdict(options)).encode())
+        for tensor in (self._pooled, self._length, *(label for *_, label in parts)):
+            digest.update(tensor.contiguous().numpy().data)
+        self.fingerprint = digest.hexdigest()[:16]
 
     @property
     def peft_config(self) -> Any:

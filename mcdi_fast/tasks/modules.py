@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcdi_fast.config import PrepareConfig
+from mcdi_fast.optim import trajectory
 from mcdi_fast.slots import call, find
-from mcdi_fast.tasks import Data, Metric, TaskBatch, TaskFamily
+from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily
 from mcdi_fast.weights import WeightLayout
 
 Net = Callable[..., Any]
@@ -76,6 +78,33 @@ class ModuleFamily(TaskFamily):
     def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
         """The module's own weights, plus Gaussian noise of `start_std`."""
         return self._initial + super().start(count, config, generator)
+
+
+def _ignoring_step(gradient: Callable[[Tensor, Data], Tensor], data: Data, theta: Tensor, step: int) -> Tensor:
+    return gradient(theta, data)
+
+
+def reptile_start(
+    initial: Tensor,
+    gradient: Callable[[Tensor, Data], Tensor],
+    data: Callable[[int, int], Data],
+    learning_rate: float,
+    tasks: int,
+    steps: int,
+    setup: Setup,
+) -> Tensor:
+    """A meta-learned start [N, D], from `initial`: Reptile (Nichol et al., 2018), all tasks of an outer step at once, ten steps of Adam each.
+
+    gradient: of each task's loss, [B, N, D] -> [B, N, D]. data: of tasks `start` to `start + count - 1`. tasks: an outer step. steps: outer ones.
+    """
+    recipe = PrepareConfig(steps=10, learning_rate=learning_rate, rho=0.0, weight_decay=0.0)
+    with setup.stage("start", steps, "steps") as bar:
+        for step in range(steps):
+            slope = partial(_ignoring_step, gradient, data(step * tasks, tasks))
+            end = trajectory(initial.expand(tasks, -1, -1), slope, recipe, 1)[:, -1]
+            initial = initial + (1 - step / steps) * (end.mean(0) - initial)
+            bar.update()
+    return initial
 
 
 def _digest(module: nn.Module) -> str:

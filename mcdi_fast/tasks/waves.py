@@ -19,9 +19,8 @@ from mcdi_fast.align import align
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, NotNegative, PrepareConfig, TrainConfig
 from mcdi_fast.figures import new_figure, png
-from mcdi_fast.optim import trajectory
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, register
-from mcdi_fast.tasks.modules import ModuleFamily
+from mcdi_fast.tasks.modules import ModuleFamily, reptile_start
 
 LOW, HIGH = -5.0, 5.0  # of x (protocol)
 QUERY = 100  # points that score a network; evenly spaced points that a target is trained on
@@ -209,16 +208,14 @@ class WaveFamily(ModuleFamily):
         }
 
     def meta_learn(self, setup: Setup) -> None:
-        """Reptile (Nichol et al., 2018) over the start: all tasks of an outer step at once, ten steps of Adam each."""
-        recipe = PrepareConfig(steps=10, learning_rate=_START_LR, rho=0.0, weight_decay=0.0)
-        total = self.options.start_steps
-        with setup.stage("start", total, "steps") as bar:
-            for step in range(total):
-                data = draw(self.options, "train", step * _START_TASKS, _START_TASKS, _OWN_SEED)[2]
-                theta = self._initial.expand(_START_TASKS, -1, -1)
-                end = trajectory(theta, lambda at, _, data=data: self.gradient(at, data), recipe, 1)[:, -1]  # type: ignore[misc]
-                self._initial = self._initial + (1 - step / total) * (end.mean(0) - self._initial)
-                bar.update()
+        """Replace the start by a meta-learned one."""
+
+        def data(start: int, count: int) -> Data:
+            return draw(self.options, "train", start, count, _OWN_SEED)[2]
+
+        self._initial = reptile_start(
+            self._initial, self.gradient, data, _START_LR, _START_TASKS, self.options.start_steps, setup
+        )
 
 
 def _mse(net: object, data: Data) -> Tensor:
