@@ -6,7 +6,7 @@ import providers as P
 import pytest
 
 NAMES = [  # the others are benchmarks of their own, or another width of the same
-    "noise_batch", "normal_noise", "residual_loss", "task_linear token", "task_linear token stacked", "reptile_delta_", "sgd_step_",
+    "noise_batch", "normal_noise", "task_linear loss", "task_linear token", "task_linear token stacked", "reptile_delta_", "sgd_step_",
     "sam_ascent", "adam_step_",
 ]  # fmt: skip
 

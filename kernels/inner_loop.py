@@ -11,8 +11,7 @@ from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import inner_loop
 from mcdi_fast.kernels.launch import padded
-from mcdi_fast.kernels.residual_loss import residual_loss
-from mcdi_fast.kernels.task_linear import MAX_TOKENS, task_linear
+from mcdi_fast.kernels.task_linear import MAX_TOKENS, Residual, loss_parts, task_linear
 from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, sgd_step_
 from mcdi_fast.outer import named_views
 
@@ -84,7 +83,8 @@ class InnerLoop:
     captured in a CUDA graph.
 
     Attributes:
-        delta: mean over tasks of (phi_b - phi), a dict like phi. losses: float32 [K, B], before each step. Of the last `run`.
+        delta: mean over tasks of (phi_b - phi), a dict like phi. parts: float32 [K, B, P], whose sums are the losses before each step.
+            Of the last `run`.
     """
 
     def __init__(
@@ -98,13 +98,12 @@ class InnerLoop:
         mask: Tensor | None = None,
         real: int | None = None,
         delta: Tensor | None = None,
-        losses: Tensor | None = None,
     ):
         """Make the buffers.
 
         Args:
             flat: float32 [P], phi's matrices in a row, of `shapes`; read at every run. sizes: B, K, S, N, D.
-            mask: float32 [N, D], 1 at real numbers. real: how many it has. delta, losses: float32 [P], [K, B], where to put them.
+            mask: float32 [N, D], 1 at real numbers. real: how many it has. delta: float32 [P], where to put it.
         """
         b, k, s, n, d = self.shape = sizes
         flat_delta = torch.empty_like(flat) if delta is None else delta
@@ -127,11 +126,10 @@ class InnerLoop:
         self.table = delta_table(self._layers())
         new = flat.new_empty
         self.mask, self.gain, self.target = mask, new(k, b, s), new(k, b, s, n, d)
-        self.losses = new(k, b) if losses is None else losses
+        self.parts = new(k, b, loss_parts(s * n, padded(d)))
         self.enter = self.linear["in"].inputs
         self.blocks = [self.linear[f"{layer}"].inputs for layer in range(self.depth)]
         self.pre_activation = [new(b, s * n, self.width) for _ in range(self.depth)]
-        self.net = flat.new_zeros(b, s * n, padded(d))
         self.of_means = None if self.fused else new(b, s * n, self.width)
 
     def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -158,6 +156,11 @@ class InnerLoop:
         out.unflatten(1, (-1, n))[..., :width].add_(self.of_means.unflatten(1, (-1, n)).mean(2, keepdim=True))
 
     @property
+    def losses(self) -> Tensor:
+        """float32 [K, B]."""
+        return self.parts.sum(-1)
+
+    @property
     def noised(self) -> tuple[Tensor, Tensor, Tensor]:
         """Views [B, K, S, …] of what a run reads: x, the loss's target, its gain."""
         _, _, s, n, d = self.shape
@@ -181,16 +184,12 @@ class InnerLoop:
             one_hot.zero_().scatter_(-1, step, 1.0)
 
     def run(self, inner_lr: float) -> None:
-        """Fill `delta` and `losses`."""
-        _, k, s, n, _ = self.shape
-        width, linear = self.width, self.linear
+        """Fill `delta` and `parts`."""
+        k, width, linear = self.shape[1], self.width, self.linear
         blocks = [(linear[f"{layer}"], linear[f"{layer} out"]) for layer in range(self.depth)]
         enter, last = linear["in"], linear["last"]
         for member in linear.values():
             member.start(inner_lr)
-
-        def per_token(rows: Tensor) -> Tensor:
-            return rows.unflatten(-2, (s, n))
 
         for r in range(k):
             self._with_means(enter, r, blocks[0][0].inputs[r])
@@ -201,11 +200,8 @@ class InnerLoop:
                     self._with_means(out, r, blocks[layer + 1][0].inputs[r], add_to=h)
                 else:
                     out.forward(r, add_to=h, out=last.inputs[r])
-            last.forward(r, padding=True, out=self.net)
-            residual_loss(
-                per_token(self.net), self.gain[r], self.target[r], self.mask, self.real,
-                loss=self.losses[r], gradient=per_token(last.gradients[r]),
-            )  # fmt: skip
+            residual = Residual(self.gain[r], self.target[r], self.mask, self.real, self.parts[r])
+            last.forward(r, padding=True, residual=residual, out=last.gradients[r])
 
             g = blocks[-1][1].gradients[r]
             last.backward(r, 0, width, out=g)

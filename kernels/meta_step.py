@@ -100,7 +100,7 @@ class MetaStep:
         sizes = (b, k, s, n, d)
         self._loop = InnerLoop(
             state.phi, shapes, sizes, stacked=prefer_stacked(sizes, shapes["out.token"][0]), precision=precision, mask=self._mask,
-            real=None if mask is None else int(mask.sum()), delta=self._delta, losses=self._losses if ranks.size == 1 else None,
+            real=None if mask is None else int(mask.sum()), delta=self._delta,
         )  # fmt: skip
         self._starts, self._num_steps = block_starts(self._loop.blocks), tables.shape[1]
         position = shapes["in.condition"][0] - columns
@@ -148,7 +148,7 @@ class MetaStep:
     @torch.no_grad()
     def _run(self) -> None:
         """From `_inbox` on: launches alone, nothing is read back."""
-        loop, losses, verdict = self._loop, self._losses, self._verdict
+        loop, losses, verdict = self._loop, self._loop.parts, self._verdict
         row, task = (self._every, self._every) if self._resident is None else (self._row, self._task)
         targets, conditions = self._resident or self._read
         mean, std, condition_mean, condition_std = self._moments
@@ -163,8 +163,9 @@ class MetaStep:
         )  # fmt: skip
         loop.run(self.inner_lr)
         if self._ranks.size > 1:
+            losses = self._losses.unsqueeze(-1)
             losses.zero_()
-            losses[:, self._mine] = loop.losses
+            self._losses[:, self._mine] = loop.losses
             self._delta.mul_(self._part)
             self._ranks.sum_(self._sent)
         judge_(verdict, self._delta.sum().view(1), losses, self._number, self._skip)

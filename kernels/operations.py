@@ -23,7 +23,6 @@ from mcdi_fast.kernels import noise_batch as noise
 from mcdi_fast.kernels import normal_noise as normals
 from mcdi_fast.kernels import outer_update as outer
 from mcdi_fast.kernels import resident_chain as resident
-from mcdi_fast.kernels import residual_loss as loss
 from mcdi_fast.kernels import run_chain as chain
 from mcdi_fast.kernels import sam_adam as steps
 from mcdi_fast.kernels import task_linear as linear
@@ -216,17 +215,10 @@ def _load_batch(z: Sizes, make: Maker) -> dict[str, Any]:
 
 
 def _judge(z: Sizes, make: Maker) -> dict[str, Any]:
-    losses = make.normal(z.inner, z.tasks).abs()
+    losses = make.normal(z.inner, z.tasks, 2).abs()
     return {
-        "verdict": outer.Verdict.start(losses), "total": make.normal(1) + float("nan") * (z.tasks % 2), "losses": losses,
+        "verdict": outer.Verdict.start(losses[..., 0]), "total": make.normal(1) + float("nan") * (z.tasks % 2), "losses": losses,
         "number": make.integers(100, 1) + 1, "skip": False,
-    }  # fmt: skip
-
-
-def _residual_loss(z: Sizes, make: Maker) -> dict[str, Any]:
-    shape, mask = (z.tasks, z.samples, z.tokens, z.width), make.mask(z.tokens, z.width)
-    return {
-        "net": make.rows(*shape), "gain": make.normal(*shape[:2]), "target": make.normal(*shape), "mask": mask, "real": int(mask.sum())
     }  # fmt: skip
 
 
@@ -235,7 +227,17 @@ def _of_task(z: Sizes) -> int:
 
 
 def _linear(
-    name: str, i: str, o: str, *, stacked=False, backward=False, add=False, activation="none", fold=False, means=False
+    name: str,
+    i: str,
+    o: str,
+    *,
+    stacked=False,
+    backward=False,
+    add=False,
+    activation="none",
+    fold=False,
+    means=False,
+    loss=False,
 ) -> Operation:
     """A map of the denoiser as the inner loop calls it in its last step, widths by name; backward: o -> i."""
 
@@ -250,11 +252,7 @@ def _linear(
         weight[..., :o] = make.normal(*tasks, i, o) / i**0.5
         out = z.hidden if backward else o
         found: dict[str, Any] = {
-            "weight": weight[..., : out * (1 + fold), :].mT
-            if backward
-            else weight
-            if name == "last"
-            else weight[..., :o]
+            "weight": weight[..., : out * (1 + fold), :].mT if backward else weight if loss else weight[..., :o]
         }
         stored = [make.rows(z.inner - 1, z.tasks, r, i), make.rows(z.inner - 1, z.tasks, r, o)]
         found |= {"rows": make.rows(z.tasks, r, o if backward else i), "inner_lr": 0.05, "activation": activation}
@@ -264,7 +262,14 @@ def _linear(
             found["add_to"] = make.normal(z.tasks, r, out)
         if activation == "silu_backward":
             found["pre_activation"] = make.normal(z.tasks, r, out)
+        if loss:
+            shape, mask = (z.tasks, z.samples, z.tokens, z.width), make.mask(z.tokens, z.width)
+            found["residual"] = linear.Residual(make.normal(*shape[:2]), make.normal(*shape), mask, int(mask.sum()))
         return found
+
+    def run(**given: Any) -> tuple[Tensor, Tensor | None]:
+        out, more = linear.task_linear(**given)
+        return out, more.sum(-1, keepdim=True) if loss and more is not None else more
 
     def work(z: Sizes) -> Work:
         (i, o), r = widths(z), _of_task(z)
@@ -272,9 +277,7 @@ def _linear(
         moved = z.tasks * r * (i + o) + z.tasks * keys * (i + o) + i * o * (z.tasks if stacked else 1)
         return Work(4 * moved, z.tasks * (2 * r * i * o + 2 * r * keys * (i + o)))
 
-    return Operation(
-        f"task_linear {name}", linear.task_linear, linear.task_linear_ref, inputs, work, PRECISIONS, depth=lambda z: 3
-    )
+    return Operation(f"task_linear {name}", run, linear.task_linear_ref, inputs, work, PRECISIONS, depth=lambda z: 3)
 
 
 _LINEAR = [
@@ -282,7 +285,7 @@ _LINEAR = [
     _linear("token", "block", "hidden", activation="silu"),
     _linear("token stacked", "block", "hidden", stacked=True, activation="silu"),
     _linear("out", "hidden", "hidden", add=True, means=True),
-    _linear("last", "hidden", "width"),
+    _linear("loss", "hidden", "width", loss=True),
     _linear("out backward", "hidden", "hidden", backward=True, activation="silu_backward"),
     _linear("token backward", "block", "hidden", backward=True, add=True, fold=True),
     _linear("token stacked backward", "block", "hidden", stacked=True, backward=True, fold=True),
@@ -430,10 +433,6 @@ OPERATIONS = [
     Operation(
         "noise_batch", noise.noise_batch, noise.noise_batch_ref, _noise_batch,
         lambda z: Work(4 * z.tasks * z.tokens * z.width * (2 * z.inner * z.samples + 1)),
-    ),
-    Operation(
-        "residual_loss", loss.residual_loss, loss.residual_loss_ref, _residual_loss,
-        lambda z: Work(4 * 3 * z.tasks * z.samples * z.tokens * z.width),
     ),
     *_LINEAR,
     Operation(

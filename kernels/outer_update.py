@@ -87,7 +87,7 @@ class Verdict:
 
     @classmethod
     def start(cls, losses: Tensor) -> Verdict:
-        """Of no step."""
+        """Of no step. losses: for its shape [K, B]."""
         new = losses.new_zeros
         whole = torch.int64
         return cls(new(1), new(1, dtype=torch.int32), new(1, dtype=whole) - 1, new(losses.shape), new(1, dtype=whole))
@@ -95,6 +95,7 @@ class Verdict:
 
 def judge_ref(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, skip: bool) -> None:
     """As `judge_`, in any dtype."""
+    losses = losses.sum(-1)
     finite, well = (total + losses.sum()).isfinite(), verdict.failed < 0
     verdict.loss.copy_(losses[0].mean())
     verdict.good.copy_(finite & well)
@@ -117,13 +118,16 @@ def judge_kernel(
     number,
     inner,
     tasks,
+    parts,
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program. A NaN or infinity anywhere reaches the sum of everything."""
     flat = tl.arange(0, BLOCK)
     inside = flat < inner * tasks
-    each = tl.load(losses + flat, mask=inside, other=0.0)
+    each = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        each += tl.load(losses + flat * parts + part, mask=inside, other=0.0)
     tl.store(loss, tl.sum(tl.where(flat < tasks, each, 0.0), 0) / tasks)
     everything = tl.load(total) + tl.sum(each, 0)
     finite, well = everything - everything == 0, tl.load(failed) < 0
@@ -140,21 +144,22 @@ def judge_(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, skip
     """Whether step `number` is finite, and what follows.
 
     Args:
-        verdict: written. total: float32 [1], the sum of the difference. losses: float32 [K, B]. number: int64 [1].
+        verdict: written. total: float32 [1], the sum of the difference. losses: float32 [K, B, P], in parts to add. number: int64 [1].
         skip: a step that is not finite is counted and passed over; otherwise it is remembered, and nothing after it is good.
 
     Raises:
         McdiError: naming the tensor.
     """
-    k, b = check_rank("losses", losses, "KB")
+    k, b, parts = check_rank("losses", losses, "KBP")
     device, float32, int64 = losses.device, (torch.float32,), (torch.int64,)
     for name, tensor, shape, dtypes in (
-        ("losses", losses, (k, b), float32), ("total", total, (1,), float32), ("number", number, (1,), int64),
+        ("losses", losses, (k, b, parts), float32), ("total", total, (1,), float32), ("number", number, (1,), int64),
         ("loss", verdict.loss, (1,), float32), ("good", verdict.good, (1,), (torch.int32,)), ("failed", verdict.failed, (1,), int64),
         ("failed_losses", verdict.failed_losses, (k, b), float32), ("skipped", verdict.skipped, (1,), int64),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, dtypes, device)
     launch(
         "judge_", judge_kernel, (1,), device, None,
-        **vars(verdict), total=total, losses=losses, number=number, inner=k, tasks=b, SKIP=skip, BLOCK=triton.next_power_of_2(k * b),
+        **vars(verdict), total=total, losses=losses, number=number, inner=k, tasks=b, parts=parts, SKIP=skip,
+        BLOCK=triton.next_power_of_2(k * b),
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
 Low rank: all tasks share W, and task b adds -inner_lr * sum_{r'} (rows_b A_{r'b}^T) G_{r'b} over the rows of its earlier inner steps.
 Stacked: every task has its own weights. The backward of either is the same product with A and G swapped and W transposed, so one
-kernel does all four. What follows the product is fused: a residual, silu or its derivative, means over the tokens of a sample.
+kernel does all four. What follows the product is fused: a residual, silu or its derivative, means over the tokens of a sample, the loss.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from mcdi_fast.kernels.launch import (
     check_tensor,
     dot,
     launch,
+    output,
     row_block,
     stages,
     sum_block,
@@ -33,6 +36,41 @@ ACTIVATIONS = ("none", "silu", "silu_backward")
 
 MAX_TOKENS = 64
 """Of a mean: a program holds all tokens of a sample."""
+
+
+class Residual(NamedTuple):
+    """The loss of a product `net` of a task's rows, a sample's N tokens one behind the other: the mean over real entries of (gain net - target)^2.
+
+    gain: float32 [B, S]. target: float32 [B, S, N, D]. mask: float32 [N, D], 1 at real entries; None: all are. real: how many ones it has, for
+    counting them here would wait for the GPU. parts: float32 [B, `loss_parts`], written: their sum is a task's loss; None: made.
+    """
+
+    gain: Tensor
+    target: Tensor
+    mask: Tensor | None = None
+    real: int | None = None
+    parts: Tensor | None = None
+
+    @property
+    def share(self) -> float:
+        """Of a real entry in the mean."""
+        return 1 / (self.target.shape[1] * (self.real or self.target[0, 0].numel()))
+
+
+def residual_loss_ref(net: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:
+    """The loss [B] of net [B, R, D or more] and its gradient, 2 gain (gain net - target) share, in any dtype; columns behind D are padding."""
+    gain, target, mask, *_ = residual
+    shape = *target.shape[:3], net.shape[-1]
+    error = gain[..., None, None] * net.view(shape)[..., : target.shape[-1]] - target
+    if mask is not None:
+        error = error * mask
+    gradient = F.pad(2 * residual.share * gain[..., None, None] * error, (0, shape[-1] - target.shape[-1]))
+    return error.square().sum((1, 2, 3)) * residual.share, gradient.view_as(net)
+
+
+def loss_parts(rows: int, columns: int) -> int:
+    """Programs that share a task's loss."""
+    return triton.cdiv(rows, row_block(rows)) * triton.cdiv(columns, BLOCK_COLUMNS)
 
 
 def _mean_ref(rows: Tensor, tokens: int) -> Tensor:
@@ -53,8 +91,9 @@ def task_linear_ref(
     tokens: int = 0,
     fold: bool = False,
     mean_at: int = 0,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `task_linear`, in any dtype."""
+    """As `task_linear`, in any dtype; the loss in one part."""
     width_in, width_out = weight.shape[-2:]
     out = rows[..., :width_in] @ weight
     for keys, values in zip(*(earlier or ((), ())), strict=True):
@@ -71,6 +110,9 @@ def task_linear_ref(
     if mean_at:
         space = out.new_zeros(*out.shape[:-1], mean_at - out.shape[-1])
         out = torch.cat([out, space, _mean_ref(out, tokens)], -1)
+    if residual is not None:
+        loss, gradient = residual_loss_ref(out, residual)
+        return gradient, loss[:, None]
     return out, pre if activation == "silu" else None
 
 
@@ -139,9 +181,9 @@ def _means(value, tokens, rows):
 
 @triton.jit
 def task_linear_kernel(
-    rows, weight, keys, values, add_to, pre_activation, out,
+    rows, weight, keys, values, add_to, pre_activation, gain, target, mask, loss, out,
     inner_lr, num_tasks, num_rows, num_keys, width_in, width_out, row_width, value_width, add_width, pre_width, out_width,
-    weight_task, weight_in, weight_out, tokens, rows_a_program, mean_at,
+    weight_task, weight_in, weight_out, tokens, rows_a_program, mean_at, target_width, share,
     FOLD: tl.constexpr, MEANS: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -184,6 +226,16 @@ def task_linear_kernel(
         a = tl.load(pre_activation + pre_at, mask=inside, other=0.0).to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-a))
         result = result * sigmoid * (1 + a * (1 - sigmoid))
+    if gain is not None:  # no atomics: a task's loss is the same to the bit whatever stands beside it
+        real = inside & (column < target_width)[:, None]
+        weight = tl.load(gain + row // tokens, mask=row_inside, other=0.0)[None, :]
+        entry = row[None, :] * target_width + column[:, None]
+        error = tl.where(real, weight * result - tl.load(target + entry, mask=real, other=0.0), 0.0)
+        if mask is not None:
+            error *= tl.load(mask + (row % tokens)[None, :] * target_width + column[:, None], mask=real, other=0.0)
+        part = (task * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(loss + part, tl.sum(tl.sum(error * error, 1), 0) * share)
+        result = 2.0 * share * weight * error
     at = out + row[None, :] * out_width + column[:, None]
     tl.store(at, result, mask=inside)
     if MEANS:
@@ -202,10 +254,11 @@ def task_linear(
     tokens: int = 0,
     fold: bool = False,
     mean_at: int = 0,
+    residual: Residual | None = None,
     out: Tensor | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
-    """Each task's rows times its weights, and what is fused behind it, in this order: fold, + add_to, activation, means.
+    """Each task's rows times its weights, and what is fused behind it, in this order: fold, + add_to, activation, means or the loss.
 
     Args:
         rows: [B, R, I or more]; columns behind I must be 0 (launch.PAD: then no copy needs a mask along the sum).
@@ -217,11 +270,12 @@ def task_linear(
         tokens: rows of a sample, which fold and mean_at ask for; 64 at most, a divisor of R.
         fold: the weight has 2 O columns, and the second half of the product counts by its mean over the tokens of a sample.
         mean_at: where in `out` the means over the tokens of a sample begin, O at least; 0: none are written.
+        residual: the product is a network's output: `out` is the gradient of its loss.
         precision: of the products' operands: "ieee", "tf32" or "bf16". Sums are float32.
 
     Returns:
         out: float32 [B, R, O or more]; columns that nothing is written to are 0, or as they were in the caller's. pre_activation: likewise for
-            "silu", else None.
+            "silu"; with `residual` the parts of the loss instead; else None.
 
     Raises:
         McdiError: naming the argument.
@@ -266,15 +320,29 @@ def task_linear(
         raise McdiError("pre_activation: None, expected what the forward's silu was given")
     if activation != "none":
         pre_activation = check("pre_activation", pre_activation, o)
+    if residual is not None:
+        assert activation == "none" and not fold and not mean_at, "task_linear: a loss stands behind a plain product"  # noqa: PT018
+        _, samples, tokens, target_width = check_rank("target", residual.target, "BSND")
+        floats, real = (torch.float32,), residual.mask is None or residual.real
+        check_tensor("target", residual.target, (b, samples, tokens, min(o, target_width)), floats, device)
+        if samples * tokens != r:
+            raise McdiError(f"target: {samples} x {tokens} rows a task, expected {r}")
+        check_tensor("gain", residual.gain, (b, samples), floats, device)
+        if residual.mask is not None:
+            check_tensor("mask", residual.mask, (tokens, target_width), floats, device)
+        assert real, "task_linear: a mask without its number of ones"
+        residual = residual._replace(parts=output("parts", residual.parts, (b, loss_parts(r, o)), device))
     out = check("out", out, mean_at + o if mean_at else o)
     block_rows, block_in = row_block(r), sum_block(precision)
     rows_a_program = block_rows // tokens * tokens if wide else block_rows
     even = row_width % block_in == 0
     launch(
         "task_linear", task_linear_kernel, (b, triton.cdiv(r, rows_a_program), triton.cdiv(o, BLOCK_COLUMNS)), device,
-        {"num_stages": stages(precision)} | (all_registers(device) if wide and precision == "ieee" else {}),
+        {"num_stages": stages(precision)} | (all_registers(device) if (wide or residual is not None) and precision == "ieee" else {}),
         rows=rows, weight=weight, keys=keys, values=values, add_to=add_to,
         pre_activation=pre_activation if activation != "none" else None, out=out,
+        gain=residual and residual.gain, target=residual and residual.target, mask=residual and residual.mask,
+        loss=residual and residual.parts, target_width=residual.target.shape[-1] if residual else 1, share=residual.share if residual else 1.0,
         inner_lr=inner_lr, num_tasks=b, num_rows=r, num_keys=num_keys,
         width_in=i, width_out=o, row_width=row_width, value_width=o if values is None else values.shape[-1],
         weight_task=weight.stride(0) if weight.ndim == 3 else 0, weight_in=weight.stride(-2), weight_out=weight.stride(-1),
@@ -284,4 +352,6 @@ def task_linear(
         ALONG=weight.stride(-2) == 1 and (i == row_width or not even), EVEN=even, ACTIVATION=activation, PRECISION=precision,
         BLOCK_OUT=BLOCK_COLUMNS, BLOCK_ROWS=block_rows, BLOCK_KEYS=BLOCK_COLUMNS, BLOCK_IN=block_in,
     )  # fmt: skip
+    if residual is not None:
+        return out, residual.parts
     return out, pre_activation if activation == "silu" else None

@@ -80,12 +80,12 @@ def test_bad_input():
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_first_step_that_is_not_finite_is_remembered_or_passed_over(skip):
-    losses, number = torch.ones(2, 3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    ours, theirs = Verdict.start(losses), Verdict.start(losses)
+    losses, number = torch.full((2, 3, 2), 0.5, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    ours, theirs = Verdict.start(losses[..., 0]), Verdict.start(losses[..., 0])
     for step, (total, loss, good) in enumerate(
         [(1.0, 1.0, 1), (float("inf"), 2.0, 0), (0.0, float("nan"), 0), (1.0, 3.0, int(skip))]
     ):
-        losses[1, 2] = loss
+        losses[1, 2, 1] = loss
         for judge, verdict in ((judge_, ours), (judge_ref, theirs)):
             judge(verdict, torch.full((1,), total, device=DEVICE), losses, number.fill_(step), skip)
         assert int(ours.good) == good
