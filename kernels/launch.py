@@ -46,6 +46,19 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+class Turn(NamedTuple):
+    """Which row of a table of int64 a launch reads: `at`, int64 [1] on the device, so that a CUDA graph reads another one at every replay. What
+    a launcher is given of the table is its part of row 0; there are `rows`, `pitch` numbers apart."""
+
+    at: Tensor
+    pitch: int
+    rows: int
+
+    def check(self, device: torch.device) -> None:
+        """Raise McdiError unless launches on `device` can read it."""
+        check_tensor("turn", self.at, (1,), (torch.int64,), device)
+
+
 _recording: ContextVar[tuple[list[Launch], Chip] | None] = ContextVar("recording", default=None)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
 
 
 def load_batch_ref(
@@ -29,12 +29,17 @@ def load_batch_ref(
 
 @triton.jit
 def load_batch_kernel(
-    targets, conditions, row, task, step, mean, std, condition_mean, condition_std, target, enter, blocks, starts,
-    tasks, inner, samples, tokens, width, condition_rows, condition_width, first, enter_width, depth, first_step, num_steps, block_width,
+    targets, conditions, row, task, step, turn, mean, std, condition_mean, condition_std, target, enter, blocks, starts,
+    pitch, tasks, inner, samples, tokens, width, condition_rows, condition_width, first, enter_width, depth, first_step, num_steps, block_width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (task, inner step, sample). blocks: the first of `depth` equal tensors, which begin at `starts` behind it."""
     program, flat = tl.program_id(0), tl.arange(0, BLOCK)
+    if turn is not None:
+        at_row = tl.load(turn) * pitch
+        row += at_row
+        task += at_row
+        step += at_row
     sample, k, b = program % samples, program // samples % inner, (program // samples // inner).to(tl.int64)
     if (k == 0) & (sample == 0):
         for at in range(0, tokens * width, BLOCK):
@@ -74,7 +79,7 @@ def block_starts(blocks: Sequence[Tensor]) -> Tensor:
 def load_batch_(
     targets: Tensor, conditions: Tensor, row: Tensor, task: Tensor, step: Tensor, mean: Tensor, std: Tensor, condition_mean: Tensor,
     condition_std: Tensor, target: Tensor, enter: Tensor, blocks: Sequence[Tensor], first: int, first_step: int, num_steps: int,
-    starts: Tensor | None = None,
+    starts: Tensor | None = None, turn: Turn | None = None,
 ) -> None:  # fmt: skip
     """Fill `target`, and the columns of the rows that noise does not fill.
 
@@ -83,7 +88,7 @@ def load_batch_(
         mean, std: float32 [N, D]. condition_mean, condition_std: float32, as a condition.
         target: float32 [B, N, D], written. enter: float32 [K, B, S N, any], the condition goes to its columns from `first` on.
         blocks: float32 [K, B, S N, any] each, of one storage; a one-hot row of `num_steps` goes to the columns from `first_step` on.
-        starts: of `block_starts`.
+        starts: of `block_starts`. turn: of row, task and step.
 
     Indices are not range-checked: that would wait for the GPU.
 
@@ -103,10 +108,14 @@ def load_batch_(
         *(("block", block, (k, b, s * n, max(blocks[0].shape[-1], first_step + num_steps)), floats) for block in blocks),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, dtypes, device)
+    if turn is not None:
+        turn.check(device)
     launch(
         "load_batch_", load_batch_kernel, (b * k * s,), device, None,
-        targets=targets, conditions=conditions, row=row, task=task, step=step, mean=mean, std=std, condition_mean=condition_mean,
-        condition_std=condition_std, target=target, enter=enter, blocks=blocks[0], starts=block_starts(blocks) if starts is None else starts,
+        targets=targets, conditions=conditions, row=row, task=task, step=step, turn=turn and turn.at, mean=mean, std=std,
+        condition_mean=condition_mean, condition_std=condition_std, target=target, enter=enter, blocks=blocks[0],
+        starts=block_starts(blocks) if starts is None else starts,
+        pitch=turn.pitch if turn else 0,
         tasks=b, inner=k, samples=s, tokens=n, width=d, condition_rows=rows, condition_width=c, first=first, enter_width=enter.shape[-1],
         depth=len(blocks), first_step=first_step, num_steps=num_steps, block_width=blocks[0].shape[-1], BLOCK=element_block(n * max(c, d)),
     )  # fmt: skip

@@ -2,9 +2,10 @@
 
 The reference is `meta.MetaTrainer.outer_step` through torch.
 
-Everything that changes from step to step comes in as one small int64 tensor; nothing waits for the GPU. A loss or difference that is not
-finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then on, and `failure` asks for it;
-or, by choice, it leaves phi as it is in such steps alone and counts them.
+Everything that changes from step to step is a row of an int64 table: the draws of 100 steps are one copy, made while the GPU still works on
+the steps before, and a counter on the device says whose turn it is, so the graph is all that the host launches. Nothing waits for the GPU. A
+loss or difference that is not finite therefore cannot raise at once: the device remembers the first such step and changes nothing from then
+on, and `failure` asks for it; or, by choice, it leaves phi as it is in such steps alone and counts them.
 
 With several processes one all-reduce stands between the inner loops and the outer step, in the graph too (NCCL's can be captured; no GPU has
 run it).
@@ -22,7 +23,7 @@ from mcdi_fast.backend import check_precision
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.diffusion import Draws
 from mcdi_fast.kernels.inner_loop import InnerLoop, prefer_stacked
-from mcdi_fast.kernels.launch import capture, pinned
+from mcdi_fast.kernels.launch import Turn, capture, pinned
 from mcdi_fast.kernels.load_batch import block_starts, load_batch_
 from mcdi_fast.kernels.noise_batch import noise_batch
 from mcdi_fast.kernels.outer_update import Verdict, judge_, outer_update_
@@ -30,6 +31,7 @@ from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.outer import OuterScalars, OuterState
 from mcdi_fast.ranks import ALONE, Ranks
 
+AHEAD = 100  # steps whose draws go to the device in one copy
 EAGER_STEPS = 3  # before capture: they compile the kernels and settle the allocator
 RESIDENT_SHARE = (
     0.5  # of the GPU's free memory: a smaller bank moves there whole, of a larger one each step's rows are copied
@@ -47,7 +49,7 @@ class MetaStep:
         self,
         state: OuterState,
         bank: TrajectoryBank,
-        draws: Draws,
+        choose: Callable[[int], tuple[Draws, OuterScalars]],
         tables: Tensor,
         normalizer: Normalizer,
         condition_normalizer: Normalizer,
@@ -58,6 +60,7 @@ class MetaStep:
         inner_lr: float,
         outer: str,
         precision: str,
+        steps: int,
         skip: bool = False,
         ranks: Ranks = ALONE,
         meta_batch: int | None = None,
@@ -65,17 +68,21 @@ class MetaStep:
         """Make the buffers.
 
         Args:
-            draws: for its shapes; this process's. tables: float64, of noise_tables. mask: float32 [N, D], 0 at padding, None without.
-            shapes: of phi. skip: go on after a step that is not finite. meta_batch: B of all `ranks` together.
+            choose: the draws of a step, this process's, and its scalars. tables: float64, of noise_tables.
+            mask: float32 [N, D], 0 at padding, None without.
+            shapes: of phi. steps: how many there will be. skip: go on after a step that is not finite. meta_batch: B of all `ranks` together.
         """
         device = state.phi.device
         check_precision(precision)
         self.state, self.bank, self.device = state, bank, device
         self.seed, self.inner_lr, self.outer = seed, inner_lr, outer
-        (b, k, s), (n, d) = draws.step.shape, bank.layout.mask.shape
+        (b, k, s), (n, d) = choose(0)[0].step.shape, bank.layout.mask.shape
         counts = {"row": b, "task": b, "segment": b, "step": b * k * s, "streams": b, "number": 1, "scalars": 4}
-        self._inbox = torch.zeros(sum(counts.values()), dtype=torch.int64, device=device)
-        parts = dict(zip(counts, self._inbox.split(list(counts.values())), strict=True))
+        pitch = sum(counts.values())
+        self._inbox = torch.zeros(1 + AHEAD * pitch, dtype=torch.int64, device=device)
+        self._turn = Turn(self._inbox[:1], pitch, AHEAD)
+        parts = dict(zip(counts, self._inbox[1 : 1 + pitch].split(list(counts.values())), strict=True))
+        self._choose, self._steps, self._drawn = choose, steps, dict[int, Draws]()
         self._row, self._task, self._segment = parts["row"], parts["task"], parts["segment"]
         self._streams, self._number = parts["streams"], parts["number"]
         self._step, self._scalars = parts["step"].view(b, k, s), parts["scalars"].view(torch.float64)
@@ -110,7 +117,6 @@ class MetaStep:
         self._verdict = Verdict.start(self._losses)
         self.loss = self._verdict.loss[0]
         self._resident = self._move_bank()
-        self._every = torch.arange(b, device=device)
         self._steps_taken = 0
         self._replay: Callable[[], None] | None = None
 
@@ -124,13 +130,29 @@ class MetaStep:
         targets, condition = self.bank.gather(range(len(self.bank)))
         return targets.flatten(0, 1).to(self.device), condition.to(self.device)
 
-    def step(self, draws: Draws, number: int, scalars: OuterScalars) -> Tensor:
+    def _draw(self, first: int) -> None:
+        """The draws of the next steps, from `first` on, in one copy."""
+        self._drawn.clear()
+        rows = [torch.zeros(1, dtype=torch.int64, device="cpu")]  # whose turn it is
+        every = torch.arange(len(self._row), device="cpu")
+        for number in range(first, max(first + 1, min(first + self._turn.rows, self._steps))):
+            draws, scalars = self._choose(number)
+            self._drawn[number] = draws
+            # where a target and a condition are: in the bank on the device, or among this step's, copied
+            row, task = every, every
+            if self._resident is not None:
+                row, task = draws.task * self.bank.num_segments + draws.segment, draws.task
+            one = torch.tensor([number], device="cpu")
+            rows += [row, task, draws.segment, draws.step.flatten(), draws.streams, one]
+            rows.append(torch.tensor(scalars, dtype=torch.float64, device="cpu").view(torch.int64))
+        drawn = torch.cat(rows)
+        self._copy(self._inbox[: len(drawn)], drawn)
+
+    def step(self, number: int) -> Tensor:
         """Take outer step `number`; returns `loss`, on the device, without waiting for it."""
-        row = draws.task * self.bank.num_segments + draws.segment
-        drawn = row, draws.task, draws.segment, draws.step.flatten(), draws.streams
-        integers = [*drawn, torch.tensor([number], device="cpu")]
-        numbers = torch.tensor(scalars, dtype=torch.float64, device="cpu").view(torch.int64)
-        self._copy(self._inbox, torch.cat([*integers, numbers]))
+        if next(iter(self._drawn), None) != number:  # the first one, or one that goes on from elsewhere
+            self._draw(number)
+        draws = self._drawn[number]
         if self._resident is None:
             targets, condition = self.bank.gather(draws.task)
             chosen = targets[torch.arange(len(targets), device="cpu"), draws.segment]
@@ -140,6 +162,9 @@ class MetaStep:
             self._replay = capture(self._run, self.device)
         (self._replay or self._run)()
         self._steps_taken += 1
+        del self._drawn[number]
+        if not self._drawn and number + 1 < self._steps:
+            self._draw(number + 1)
         return self.loss
 
     def _copy(self, there: Tensor, here: Tensor) -> None:
@@ -149,17 +174,17 @@ class MetaStep:
     def _run(self) -> None:
         """From `_inbox` on: launches alone, nothing is read back."""
         loop, losses, verdict = self._loop, self._loop.parts, self._verdict
-        row, task = (self._every, self._every) if self._resident is None else (self._row, self._task)
         targets, conditions = self._resident or self._read
         mean, std, condition_mean, condition_std = self._moments
         load_batch_(
-            targets, conditions, row, task, self._step, mean, std, condition_mean, condition_std,
+            targets, conditions, self._row, self._task, self._step, mean, std, condition_mean, condition_std,
             self._target, loop.enter, loop.blocks, self._target.shape[-1], 2 * loop.width, self._num_steps, self._starts,
+            self._turn,
         )  # fmt: skip
         x, loss_target, gain = loop.noised
         noise_batch(
             self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
-            x=x, loss_target=loss_target, gain=gain,
+            turn=self._turn, x=x, loss_target=loss_target, gain=gain,
         )  # fmt: skip
         loop.run(self.inner_lr)
         if self._ranks.size > 1:
@@ -168,8 +193,8 @@ class MetaStep:
             self._losses[:, self._mine] = loop.losses
             self._delta.mul_(self._part)
             self._ranks.sum_(self._sent)
-        judge_(verdict, self._delta.sum().view(1), losses, self._number, self._skip)
-        outer_update_(self.state, self._delta, self._scalars, verdict.good, self.outer)
+        judge_(verdict, self._delta.sum().view(1), losses, self._number, self._scalars, self._skip, self._turn)
+        outer_update_(self.state, self._delta, verdict.scalars, verdict.good, self.outer)
 
     def reset(self) -> None:
         """Forget failed and skipped steps: the state is another one, of a checkpoint."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcdi_fast.diffusion import Objective
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
 from mcdi_fast.kernels.normal_noise import noise_options, philox_normal_block
 from mcdi_fast.noise import philox_normal
 
@@ -41,12 +41,17 @@ def noise_batch_ref(
 
 @triton.jit(do_not_specialize=["seed"])
 def noise_batch_kernel(
-    target, segment, step, streams, tables, mask, x, loss_target, gain,
-    seed, rows, per_row, width, samples, num_steps, blocks, x_task, x_step, x_pitch, target_task, target_step, gain_task, gain_step,
+    target, segment, step, streams, turn, tables, mask, x, loss_target, gain,
+    seed, pitch, rows, per_row, width, samples, num_steps, blocks, x_task, x_step, x_pitch, target_task, target_step, gain_task, gain_step,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program task * blocks + block: BLOCK normals of the task, BLOCK / 8 calls of Philox."""
     task, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    if turn is not None:
+        at_row = tl.load(turn) * pitch
+        segment += at_row
+        step += at_row
+        streams += at_row
     count = rows * per_row
     first = block * BLOCK
     flat = first + tl.arange(0, BLOCK)
@@ -91,6 +96,7 @@ def noise_batch(
     tables: Tensor,
     mask: Tensor | None = None,
     *,
+    turn: Turn | None = None,
     x: Tensor | None = None,
     loss_target: Tensor | None = None,
     gain: Tensor | None = None,
@@ -101,6 +107,7 @@ def noise_batch(
         target: [B, N, D], normalised local targets, float32 or bfloat16. segment: int64 [B]. step: int64 [B, K, S].
         seed: in [0, 2^63). streams: int64 [B], not negative: eps of task b is `philox_normal([seed], K S N D, streams[b])`.
         tables: float32 [k, T, 5] of `noise_tables`. mask: [N, D], 0 at padding, whose noise is 0 then.
+        turn: of segment, step and streams.
 
     Segments and steps are not range-checked: that would wait for the GPU.
 
@@ -122,6 +129,8 @@ def noise_batch(
     check_tensor("tables", tables, (segments, steps, 5), (torch.float32,), device)
     if mask is not None:
         check_tensor("mask", mask, (n, d), device=device)
+    if turn is not None:
+        turn.check(device)
     if not 0 <= seed < 2**63:
         raise McdiError(f"seed = {seed}: expected an integer in [0, 2^63)")
     if k * s * n * d >= 2**31:
@@ -133,8 +142,10 @@ def noise_batch(
     blocks = triton.cdiv(k * s * n * d, block)
     launch(
         "noise_batch", noise_batch_kernel, (b * blocks,), device, noise_options(block),
-        target=target, segment=segment, step=step, streams=streams, tables=tables, mask=mask, x=x, loss_target=loss_target, gain=gain,
-        seed=seed, rows=k * s, per_row=n * d, width=d, samples=s, num_steps=steps, blocks=blocks, x_task=x.stride(0), x_step=x.stride(1),
+        target=target, segment=segment, step=step, streams=streams, turn=turn and turn.at, tables=tables, mask=mask,
+        x=x, loss_target=loss_target, gain=gain,
+        seed=seed, pitch=turn.pitch if turn else 0,
+        rows=k * s, per_row=n * d, width=d, samples=s, num_steps=steps, blocks=blocks, x_task=x.stride(0), x_step=x.stride(1),
         x_pitch=x.stride(3), target_task=loss_target.stride(0), target_step=loss_target.stride(1), gain_task=gain.stride(0),
         gain_step=gain.stride(1), BLOCK=block,
     )  # fmt: skip

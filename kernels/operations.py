@@ -218,7 +218,7 @@ def _judge(z: Sizes, make: Maker) -> dict[str, Any]:
     losses = make.normal(z.inner, z.tasks, 2).abs()
     return {
         "verdict": outer.Verdict.start(losses[..., 0]), "total": make.normal(1) + float("nan") * (z.tasks % 2), "losses": losses,
-        "number": make.integers(100, 1) + 1, "skip": False,
+        "number": make.integers(100, 1) + 1, "scalars": make.normal(4).double(), "skip": False,
     }  # fmt: skip
 
 

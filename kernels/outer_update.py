@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.kernels.launch import check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
 from mcdi_fast.kernels.sam_adam import adam_update
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS
 from mcdi_fast.outer import OuterScalars, OuterState, outer_update
@@ -76,7 +76,7 @@ class Verdict:
     Attributes:
         loss: float32 [1], mean over base learners before their first inner step. good: int32 [1], whether phi may move.
         failed: int64 [1], the first step that was not finite, -1 without. failed_losses: float32 [K, B], its losses.
-        skipped: int64 [1], how many were not finite and were passed over.
+        skipped: int64 [1], how many were not finite and were passed over. scalars: float64 [4], an OuterScalars, for `outer_update_`.
     """
 
     loss: Tensor
@@ -84,17 +84,21 @@ class Verdict:
     failed: Tensor
     failed_losses: Tensor
     skipped: Tensor
+    scalars: Tensor
 
     @classmethod
     def start(cls, losses: Tensor) -> Verdict:
         """Of no step. losses: for its shape [K, B]."""
         new = losses.new_zeros
         whole = torch.int64
-        return cls(new(1), new(1, dtype=torch.int32), new(1, dtype=whole) - 1, new(losses.shape), new(1, dtype=whole))
+        return cls(
+            new(1), new(1, dtype=torch.int32), new(1, dtype=whole) - 1, new(losses.shape), new(1, dtype=whole), new(4, dtype=torch.float64)
+        )  # fmt: skip
 
 
-def judge_ref(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, skip: bool) -> None:
-    """As `judge_`, in any dtype."""
+def judge_ref(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, scalars: Tensor, skip: bool) -> None:
+    """As `judge_`, in any dtype; without a turn."""
+    verdict.scalars.copy_(scalars)
     losses = losses.sum(-1)
     finite, well = (total + losses.sum()).isfinite(), verdict.failed < 0
     verdict.loss.copy_(losses[0].mean())
@@ -113,9 +117,14 @@ def judge_kernel(
     failed,
     failed_losses,
     skipped,
+    scalars_out,
     total,
     losses,
     number,
+    scalars,
+    turn,
+    pitch,
+    turns,
     inner,
     tasks,
     parts,
@@ -123,6 +132,13 @@ def judge_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program. A NaN or infinity anywhere reaches the sum of everything."""
+    if turn is not None:
+        now = tl.load(turn)
+        number += now * pitch
+        scalars += now * pitch
+        tl.store(turn, (now + 1) % turns)
+    four = tl.arange(0, 4)
+    tl.store(scalars_out + four, tl.load(scalars + four))
     flat = tl.arange(0, BLOCK)
     inside = flat < inner * tasks
     each = tl.zeros([BLOCK], tl.float32)
@@ -140,12 +156,16 @@ def judge_kernel(
         tl.store(failed, tl.load(number), mask=first)
 
 
-def judge_(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, skip: bool) -> None:
+def judge_(
+    verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, scalars: Tensor, skip: bool, turn: Turn | None = None
+) -> None:  # fmt: skip
     """Whether step `number` is finite, and what follows.
 
     Args:
         verdict: written. total: float32 [1], the sum of the difference. losses: float32 [K, B, P], in parts to add. number: int64 [1].
+        scalars: float64 [4], passed on.
         skip: a step that is not finite is counted and passed over; otherwise it is remembered, and nothing after it is good.
+        turn: of number and scalars; it ends here, and the next launches read the next row.
 
     Raises:
         McdiError: naming the tensor.
@@ -156,10 +176,14 @@ def judge_(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, skip
         ("losses", losses, (k, b, parts), float32), ("total", total, (1,), float32), ("number", number, (1,), int64),
         ("loss", verdict.loss, (1,), float32), ("good", verdict.good, (1,), (torch.int32,)), ("failed", verdict.failed, (1,), int64),
         ("failed_losses", verdict.failed_losses, (k, b), float32), ("skipped", verdict.skipped, (1,), int64),
+        ("scalars", scalars, (4,), (torch.float64,)), ("verdict.scalars", verdict.scalars, (4,), (torch.float64,)),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, dtypes, device)
+    if turn is not None:
+        turn.check(device)
     launch(
         "judge_", judge_kernel, (1,), device, None,
-        **vars(verdict), total=total, losses=losses, number=number, inner=k, tasks=b, parts=parts, SKIP=skip,
-        BLOCK=triton.next_power_of_2(k * b),
+        **{f"{name}_out" if name == "scalars" else name: value for name, value in vars(verdict).items()},
+        total=total, losses=losses, number=number, scalars=scalars, turn=turn and turn.at, pitch=turn.pitch if turn else 0,
+        turns=turn.rows if turn else 1, inner=k, tasks=b, parts=parts, SKIP=skip, BLOCK=triton.next_power_of_2(k * b),
     )  # fmt: skip

@@ -117,7 +117,7 @@ class MetaTrainer:
         return MetaStep(
             self.state,
             self.bank,
-            self._share(self.draws(0)),
+            lambda step: (self._share(self.draws(step)), outer_scalars(self.meta, step)),
             noise_tables(self.objective),
             self.normalizer,
             self.condition_normalizer,
@@ -127,6 +127,7 @@ class MetaTrainer:
             inner_lr=self.meta.inner_lr,
             outer=self.meta.outer,
             precision=self.precision,
+            steps=self.meta.steps,
             skip=self.meta.on_bad_step == "skip",
             ranks=self.ranks,
             meta_batch=self.meta.meta_batch,
@@ -179,9 +180,8 @@ class MetaTrainer:
                 the kernels it comes up to `CHECK_EVERY` steps later, with phi as it was before the bad one. With `on_bad_step="skip"`
                 only when the last `CHECK_EVERY` steps were all skipped. Another process of the run that has ended.
         """
-        scalars = outer_scalars(self.meta, self.step)
         if self._kernels is not None:
-            loss = self._kernels.step(self._share(self.draws(self.step)), self.step, scalars)
+            loss = self._kernels.step(self.step)
         else:
             delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_lr, self.impl)
             flat = torch.cat([value.flatten() for value in delta.values()])
@@ -189,7 +189,7 @@ class MetaTrainer:
                 flat, losses = self._sum(flat, losses)
             # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
             if losses.isfinite().all() and bool(flat.isfinite().all()):
-                outer_update(self.state, flat, scalars, self.meta.outer)
+                outer_update(self.state, flat, outer_scalars(self.meta, self.step), self.meta.outer)
             elif self.meta.on_bad_step == "skip":
                 self._skipped += 1
             else:

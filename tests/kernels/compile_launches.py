@@ -8,13 +8,15 @@ import torch
 from kernel_helpers import in_bfloat16
 
 from mcdi_fast.kernels.inspect import TARGETS, compile_launch
-from mcdi_fast.kernels.launch import recording
+from mcdi_fast.kernels.launch import Turn, recording
 from mcdi_fast.kernels.operations import ONE, TINY, Maker, each
 
+TURN = {"turn": Turn(torch.zeros(1, dtype=torch.int64), 7, 3)}
 MORE = {  # what the registry's inputs leave out
-    "noise_batch": [{"seed": 0}, {"seed": 1}, {"seed": 2**40}, {"mask": torch.ones(TINY.tokens, TINY.width)}],
+    "noise_batch": [{"seed": 0}, {"seed": 1}, {"seed": 2**40}, {"mask": torch.ones(TINY.tokens, TINY.width)}, TURN],
+    "load_batch_": [TURN],
     "normal_noise": [{"stream": 1}, {"stream": 2**40}, {"mask": torch.ones(TINY.tokens, TINY.width)}],
-    "judge_": [{"skip": True}],
+    "judge_": [{"skip": True}, TURN],
     "outer_update_": [{"outer": "reptile"}],
     "head_trajectory": [{"pick": None, "sample_weight": None}],
     "run_chain": [{"mask": torch.ones(TINY.tokens, TINY.width)}],

@@ -52,6 +52,7 @@ class Transfers(TorchFunctionMode):
     """Copies between the devices, which fake tensors cannot do without CUDA: allowed where the host does not wait."""
 
     waits = False  # whether waiting is allowed: while things are set up
+    copied = 0  # copies from the host since it was set
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -66,6 +67,7 @@ class Transfers(TorchFunctionMode):
             assert arguments[0].device.type == "cuda", "a copy back to the host"
             assert options.get("non_blocking"), "a copy that waits"
             assert arguments[0].shape == arguments[1].shape
+            self.copied += 1
             return arguments[0]
         if function is torch.Tensor.__int__ and arguments[0].device.type == "cpu":
             return 1  # how many numbers are real
@@ -155,8 +157,9 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
             transfers.waits = True
             meta = MetaConfig(outer=outer)
             step = MetaStep(
-                state, bank, draws, torch.zeros(3, steps, 5), normalizer, normalizer, torch.ones(n, d), shapes,
-                seed=0, inner_lr=0.005, outer=outer, precision="tf32",
+                state, bank, lambda number: (draws, outer_scalars(meta, number)),  # noqa: B023
+                torch.zeros(3, steps, 5), normalizer, normalizer, torch.ones(n, d), shapes,
+                seed=0, inner_lr=0.005, outer=outer, precision="tf32", steps=250,
             )  # fmt: skip
             if not resident:
                 step._resident = None
@@ -164,11 +167,15 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
             launched.clear()
             with Operations() as operations:
                 for number in range(3):  # the next would be captured
-                    loss = step.step(draws, number, outer_scalars(meta, number))
+                    loss = step.step(number)
             assert loss.device == cuda
             where = "resident" if resident else "on the host"
             count, more = len(names(launched)) // 3, len(operations.names) // 3
             print(f"meta-step, {outer}, bank {where}: {count} launches and {more} of torch")
+            step._replay, transfers.copied = lambda: None, 0  # what a graph would be
+            for number in range(50, 250):  # as of a checkpoint's step
+                step.step(number)
+            print(f"200 steps, {outer}, bank {where}: {transfers.copied} copies")
 
     for mask in (None, torch.ones(n, d, device=cuda)):
         transfers.waits = True

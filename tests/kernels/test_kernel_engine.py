@@ -82,10 +82,10 @@ def test_positions_padding_and_a_condition_for_all_tokens(tmp_path, rows):
     ours, expected = (OuterState.start(phi, torch.device(device)) for device in (DEVICE, "cpu"))
     draws, scalars = plain.draws(0), outer_scalars(META, 0)
     step = meta_step.MetaStep(
-        ours, bank, draws, noise_tables(plain.objective), plain.normalizer, plain.condition_normalizer, layout.mask, shapes,
-        seed=3, inner_lr=META.inner_lr, outer="adam", precision="ieee",
+        ours, bank, lambda number: (draws, scalars), noise_tables(plain.objective), plain.normalizer, plain.condition_normalizer, layout.mask, shapes,
+        seed=3, inner_lr=META.inner_lr, outer="adam", precision="ieee", steps=1,
     )  # fmt: skip
-    loss = float(step.step(draws, 0, scalars))
+    loss = float(step.step(0))
     targets, condition = bank.gather(draws.task)
     target = plain.normalizer.normalize(targets[torch.arange(len(targets)), draws.segment])
     shape = (*draws.step.shape, 5, 5)
@@ -128,6 +128,31 @@ def test_meta_steps_in_low_precision_stay_near(tmp_path, precision):
     assert steps(ours, 1) == pytest.approx(steps(torchs, 1), rel=allowed)
     start = trainer(bank, "torch", meta).state.phi
     assert error(ours.state.phi.cpu() - start, torchs.state.phi - start) < allowed
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_draws_go_ahead_of_the_steps(tmp_path, monkeypatch, resident):
+    """However many go at a time, and wherever a run goes on, every step has its own draws: the same bits."""
+    bank, path = make_bank(tmp_path / "bank"), tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr(meta_step, "RESIDENT_SHARE", 0.5 if resident else -1.0)
+    meta = MetaConfig(**vars(META) | {"steps": 5})
+    whole, found = trainer(bank, "triton", meta), []
+    steps(whole, 2)
+    whole.save(path)
+    steps(whole, 3)
+    for ahead in (1, 2):
+        monkeypatch.setattr(meta_step, "AHEAD", ahead)
+        one = trainer(bank, "triton", meta)
+        steps(one, 1)
+        one.restore(path)
+        drawn, draws = [], one.draws
+        monkeypatch.setattr(one, "draws", lambda step: drawn.append(step) or draws(step))  # noqa: B023
+        steps(one, 3)
+        found.append(drawn)
+        for name, a, b in states(whole, one):
+            assert torch.equal(a, b), name
+    # one at a time, step 1's draws were made ahead of the checkpoint's; never past the last step
+    assert found == [[2, 3, 4], [2, 3, 4]]
 
 
 def test_same_seed_same_bits(tmp_path):

@@ -6,6 +6,8 @@ from kernel_helpers import DEVICE, assert_close, normal, poisoned, same_bits
 
 from mcdi_fast.diffusion import OBJECTIVES, make_inner_batch, make_objective, make_schedule
 from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import Turn
+from mcdi_fast.kernels.load_batch import load_batch_
 from mcdi_fast.kernels.noise_batch import noise_batch, noise_batch_ref, noise_tables
 from mcdi_fast.noise import philox_normal
 
@@ -94,3 +96,32 @@ def test_bad_input():
         )
         with pytest.raises(McdiError, match=message):
             run(**arguments)
+
+
+def test_the_row_whose_turn_it_is():
+    """Draws of several steps in a table: the same bits as of the row alone, from `noise_batch` and `load_batch_`."""
+    (_, objective, target, segment, step, streams), (b, n, d) = case(3, 2, 3, 4, 5), (3, 4, 5)
+    table = torch.zeros(4, 2 * b + step.numel(), dtype=torch.int64, device=DEVICE)
+    table[2] = torch.cat([segment, streams, step.flatten()]).to(DEVICE)
+    parts = table[0].split([b, b, step.numel()])
+    turn = Turn(torch.full((1,), 2, device=DEVICE), table.shape[1], 4)
+    alone = run(None, objective, target, segment, step, streams)
+    found = run(None, objective, target, parts[0], parts[2].view(step.shape), parts[1], turn=turn)
+    for one, two in zip(found, alone, strict=True):
+        same_bits(one, two)
+    filled = []
+    for row, steps, at in ((table[2, :b], step.to(DEVICE), None), (parts[0], parts[2].view(step.shape), turn)):
+        there, enter, block = (
+            poisoned(b, n, d),
+            torch.zeros(2, b, 12, 32, device=DEVICE),
+            torch.zeros(2, b, 12, 32, device=DEVICE),
+        )
+        one = torch.ones(n, d, device=DEVICE)
+        load_batch_(
+            target, target, row, row, steps, 0 * one, one, 0 * one, one, there, enter, [block], 5, 10, 7, turn=at
+        )
+        filled.append((there, enter, block))
+    for one, two in zip(*filled, strict=True):
+        same_bits(one, two)
+    assert torch.equal(filled[0][0], target[segment])
+    assert bool(filled[0][2].any())

@@ -4,6 +4,7 @@ from kernel_helpers import DEVICE, assert_close, normal
 
 from mcdi_fast.config import MetaConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.kernels.launch import Turn
 from mcdi_fast.kernels.outer_update import Verdict, judge_, judge_ref, outer_update_
 from mcdi_fast.outer import OuterState, outer_scalars, outer_update
 
@@ -81,14 +82,34 @@ def test_bad_input():
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_first_step_that_is_not_finite_is_remembered_or_passed_over(skip):
     losses, number = torch.full((2, 3, 2), 0.5, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    scalars = normal(4, dtype=torch.float64)
     ours, theirs = Verdict.start(losses[..., 0]), Verdict.start(losses[..., 0])
     for step, (total, loss, good) in enumerate(
         [(1.0, 1.0, 1), (float("inf"), 2.0, 0), (0.0, float("nan"), 0), (1.0, 3.0, int(skip))]
     ):
         losses[1, 2, 1] = loss
         for judge, verdict in ((judge_, ours), (judge_ref, theirs)):
-            judge(verdict, torch.full((1,), total, device=DEVICE), losses, number.fill_(step), skip)
+            judge(verdict, torch.full((1,), total, device=DEVICE), losses, number.fill_(step), scalars, skip)
         assert int(ours.good) == good
         for name, value in vars(theirs).items():
             assert torch.equal(getattr(ours, name), value), (step, name)
     assert (int(ours.failed), int(ours.skipped)) == ((-1, 2) if skip else (1, 0))
+
+
+def test_turns_follow_each_other():
+    """Number and scalars of the row whose turn it is; then it is the next one's, and behind the last the first one's."""
+    table = torch.arange(21, device=DEVICE).view(
+        3, 7
+    )  # of three steps: 2 numbers of something else, the number, 4 scalars
+    bits = table[:, 3:].double().view(torch.int64)
+    table[:, 3:] = bits
+    turn = Turn(torch.full((1,), 1, device=DEVICE), 7, 3)
+    losses = torch.ones(1, 2, 1, device=DEVICE)
+    for row in (1, 2, 0, 1):
+        verdict, total = Verdict.start(losses[..., 0]), torch.full((1,), float("nan"), device=DEVICE)
+        judge_(verdict, total, losses, table[0, 2:3], table[0, 3:].view(torch.float64), False, turn)
+        assert int(verdict.failed) == 7 * row + 2
+        assert torch.equal(verdict.scalars, table[row, 3:].view(torch.float64))
+        assert int(turn.at) == (row + 1) % 3
+    with pytest.raises(McdiError, match=r"turn: torch\.int32"):
+        judge_(verdict, total, losses, table[0, 2:3], verdict.scalars, False, turn._replace(at=turn.at.int()))

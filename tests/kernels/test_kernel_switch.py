@@ -155,6 +155,9 @@ def test_hot_paths_neither_wait_nor_mix_devices():
     assert launches["heads of 5 x 64"] == "1 launches"
     counts = [count for name, count in launches.items() if name.startswith("meta-step")]
     assert counts == 4 * ["38 launches and 2 of torch"]
+    # the draws of 100 steps in one copy; targets and conditions of each step where the bank does not fit
+    counts = [count for name, count in launches.items() if name.startswith("200 steps")]
+    assert counts == 2 * ["2 copies", "402 copies"]
 
 
 @pytest.mark.parametrize(
