@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -368,6 +369,14 @@ def _head_work(z: Sizes) -> Work:
     )
 
 
+def _tiled_heads(name: str, of: Callable[[Sizes], Sizes]) -> Operation:
+    """Heads that go in tiles whatever their size."""
+    return Operation(
+        f"head_trajectory {name}", partial(heads.head_trajectory, tiled=True), heads.head_trajectory_ref,
+        lambda z, make: _head_trajectory(of(z), make), lambda z: _head_work(of(z)), PRECISIONS, depth=lambda z: 4 * z.adam_steps,
+    )  # fmt: skip
+
+
 def inner_batch(z: Sizes, make: Maker, masked: bool = False) -> InnerBatch:
     """What B base learners see, at random."""
     shape = (z.tasks, z.inner, z.samples, z.tokens, z.width)
@@ -456,6 +465,8 @@ OPERATIONS = [
         "head_trajectory", heads.head_trajectory, heads.head_trajectory_ref, _head_trajectory, _head_work, PRECISIONS,
         depth=lambda z: 4 * z.adam_steps,
     ),
+    _tiled_heads("wide", lambda z: replace(z, features=20 * z.features)),  # 5 x 1281 at default sizes
+    _tiled_heads("of many", lambda z: replace(z, ways=min(heads.MAX_WAYS, 20 * z.ways), features=8 * z.features)),  # 100 x 513
     Operation(
         "resident_chain", resident.resident_chain, run_chain_ref, lambda z, make: chain_inputs(replace(z, chains=1), make),
         lambda z: chain_work(replace(z, chains=1)), depth=lambda z: 6 * z.steps,

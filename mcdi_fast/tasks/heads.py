@@ -227,7 +227,7 @@ class HeadFamily(TaskFamily):
         if backend.kernels:
             from mcdi_fast.kernels import head_trajectory as fused
 
-            if fused.fits(*start.shape[1:]):
+            if fused.fits(start.shape[1]):
                 return fused.head_trajectory(*given, precision=backend.precision)
         return heads.head_trajectory(*given, **optimizer_steps(backend))
 

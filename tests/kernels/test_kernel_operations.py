@@ -10,11 +10,16 @@ CASES = [
     (f"{name}{label}", operation, sizes, precision, label)
     for label, which in {"": TINY, ", ones": ONE, ", wide": WIDE, ", from bf16": TINY}.items()
     for name, operation, sizes, precision in each(which)
-    # a resident chain is of few tokens; inner loops take float32 alone
+    # a resident chain is of few tokens; inner loops take float32 alone; of 40,000 numbers Adam moves some by the sign of a rounding
     if not label
     or (
         precision in (None, "ieee")
-        and (operation.name, label) not in (("resident_chain", ", wide"), ("inner_loop", ", from bf16"))
+        and (operation.name, label)
+        not in (
+            ("resident_chain", ", wide"),
+            ("head_trajectory of many", ", wide"),
+            ("inner_loop", ", from bf16"),
+        )
     )
 ]
 
@@ -34,7 +39,7 @@ def test_the_list_names_everything_once():
 
 @pytest.mark.parametrize(("name", "operation", "sizes", "precision", "label"), CASES, ids=[case[0] for case in CASES])
 def test_same_as_the_reference(name, operation, sizes, precision, label):
-    if precision not in (None, "ieee") and operation.name == "head_trajectory":
+    if precision not in (None, "ieee") and operation.name.startswith("head_trajectory"):
         pytest.skip("Adam moves an entry by its sign: test_kernel_head_trajectory.py has a bound")
     inputs = operation.inputs(sizes, Maker(DEVICE))
     if label == ", from bf16":
@@ -46,5 +51,5 @@ def test_same_as_the_reference(name, operation, sizes, precision, label):
         if operation.name == "normal_noise":  # two libraries' sine, cosine and logarithm
             torch.testing.assert_close(one.cpu(), two.float().cpu(), rtol=1e-5, atol=4e-6)
         else:
-            approximate = 18 if operation.name == "head_trajectory" else 0
+            approximate = 18 if operation.name.startswith("head_trajectory") else 0
             assert_close(one, two, three, precision or "ieee", operation.depth(sizes), approximate)
