@@ -77,7 +77,8 @@ def launches(target: str, only: str = "") -> Iterator[tuple[str, Launch]]:
         if only in name and operation.name != "inner_loop":  # the operations before it, one after the other
             with recording(TARGETS[target].chip) as recorded:
                 operation(operation.inputs(sizes, Maker()), precision)
-            yield from ((name if not number else f"{name} {number}", launch) for number, launch in enumerate(recorded))
+            # the same kernel again and again is one row
+            yield from {f"{name} {one.arguments.get('MODE', '')}".strip(): one for one in recorded}.items()
 
 
 def hot_loops(ptx: str) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from mcdi_fast.denoiser import FoldedDenoiser, init_parameters, parameter_shapes
 from mcdi_fast.diffusion import InnerBatch, Objective, chain_table, diffusion_tables
 from mcdi_fast.kernels import head_trajectory as heads
 from mcdi_fast.kernels import inner_loop as inner
+from mcdi_fast.kernels import layered_chain as layered
 from mcdi_fast.kernels import load_batch as load
 from mcdi_fast.kernels import noise_batch as noise
 from mcdi_fast.kernels import normal_noise as normals
@@ -412,6 +413,10 @@ def chain_inputs(z: Sizes, make: Maker, dtype: torch.dtype = torch.float32) -> d
     }  # fmt: skip
 
 
+def _long(z: Sizes) -> Sizes:
+    return replace(z, tokens=25 * z.tokens)
+
+
 def chain_work(z: Sizes) -> Work:
     """Of the folded matrices, read once; the condition's products are done once and not counted."""
     hidden = (z.depth * z.width + z.depth * (z.depth - 1) // 2 * z.hidden) * z.hidden
@@ -470,6 +475,10 @@ OPERATIONS = [
     Operation(
         "resident_chain", resident.resident_chain, run_chain_ref, lambda z, make: chain_inputs(replace(z, chains=1), make),
         lambda z: chain_work(replace(z, chains=1)), depth=lambda z: 6 * z.steps,
+    ),
+    Operation(
+        "layered_chain", layered.layered_chain, run_chain_ref, lambda z, make: chain_inputs(_long(z), make),
+        lambda z: chain_work(_long(z)), PRECISIONS, depth=lambda z: 6 * z.steps,
     ),
     Operation("run_chain", chain.run_chain, run_chain_ref, chain_inputs, chain_work, PRECISIONS, depth=lambda z: 6 * z.steps),
     Operation(

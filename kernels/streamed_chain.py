@@ -192,7 +192,7 @@ def streamed_chain(
     check_chain(weights, x, condition, steps, coefficients, mask, precision)
     (b, n, d), (depth, num_rows, h), device = x.shape, weights.step.shape, x.device
     if n > MAX_TOKENS:
-        raise McdiError(f"x: {n} tokens, expected at most {MAX_TOKENS}; use diffusion.sample_chain")
+        raise McdiError(f"x: {n} tokens, expected at most {MAX_TOKENS}; use run_chain")
     tasks, tokens = chain_blocks(b, n, chip(device).multiprocessors)
     rows = tasks * tokens
     out = output("out", out, (b, n, d), device)

@@ -212,15 +212,17 @@ class Sampler:
         """Normalised weights by the kernel or by torch."""
         tasks, num_tokens, _ = condition.shape
         if self._kernels:
+            from mcdi_fast.kernels.layered_chain import MAX_TOKENS
+
             missing = None
-            if num_tokens > 64:
-                missing = f"its chain holds at most 64 tokens, here are {num_tokens}"
+            if num_tokens > MAX_TOKENS:
+                missing = f"its chain holds at most {MAX_TOKENS} tokens, here are {num_tokens}"
             elif eta_noise != 0:
                 missing = f"its chain is noise-free, eta_noise = {eta_noise}"
             elif callback is not None:
-                missing = "its chain is one launch, without a callback"
+                missing = "its chain has no callback"
             if resolve(self.impl, self.device, missing) == "triton":
-                return self._chain_in_one_launch(condition, seeds, num_steps)
+                return self._chain_by_kernels(condition, seeds, num_steps)
         on_cpu = self.device.type == "cpu"
         if on_cpu and tasks > CHUNK and callback is None:
             parts = zip(condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, tasks, CHUNK)), strict=True)
@@ -279,7 +281,7 @@ class Sampler:
         z = philox_normal(seeds, tokens * width, stream).view(len(seeds), tokens, width).to(self.device)
         return z if self._mask is None else z * self._mask
 
-    def _chain_in_one_launch(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
+    def _chain_by_kernels(self, condition: Tensor, seeds: list[int] | Tensor, num_steps: int | None) -> Tensor:
         from mcdi_fast.kernels.normal_noise import normal_noise
         from mcdi_fast.kernels.run_chain import run_chain
 

@@ -23,6 +23,7 @@ from mcdi_fast.kernels.chain_weights import pack_weights
 from mcdi_fast.kernels.head_trajectory import fits, head_trajectory
 from mcdi_fast.kernels.launch import recording
 from mcdi_fast.kernels.meta_step import MetaStep
+from mcdi_fast.kernels.run_chain import run_chain
 from mcdi_fast.outer import OuterState, outer_scalars
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.tasks import optimizer_steps
@@ -206,6 +207,10 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
         assert found.tokens.device == cuda
         found = names(launched)
         assert found == ["normal_noise_kernel", "streamed_chain_kernel"], found
+        told, x = torch.empty(2, 200, c, device=cuda), torch.empty(2, 200, d, device=cuda)
+        many = None if mask is None else torch.ones(200, d, device=cuda)
+        run_chain(sampler._packed[1], x, told, *sampler._tables[None], many, out=x)
+        assert names(launched) == 2 * ["start_kernel"] + (1 + steps * (depth + 1)) * ["layer_kernel"]
         print(f"sampler, {'with' if mask is not None else 'no'} padding: {len(found)} launches")
 
     for ways, features in ((5, 64), (5, 1280), (100, 512), (200, 300)):

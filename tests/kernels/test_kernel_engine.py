@@ -255,7 +255,7 @@ def test_what_the_chain_kernel_lacks(tmp_path, monkeypatch):
     plain, kernel = Sampler(generator), Sampler(generator, DEVICE, impl="triton")
     for options, message in [
         ({"eta_noise": 1.0}, "its chain is noise-free, eta_noise = 1.0; use impl='torch'"),
-        ({"callback": lambda t, x: None}, "without a callback; use impl='torch'"),
+        ({"callback": lambda t, x: None}, "its chain has no callback; use impl='torch'"),
     ]:
         with pytest.raises(McdiError, match=message):
             kernel.sample(condition.to(DEVICE), [0], **options)

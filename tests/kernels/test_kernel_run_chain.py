@@ -10,10 +10,11 @@ from mcdi_fast.diffusion import sample_chain as torch_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.chain_weights import pack_weights, run_chain_ref
 from mcdi_fast.kernels.launch import HOPPER, Chip, recording
+from mcdi_fast.kernels.layered_chain import layered_chain
 from mcdi_fast.kernels.operations import DEFAULT, Maker, chain_inputs
 from mcdi_fast.kernels.resident_chain import fits, resident_chain
 from mcdi_fast.kernels.run_chain import run_chain
-from mcdi_fast.kernels.streamed_chain import chain_blocks
+from mcdi_fast.kernels.streamed_chain import chain_blocks, streamed_chain
 
 
 def case(b, n, d, c, hidden, depth, steps):
@@ -49,16 +50,26 @@ def by_torch(phi, schedule, x, condition, dtype, num_steps=None):
     return torch_chain(f, x, schedule, num_steps=num_steps)
 
 
+@pytest.fixture(autouse=True)
+def _memory_that_nobody_wrote_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("chain", [run_chain, layered_chain])
 @pytest.mark.parametrize(
     ("shape", "num_steps"),
     [
         ((3, 5, 65, 9, 70, 2, 5), 3),
         ((17, 3, 4, 5, 9, 1, 4), None),
+        ((2, 67, 13, 5, 33, 2, 3), None),  # more tokens than a program holds
+        ((1, 3, 300, 70, 20, 1, 3), None),
     ],
 )
-def test_same_as_torch_chain(shape, num_steps):
+def test_same_as_torch_chain(shape, num_steps, chain):
     phi, schedule, x, condition = case(*shape)
-    found = run_chain(packed(phi), x, condition, *table(schedule, num_steps), out=poisoned(*x.shape))
+    found = chain(packed(phi), x, condition, *table(schedule, num_steps), out=poisoned(*x.shape))
     exact = by_torch(phi, schedule, x, condition, torch.float64, num_steps)
     assert_close(found, exact, by_torch(phi, schedule, x, condition, torch.float32, num_steps))
     weights = packed({name: value.double() for name, value in phi.items()}, torch.float32)
@@ -66,6 +77,14 @@ def test_same_as_torch_chain(shape, num_steps):
     steps, coefficients = table(schedule, num_steps)
     ref = run_chain_ref(double, x.double(), condition.double(), steps, coefficients.double())
     assert error(ref, exact) < 1e-6  # the folded matrices are rounded once, to float32
+
+
+@pytest.mark.parametrize("chain", [streamed_chain, layered_chain])
+def test_very_wide_tokens(chain):
+    phi, schedule, x, condition = case(1, 2, 2048, 3, 16, 1, 1)
+    found = chain(packed(phi), x, condition, *table(schedule), out=poisoned(*x.shape))
+    exact, float32 = (by_torch(phi, schedule, x, condition, dtype) for dtype in (torch.float64, torch.float32))
+    assert_close(found, exact, float32)
 
 
 def test_many_tasks_a_program_and_per_task_bits():
@@ -80,6 +99,16 @@ def test_many_tasks_a_program_and_per_task_bits():
     together = run_chain(weights, x, condition, *table(schedule), out=x)
     assert together is x
     same_bits(together[3:], alone)
+
+
+def test_many_tokens_per_task_bits():
+    phi, schedule, x, condition = case(3, 70, 7, 3, 18, 1, 3)
+    weights = packed(phi)
+    alone = run_chain(weights, x[2:].contiguous(), condition[2:].contiguous(), *table(schedule))
+    x[1], condition[0] = float("nan"), float("inf")
+    together = run_chain(weights, x, condition, *table(schedule), out=x)
+    assert together is x
+    same_bits(together[2:], alone)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +159,8 @@ def test_which_chain():
         z = replace(DEFAULT, **sizes)
         with recording(chip) as launches:
             run_chain(**chain_inputs(z, Maker()))
-        (one,) = launches
+        one = launches[-1]
+        assert (len(launches) == 1) == (one.kernel.__name__ != "layer_kernel")
         assert one.options.get("launch_cooperative_grid", False) == (one.kernel.__name__ == "resident_chain_kernel")
         return one.kernel.__name__.removesuffix("_kernel"), one.grid[0]
 
@@ -141,13 +171,13 @@ def test_which_chain():
     for more in (
         {"chains": 3},
         {"tokens": 20},
-        {"hidden": 2048},
         {"depth": 3},
-        {"depth": 4},
-        {"width": 500},
         {"condition": 300},
+        {"chains": 33, "width": 500},
     ):
         assert chosen(**{"chains": 1} | more)[0] == "streamed_chain", more
+    for more in ({"tokens": 65}, {"chains": 100, "tokens": 300}, {"hidden": 2048}, {"width": 500}, {"depth": 4}):
+        assert chosen(**{"chains": 1} | more)[0] == "layer", more
     assert chosen(Chip(0, 304, 2**16), chains=1)[0] == "streamed_chain"
     assert chosen(Chip(90, 20, 2**17), chains=1)[0] == "streamed_chain"  # too much for each of its programs
     assert chosen(Chip(90, 20, 2**17), chains=1, hidden=128) == ("resident_chain", 16)
@@ -155,11 +185,12 @@ def test_which_chain():
     assert not fits(packed(phi), x, condition)
 
 
-def test_mask_keeps_padding_at_zero():
+@pytest.mark.parametrize("chain", [run_chain, layered_chain])
+def test_mask_keeps_padding_at_zero(chain):
     phi, schedule, x, condition = case(3, 5, 7, 3, 18, 1, 3)
     mask = torch.ones(5, 7, device=DEVICE)
     mask[4, 3:] = 0
-    found = run_chain(packed(phi), x * mask, condition, *table(schedule), mask)
+    found = chain(packed(phi), x * mask, condition, *table(schedule), mask)
     steps, coefficients = table(schedule)
     expected = run_chain_ref(packed(phi), x * mask, condition, steps, coefficients, mask)
     assert (found[:, 4, 3:] == 0).all()
@@ -179,10 +210,13 @@ def test_bad_input():
         ({"weights": replace(weights, last=weights.last.bfloat16())}, "weights.last: torch.bfloat16"),
         ({"weights": replace(weights, condition_mean=weights.last)}, "weights.condition_mean: shape"),
         ({"precision": "fp8"}, "precision"),
-        ({"x": normal(3, 2000, 7), "condition": normal(3, 2000, 3)}, "x: 2000 tokens, expected at most 64"),
     ]:
         arguments = dict(weights=weights, x=x, condition=condition, steps=steps, coefficients=coefficients) | changes
         with pytest.raises(McdiError, match=message):
             run_chain(**arguments)
+    with pytest.raises(McdiError, match="x: 4097 tokens, expected at most 4096"):
+        run_chain(weights, normal(3, 4097, 7), normal(3, 4097, 3), steps, coefficients)
+    with pytest.raises(McdiError, match="x: 65 tokens, expected at most 64"):
+        streamed_chain(weights, normal(3, 65, 7), normal(3, 65, 3), steps, coefficients)
     with pytest.raises(McdiError, match=r"dtype: torch\.float16"):
         packed(phi, torch.float16)
