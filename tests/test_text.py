@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from tiny_text import write
 
 from mcdi_fast import GeneratedWeights, McdiError
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.tasks import Setup, check_family
+from mcdi_fast.store import load_tensors
+from mcdi_fast.study.text import one_part, record_of, tabulated
+from mcdi_fast.tasks import Setup, check_family, find_family
 from mcdi_fast.tasks.lora import LoraOptions, TextClassifier, glue
 from mcdi_fast.tasks.text import IntentOptions, intents, load_texts, load_transformer
 from mcdi_fast.train import main
@@ -26,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def options(folder, **more):
-    given = {"support": 8, "queries": 10, "train_rows": 16, "rows": 60, "rank": 2} | more
+    given = {"support": 8, "queries": 10, "train_rows": 16, "rows": 60, "rank": 2, "start_steps": 20} | more
     sets = tuple(str(folder / f"{name}.json") for name in ("warm", "size"))
     return LoraOptions(model=str(folder / "model"), sets=sets, **given)
 
@@ -88,6 +91,67 @@ def test_lora_learns_what_the_frozen_transformer_does_not_show(family):
     theta = family.trajectories(tasks.train, recipe, 1, torch.Generator())[:, -1]
     frozen = family.scores(family.baselines()["ridge"](tasks), tasks.query)
     assert family.scores(theta, tasks.query).mean() >= frozen.mean()
+
+
+def test_the_common_matrices_make_better_heads(folder, family):
+    """On new examples, than the frozen model's features do; learnt once, and part of what a bank is known by."""
+    taught = glue(options(folder, start_steps=100), Setup(cache_dir=folder / "cache"))
+    tasks, methods = taught.tasks("test", 0, 40, 0), taught.baselines()
+    common, frozen = (taught.scores(methods[name](tasks), tasks.query).mean() for name in ("base", "ridge"))
+    assert common > frozen + 0.05
+    again = glue(options(folder), Setup(cache_dir=folder / "cache"))
+    assert torch.equal(again.common, family.common)
+    assert again.fingerprint == family.fingerprint
+    assert again.fingerprint != taught.fingerprint
+    bare = glue(options(folder, start_steps=0), Setup(cache_dir=folder / "cache"))
+    assert torch.equal(bare.common, bare.frozen)
+    assert bare.fingerprint != family.fingerprint
+
+
+def test_the_order_of_the_classes_changes_heads_alone(family):
+    """Matrices are told and trained the same; a class keeps its own head, wherever it is."""
+    support = family.draw("test", 0, 1, 0)[0]
+    rows = torch.cat([support, support.flip(1)])
+    base, condition = family.base(rows)
+    for found in (base, condition):
+        assert torch.allclose(found[0, :-2], found[1, :-2], atol=1e-5)
+        assert torch.allclose(found[0, -2:], found[1, -2:].flip(0), atol=1e-4)
+    assert not condition[0, :-2, family.axes.shape[1] :].any()
+    assert not torch.allclose(condition[0, -2], condition[0, -1], atol=1e-2)
+    data = {"row": rows.mT.flatten(1), "label": torch.arange(2).repeat(2, rows.shape[2]), "base": base}
+    recipe = PrepareConfig(steps=6, learning_rate=0.003, rho=0.0, weight_decay=0.0, start_std=0.0)
+    one, other = family.trajectories(data, recipe, 1, torch.Generator())[:, -1]
+    assert torch.allclose(one[:-2], other[:-2], atol=1e-3)
+    assert torch.allclose(one[-2:], other[-2:].flip(0), atol=1e-3)
+
+
+def test_what_a_user_of_a_generator_needs_is_saved(family, tmp_path):
+    family.save(tmp_path)
+    found = load_tensors(tmp_path / "text-start.safetensors", "text-start")[0]
+    assert torch.equal(found["common"], family.common)
+    assert found["axes"].shape == (32, family.axes.shape[1])
+
+
+def test_the_comparison_on_tiny_sets(folder, tmp_path):
+    """Every method on the same tasks; gradients from peft's own beginning; the record pairs them with Mc-Di."""
+    config = find_family("glue").config()
+    config = replace(
+        config,
+        task=options(folder),
+        prepare=replace(config.prepare, tasks=8, steps=6),
+        meta=replace(config.meta, steps=4, meta_batch=4),
+        evaluate=replace(config.evaluate, tasks=6, validation_tasks=4),
+    )
+    setup = Setup(cache_dir=folder / "cache")
+    parts = [one_part(config, 0, objective, tmp_path, setup) for objective in ("local-consistency", "vanilla")]
+    assert {"Mc-Di", "base", "bank-mean", "LoRA by gradient", "ridge, mean of tokens, pairs apart"} <= set(
+        parts[0]["rows"]
+    )
+    rows = record_of(parts)
+    assert rows["Mc-Di"]["mc_di_minus_this"] == 0
+    gap = torch.tensor(parts[0]["rows"]["Mc-Di"]["scores"]) - torch.tensor(parts[1]["rows"]["Mv-Di"]["scores"])
+    assert rows["Mv-Di"]["mc_di_minus_this"] == pytest.approx(100 * float(gap.mean()), abs=0.01)
+    assert len(tabulated(rows)) == len(rows) + 3
 
 
 def test_a_left_out_set_is_in_the_test_tasks_alone(folder):

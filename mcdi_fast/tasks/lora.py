@@ -1,5 +1,8 @@
 """LoRA of a language model: rank components for query and value of the last layer, and a head. A task is some examples of two classes.
 
+What is generated is the difference from a base: LoRA matrices that training tasks have learnt together, so that a head in closed form is good
+for all of them, and that head for the task's own examples.
+
 Text is classified by its first token, so all but one token only has to be attended to. With the order of the products changed, one token
 costs two dot products a head instead of two matrices: 15 times less than the mean over all tokens. Everything below the last layer is frozen
 and was computed once.
@@ -11,6 +14,8 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,6 +29,7 @@ from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainCon
 from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import prototype_head
 from mcdi_fast.optim import trajectory
+from mcdi_fast.store import load_tensors, make_folder, save_tensors
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
 from mcdi_fast.tasks.prior import ridge_head
 from mcdi_fast.tasks.text import MINILM, Read, Texts, load_texts, load_transformer, read
@@ -32,7 +38,13 @@ from mcdi_fast.weights import WeightLayout
 _SPLITS = ("train", "val", "test")
 _BATCH = 16  # examples a step
 _TASKS = 16  # trained at a time: their activations stay small
-_RIDGE = 10.0  # penalty of the base head, in units of a feature's mean square norm over 100
+_GAIN, _RIDGE = (
+    5.0,
+    10.0,
+)  # of the head in closed form: what logits are multiplied by, and the penalty in units of a feature's mean square norm
+_START_LR, _HEAD_LR = 0.003, 0.02  # Adam's, for the common matrices and for the logarithms of gain and penalty
+_OWN_SEED = 2**31  # of the tasks of start and components: no run has it
+_COMPONENTS, _COMPONENT_TASKS = 16, 256  # of the mean embedding, and the training tasks that they are found on
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,14 @@ class LoraOptions:
     """Labelled examples of a task, half of each class."""
     queries: Annotated[int, Range(ge=2)] = 100
     """Examples that score it, likewise."""
-    train_rows: AtLeastOne = 400
+    train_rows: AtLeastOne = 1000
     """Further examples that a trajectory is trained on."""
-    rows: Annotated[int, Range(ge=8)] = 600
+    rows: Annotated[int, Range(ge=8)] = 1000
     """Examples of a data set that are read for training; half as many for validation and for test."""
     rank: AtLeastOne = 4
     """Of the matrices."""
+    start_steps: Annotated[int, Range(ge=0)] = 250
+    """Steps that learn the common matrices, a task of each data set a step. 0: the frozen model, B = 0."""
     max_tokens: Annotated[int, Range(ge=4)] = 64
     """Longer texts are cut."""
 
@@ -102,10 +116,20 @@ def adapted(encoder: Any, rank: int) -> Any:
     return model.eval()
 
 
-class LoraFamily(TaskFamily):
-    """LoRA and the difference of the head from ridge regression on the frozen features.
+def rows_by_class(data: Data) -> Tensor:
+    """Rows [B, 2, K] of a task's data."""
+    return data["row"].unflatten(1, (-1, 2)).mT
 
-    Data are {"row": int64 [B, R], "label": int64 [B, R], "base": [B, N, D]}; base holds the ridge head, and theta + base the weights themselves.
+
+class LoraFamily(TaskFamily):
+    """LoRA and head, as differences from the base.
+
+    Data are {"row": int64 [B, R], "label": int64 [B, R], "base": [B, N, D]}; base holds the common matrices and the task's ridge head on the features
+    they make; theta + base are the weights themselves.
+
+    The condition has a row a token. All have the mean sentence embedding of the support, in the few directions in which training tasks differ most:
+    told all of it, a network remembers tasks. A class's also has its row of the base head, which for matrices is 0: they do not depend on the
+    order of the classes.
     """
 
     metric = Metric("accuracy", "%", True, 100.0)
@@ -118,7 +142,8 @@ class LoraFamily(TaskFamily):
         """
         self.options, self.model = options, adapted(encoder, options.rank)
         self.layout = WeightLayout.lora(self.model)
-        self._initial = self.layout.pack(self.model).detach().float()
+        self.frozen = self.layout.pack(self.model).detach().float()  # as peft begins
+        self.common, self.gain, self.penalty = self.frozen, torch.tensor(_GAIN), torch.tensor(_RIDGE)
         self.layer, self.num_heads = encoder.encoder.layer[-1], encoder.config.num_attention_heads
         parts = [(name, split, *part) for name, splits in sets.items() for split, part in splits.items()]
         self._tokens = torch.cat([part.tokens for _, _, part, _ in parts])
@@ -141,6 +166,10 @@ class LoraFamily(TaskFamily):
         for tensor in (self._pooled, self._length, *(label for *_, label in parts)):
             digest.update(tensor.contiguous().numpy().data)
         self.fingerprint = digest.hexdigest()[:16]
+        support = self.draw("train", 0, _COMPONENT_TASKS, _OWN_SEED)[0]
+        means = self._pooled[support].mean((1, 2))
+        self.centre = means.mean(0)
+        self.axes = torch.linalg.svd(means - self.centre, full_matrices=False).Vh[:_COMPONENTS].T.contiguous()  # [H, P]
 
     @property
     def peft_config(self) -> Any:
@@ -157,8 +186,8 @@ class LoraFamily(TaskFamily):
         names = self.names(split)
         return names[number % len(names)]
 
-    def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
-        """Two classes of a data set in any order. `train` has the support and further training examples of the set."""
+    def draw(self, split: str, start: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, 2, R] of the support, of the query, and further training examples of the set: two classes of a data set in any order."""
         o, drawn = self.options, []
         for number in range(start, start + count):
             rng = np.random.default_rng(np.random.SeedSequence((_SPLITS.index(split), seed, number)))
@@ -175,7 +204,12 @@ class LoraFamily(TaskFamily):
             parts = [one[:half] for one in picked], queries, further
             drawn.append([np.stack(part) for part in parts])
         support, query, more = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
-        base = self.head_tokens(self.ridge(support))
+        return support, query, more
+
+    def tasks(self, split: str, start: int, count: int, seed: int) -> TaskBatch:
+        """`train` has the support and the further examples."""
+        support, query, more = self.draw(split, start, count, seed)
+        base, condition = self.base(support)
 
         def data(*parts: Tensor) -> Data:
             """[B, 2, R] -> the classes in turn, so that any stretch of rows has as many of each."""
@@ -183,16 +217,58 @@ class LoraFamily(TaskFamily):
             label = torch.arange(2).expand(*rows.shape[::2], 2)
             return {"row": rows.mT.flatten(1), "label": label.flatten(1), "base": base}
 
-        means = self._pooled[support].mean(2)  # [B, 2, H]
-        condition = torch.cat([means.sum(1), means[:, 1] - means[:, 0]], 1).unsqueeze(1) * 10
         return TaskBatch(condition, data(support), data(query), data(support, more))
+
+    @torch.no_grad()
+    def base(self, support: Tensor) -> tuple[Tensor, Tensor]:
+        """Base [B, N, D] and condition [B, N, P + H] of tasks with the support rows [B, 2, K]."""
+        head = self.ridge(support, self.common)
+        seen = ((self._pooled[support].mean((1, 2)) - self.centre) @ self.axes).unsqueeze(1)  # [B, 1, P]
+        apart = F.pad((head - head.flip(1))[..., :-1], (0, 0, self.layout.num_tokens - 2, 0))
+        return self.common + self.head_tokens(head), torch.cat([seen.expand(-1, apart.shape[1], -1), apart], -1)
+
+    def save(self, folder: Path) -> None:
+        """Common matrices, what the head in closed form needs, and the directions of the condition."""
+        head = torch.stack([self.gain, self.penalty])
+        parts = {"common": self.common, "head": head, "centre": self.centre, "axes": self.axes}
+        save_tensors(folder / "text-start.safetensors", parts, {}, "text-start")
+
+    def learn_start(self, setup: Setup) -> None:
+        """Replace the common matrices by ones with which ridge heads on supports classify queries, by gradients through the heads.
+
+        The closed form inside of meta-learning is that of R2-D2 (Bertinetto et al., ICLR 2019). Made once, kept by fingerprint.
+        """
+        path = make_folder(setup.cache_dir / "text") / f"start-{self.fingerprint}.safetensors"
+        if not path.exists():
+            count, steps = len(self.names("train")), self.options.start_steps
+            parts = [self.frozen.clone(), self.gain.log(), self.penalty.log()]
+            common, *logs = (part.requires_grad_() for part in parts)
+            adam = torch.optim.Adam([{"params": [common], "lr": _START_LR}, {"params": logs, "lr": _HEAD_LR}])
+            rates = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
+            with setup.stage("start", steps, "steps") as bar, torch.enable_grad():
+                for step in range(steps):
+                    support, query, _ = self.draw("train", step * count, count, _OWN_SEED)
+                    head = self._centred(support, common, partial(self._head, *(log.exp() for log in logs)))
+                    x = self.features(query.flatten(1), common.expand(count, -1, -1))
+                    logits = torch.baddbmm(head[..., -1].unsqueeze(1), x, head[..., :-1].mT)
+                    label = torch.arange(2).repeat_interleave(query.shape[2]).expand(count, -1)
+                    adam.zero_grad()
+                    F.cross_entropy(logits.mT, label).backward()
+                    adam.step()
+                    rates.step()
+                    bar.update()
+            found = {"common": common.detach(), "head": torch.stack(logs).detach().exp()}
+            save_tensors(path, found, {}, "text-start")
+        found = load_tensors(path, "text-start")[0]
+        self.common, (self.gain, self.penalty) = found["common"], found["head"]
+        self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in found.values())).hexdigest()[:16]
 
     # ------------------------------------------------------------------ the last layer
 
-    def features(self, rows: Tensor, theta: Tensor | None = None, longest: int | None = None) -> Tensor:
+    def features(self, rows: Tensor, weights: Tensor | None = None, longest: int | None = None) -> Tensor:
         """The first token behind the last layer: rows int64 [B, R] -> [B, R, H].
 
-        theta: [B, N, D]; None: as it is frozen. longest: tokens that texts are padded to; vmap cannot ask the rows.
+        weights: [B, N, D], base included; None: as it is frozen. longest: tokens that texts are padded to; vmap cannot ask the rows.
         """
         longest = longest or int(self._length[rows].max())
         place = torch.arange(longest)
@@ -202,8 +278,8 @@ class LoraFamily(TaskFamily):
         shape = (self.num_heads, -1, x.shape[-1])
         q, key, value = part.self.query.base_layer, part.self.key, part.self.value.base_layer
         query = q(first)
-        if theta is not None:
-            a_q, b_q, a_v, b_v = list(self.layout.unpack(theta).values())[:4]  # [B, r, H], [B, H, r], twice
+        if weights is not None:
+            a_q, b_q, a_v, b_v = list(self.layout.unpack(weights).values())[:4]  # [B, r, H], [B, H, r], twice
             query = query + first @ a_q.mT @ b_q.mT
         query = query.unflatten(-1, shape[:2])
         # the key's bias adds the same to all scores of a row; the value's comes out as it is, as weights add up to 1
@@ -211,7 +287,7 @@ class LoraFamily(TaskFamily):
         score = (asked @ x.mT / math.sqrt(query.shape[-1])).masked_fill(~seen.unsqueeze(2), -torch.inf)
         mean = score.softmax(-1) @ x  # [B, R, heads, H]
         out = torch.einsum("brhi,hdi->brhd", mean, value.weight.view(shape))
-        if theta is not None:
+        if weights is not None:
             down = mean @ a_v.mT.unsqueeze(1)  # [B, R, heads, r]
             out = out + torch.einsum("brhk,bhdk->brhd", down, b_v.unflatten(1, shape[:2]))
         h = part.output.LayerNorm(part.output.dense(out.flatten(2) + value.bias) + first)
@@ -220,8 +296,9 @@ class LoraFamily(TaskFamily):
 
     def logits(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
         """[B, N, D] without the base -> [B, R, 2]."""
-        weight, bias = list(self.layout.unpack(theta + data["base"]).values())[4:]
-        return torch.baddbmm(bias.unsqueeze(1), self.features(data["row"], theta, longest), weight.mT)
+        weights = theta + data["base"]
+        weight, bias = list(self.layout.unpack(weights).values())[4:]
+        return torch.baddbmm(bias.unsqueeze(1), self.features(data["row"], weights, longest), weight.mT)
 
     def _losses(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
         return F.cross_entropy(self.logits(theta, data, longest).mT, data["label"], reduction="none").mean(1)
@@ -251,10 +328,6 @@ class LoraFamily(TaskFamily):
             leaf = theta.detach().requires_grad_()
             return torch.autograd.grad(self._losses(leaf, data).sum(), leaf)[0]
 
-    def start(self, count: int, config: PrepareConfig, generator: torch.Generator) -> Tensor:
-        """The same A for all, B and the head's difference 0: the frozen model with its ridge head."""
-        return self._initial + super().start(count, config, generator)
-
     def trajectories(
         self,
         data: Data,
@@ -263,7 +336,7 @@ class LoraFamily(TaskFamily):
         generator: torch.Generator,
         backend: Backend = Backend(),  # noqa: B008 (a constant)
     ) -> Tensor:
-        """Adam on minibatches. Decay pulls towards the start."""
+        """Adam on minibatches. Decay pulls towards the base."""
         made, tasks, rows = [], len(data["row"]), data["row"].shape[1]
         starts = self.start(tasks, config, generator)
         for first in range(0, tasks, _TASKS):
@@ -273,69 +346,96 @@ class LoraFamily(TaskFamily):
             def gradient(theta: Tensor, step: int, part: Data = part) -> Tensor:
                 at = torch.arange(step * _BATCH, (step + 1) * _BATCH) % rows
                 batch = {"row": part["row"][:, at], "label": part["label"][:, at], "base": part["base"]}
-                return self.gradient(theta, batch).add_(theta - self._initial, alpha=config.weight_decay)
+                return self.gradient(theta, batch).add_(theta, alpha=config.weight_decay)
 
             made.append(trajectory(starts[some], gradient, config, segments, **optimizer_steps(backend)))
         return torch.cat(made)
 
-    # ------------------------------------------------------------------ heads on the frozen encoder
+    # ------------------------------------------------------------------ heads
 
     def head_tokens(self, head: Tensor) -> Tensor:
         """A head [B, 2, H + 1] in its place: [B, N, D], 0 elsewhere."""
         n, width = self.layout.num_tokens, self.layout.width
         return F.pad(head, (0, width - head.shape[-1], n - 2, 0))
 
-    def _centred(self, support: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """A head on features centred and scaled to mean square norm 1, as a head on the features: rows [B, 2, K] -> [B, 2, H + 1]."""
-        x = self.features(support.flatten(1)).detach().unflatten(1, support.shape[1:])
+    def _centred(self, support: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """A head on features centred and scaled to mean square norm 1, as one on the features: rows [B, 2, K] -> [B, 2, H + 1].
+
+        weights: [N, D], whose features they are.
+        """
+        x = self.features(support.flatten(1), weights.expand(len(support), -1, -1)).unflatten(1, support.shape[1:])
         centre = x.mean((1, 2), keepdim=True)
         scale = (x - centre).square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
         made = head((x - centre) / scale)
         weight = made[..., :-1] / scale[:, 0]
         return torch.cat([weight, made[..., -1:] - (weight * centre[:, 0]).sum(-1, keepdim=True)], -1)
 
-    def ridge(self, support: Tensor) -> Tensor:
-        """rows [B, 2, K] -> [B, 2, H + 1]."""
-        # logits five times the regression's: cross-entropy is then about right (margins of 1 are too shy)
-        return self._centred(support, lambda x: 5 * ridge_head(x, _RIDGE))
+    @staticmethod
+    def _head(gain: Tensor, penalty: Tensor, x: Tensor) -> Tensor:
+        # logits some times the regression's: margins of 1 are too shy for cross-entropy
+        return gain * ridge_head(x, penalty)
+
+    @torch.no_grad()
+    def ridge(self, support: Tensor, weights: Tensor) -> Tensor:
+        """Ridge regression on features of the weights [N, D]: rows [B, 2, K] -> [B, 2, H + 1]."""
+        return self._centred(support, weights, partial(self._head, self.gain, self.penalty))
 
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
-        """Ridge regression, the nearest class mean, and a head alone by Adam, all on the frozen encoder."""
+        """The base alone; ridge regression, the nearest class mean and a head by Adam, all on the frozen encoder."""
 
-        def frozen(tasks: TaskBatch) -> Tensor:
-            return self._initial.expand(len(tasks), -1, -1)
+        def with_frozen(tasks: TaskBatch, head: Tensor) -> Tensor:
+            return self.frozen + self.head_tokens(head) - tasks.support["base"]
 
-        def prototype(tasks: TaskBatch) -> Tensor:
-            support = tasks.support["row"].unflatten(1, (-1, 2)).mT
-            head = self.head_tokens(self._centred(support, prototype_head))
-            return frozen(tasks) + head - tasks.support["base"]
+        def ridge(tasks: TaskBatch) -> Tensor:
+            return self._centred(
+                rows_by_class(tasks.support),
+                self.frozen,
+                partial(self._head, torch.tensor(_GAIN), torch.tensor(_RIDGE)),
+            )
 
         def logistic(tasks: TaskBatch) -> Tensor:
-            x = self.features(tasks.support["row"]).detach()
-            x1 = F.pad(x, (0, 1), value=1.0)
+            x = F.pad(self.features(tasks.support["row"]), (0, 1), value=1.0)
             y = F.one_hot(tasks.support["label"], 2).float()
+            first = ridge(tasks)
 
-            def slope(head: Tensor, step: int) -> Tensor:
-                p = (x1 @ (head + base).mT).softmax(-1) - y
-                return (p.mT @ x1 / x.shape[1]).add_(head, alpha=0.01)
+            def slope(step: Tensor, _: int) -> Tensor:
+                p = (x @ (step + first).mT).softmax(-1) - y
+                return (p.mT @ x / x.shape[1]).add_(step, alpha=0.01)
 
-            base = tasks.support["base"][:, -2:, : x1.shape[-1]]
             recipe = PrepareConfig(steps=60, learning_rate=0.01, rho=0.0, start_std=0.0)
-            head = trajectory(torch.zeros_like(base), slope, recipe, 1)[:, -1]
-            return frozen(tasks) + self.head_tokens(head)
+            return first + trajectory(torch.zeros_like(first), slope, recipe, 1)[:, -1]
 
-        return {"ridge": frozen, "nearest-prototype": prototype, "head-finetune": logistic}
+        return {
+            "base": lambda tasks: torch.zeros_like(tasks.support["base"]),
+            "ridge": lambda tasks: with_frozen(tasks, ridge(tasks)),
+            "nearest-prototype": lambda tasks: with_frozen(
+                tasks, self._centred(rows_by_class(tasks.support), self.frozen, prototype_head)
+            ),
+            "head-finetune": lambda tasks: with_frozen(tasks, logistic(tasks)),
+        }
 
 
 def _defaults(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
-        prepare=PrepareConfig(tasks=160, steps=90, learning_rate=0.003, rho=0.0, weight_decay=0.0, start_std=0.0),
-        meta=replace(config.meta, steps=400, samples=2, checkpoint_every=200),
+        prepare=PrepareConfig(tasks=240, steps=90, learning_rate=0.002, rho=0.0, weight_decay=0.0, start_std=0.0),
+        meta=replace(config.meta, steps=500, meta_batch=64, samples=1, ema=0.99, checkpoint_every=100),
         evaluate=EvaluateConfig(
-            tasks=80, validation_tasks=40, finetune_steps=(30, 60), finetune_lrs=(0.001, 0.003), finetune_decays=(0.01,)
+            tasks=80, validation_tasks=80, finetune_steps=(30,), finetune_lrs=(0.0003, 0.001), finetune_decays=(0.01,)
         ),
     )
+
+
+def chosen(texts: dict[str, Texts], rows: int) -> dict[str, Texts]:
+    """What is read of a data set, by the family's splits."""
+    made = {}
+    for source, part in texts.items():
+        order = torch.randperm(len(part.label), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = min(rows, 2 * len(order) // 3)
+        whole = {"train": order[:cut], "val": order[cut : cut + rows // 2]}
+        for split, some in (whole if source == "train" else {"test": order[: rows // 2]}).items():
+            made[split] = Texts(*(None if column is None else [column[i] for i in some] for column in part))  # type: ignore[arg-type]
+    return made
 
 
 @register(_defaults)
@@ -350,18 +450,12 @@ def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
     made: dict[str, dict[str, tuple[Read, Tensor]]] = {}
     with setup.stage("features", len(names), "sets") as bar:
         for name, texts in loaded.items():
-            whole: dict[str, list[int]] = {}
-            rows = options.rows
-            for split, part in texts.items():
-                order = torch.randperm(len(part.label), generator=torch.Generator().manual_seed(0)).tolist()
-                cut = min(rows, 2 * len(order) // 3)
-                whole |= {"train": order[:cut], "val": order[cut : cut + rows // 2]} if split == "train" else {
-                    "test": order[: rows // 2]}  # fmt: skip
             made[name] = {}
-            for split, chosen in whole.items():
-                source = texts["test" if split == "test" else "train"]
-                some = Texts(*(None if column is None else [column[i] for i in chosen] for column in source))  # type: ignore[arg-type]
+            for split, some in chosen(texts, options.rows).items():
                 found = read(tokenizer, net, some, options.max_tokens, setup.cache_dir)
                 made[name][split] = found, torch.tensor(some.label)
             bar.update()
-    return LoraFamily(net, made, options)
+    family = LoraFamily(net, made, options)
+    if options.start_steps:
+        family.learn_start(setup)
+    return family
