@@ -1,6 +1,7 @@
 """LoRA of a transformer and few-shot intents, on a tiny one made on the spot."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -208,3 +209,43 @@ def test_one_clear_line(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(McdiError, match=r"mcdi_fast\[text\]"):
         load_transformer(str(folder / "model"))
+
+
+_LARGE = """
+import resource, sys, peft, torch
+from torch import nn
+from mcdi_fast import Sampler, TrajectoryBank, WeightLayout
+from mcdi_fast.config import MetaConfig
+from mcdi_fast.meta import MetaTrainer
+
+torch.set_num_threads(1)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(768, 768), nn.Linear(768, 768)
+
+
+model = peft.get_peft_model(nn.ModuleList(Layer() for _ in range(12)), peft.LoraConfig(r=8, target_modules=["query", "value"]))
+layout = WeightLayout.lora(model)
+assert (layout.num_tokens, layout.width) == (192, 1536)
+bank = TrajectoryBank.create(sys.argv[1], layout, 3, 768, None)
+random = torch.Generator().manual_seed(0)
+bank.append(0.01 * torch.randn(16, 3, 192, 1536, generator=random), torch.randn(16, 1, 768, generator=random))
+trainer = MetaTrainer(bank, MetaConfig(steps=1))
+assert trainer.outer_step().isfinite()
+weights = Sampler(trainer.generator()).sample(torch.randn(2, 1, 768, generator=random), range(2))
+assert weights.tokens.shape == (2, 192, 1536)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_rank_8_of_all_layers_of_a_wide_model_fits(tmp_path):
+    """192 tokens of width 1,536: layout, bank, a meta-step of the default size and a sample, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LARGE, str(tmp_path / "bank")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 8
