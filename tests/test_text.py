@@ -45,8 +45,11 @@ def test_the_family_keeps_the_door_s_promises(family):
     assert family.layout.num_tokens == 2 * 2 + 2
 
 
-def test_logits_and_gradients_are_peft_s(folder, family):
+@pytest.mark.parametrize("modules", [("query", "value"), ("query", "key", "value", "dense")])
+def test_logits_and_gradients_are_peft_s(folder, modules):
     """The whole transformer under peft, in float64 tolerance of float32: the same logits and autograd's gradient."""
+    family = glue(options(folder, modules=modules), Setup(cache_dir=folder / "cache"))
+    assert family.layout.num_tokens == 2 * len(modules) + 2
     tasks = family.tasks("test", 1, 1, 0)
     theta = family.start(1, PrepareConfig(start_std=0.3), torch.Generator().manual_seed(0))
     weights = GeneratedWeights(family.layout, theta + tasks.query["base"])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ class LoraOptions:
     """Examples of a data set that are read for training; half as many for validation and for test."""
     rank: AtLeastOne = 4
     """Of the matrices."""
+    modules: tuple[Literal["query", "key", "value", "dense"], ...] = ("query", "value")
+    """Of the last layer's attention: what gets matrices. dense: its output."""
     start_steps: Annotated[int, Range(ge=0)] = 250
     """Steps that learn the common matrices, a task of each data set a step. 0: the frozen model, B = 0."""
     max_tokens: Annotated[int, Range(ge=4)] = 64
@@ -86,8 +88,8 @@ class TextClassifier(nn.Module):
         return self.classifier(self.encoder(**inputs).last_hidden_state[:, 0])
 
 
-def adapted(encoder: Any, rank: int) -> Any:
-    """The classifier with LoRA on query and value of the last layer, as a `PeftModel`; A of a fixed seed, B and head 0.
+def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value")) -> Any:
+    """The classifier with LoRA in the last layer's attention, as a `PeftModel`; A of a fixed seed, B and head 0.
 
     Raises:
         McdiError: no peft; a transformer of another kind than BERT's.
@@ -105,7 +107,7 @@ def adapted(encoder: Any, rank: int) -> Any:
         ) from error
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, modules_to_save=["classifier"],
-        target_modules=rf".*encoder\.layer\.{last}\.attention\.self\.(query|value)",
+        target_modules=rf".*encoder\.layer\.{last}\.attention\.(self|output)\.({'|'.join(modules)})",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -140,7 +142,7 @@ class LoraFamily(TaskFamily):
         Raises:
             McdiError: a set with too few examples of its classes, named.
         """
-        self.options, self.model = options, adapted(encoder, options.rank)
+        self.options, self.model = options, adapted(encoder, options.rank, options.modules)
         self.layout = WeightLayout.lora(self.model)
         self.frozen = self.layout.pack(self.model).detach().float()  # as peft begins
         self.common, self.gain, self.penalty = self.frozen, torch.tensor(_GAIN), torch.tensor(_RIDGE)
@@ -276,28 +278,45 @@ class LoraFamily(TaskFamily):
         seen = place < self._length[rows].unsqueeze(-1)
         part, first = self.layer.attention, x[:, :, 0]
         shape = (self.num_heads, -1, x.shape[-1])
-        q, key, value = part.self.query.base_layer, part.self.key, part.self.value.base_layer
-        query = q(first)
-        if weights is not None:
-            a_q, b_q, a_v, b_v = list(self.layout.unpack(weights).values())[:4]  # [B, r, H], [B, H, r], twice
-            query = query + first @ a_q.mT @ b_q.mT
-        query = query.unflatten(-1, shape[:2])
+        q, key, value, dense = (
+            getattr(module, "base_layer", module)
+            for module in (part.self.query, part.self.key, part.self.value, part.output.dense)
+        )
+        lora = {} if weights is None else self._matrices(weights)  # A [B, r, H] and B [B, H, r]
+
+        def mapped(name: str, module: nn.Module, x: Tensor) -> Tensor:
+            """[B, R, H] -> the same."""
+            return module(x) + x @ lora[name][0].mT @ lora[name][1].mT if name in lora else module(x)
+
+        query = mapped("query", q, first).unflatten(-1, shape[:2])
         # the key's bias adds the same to all scores of a row; the value's comes out as it is, as weights add up to 1
         asked = torch.einsum("brhd,hdi->brhi", query, key.weight.view(shape))
+        if "key" in lora:
+            a, b = lora["key"]
+            asked = asked + torch.einsum("brhd,bhdk->brhk", query, b.unflatten(1, shape[:2])) @ a.unsqueeze(1)
         score = (asked @ x.mT / math.sqrt(query.shape[-1])).masked_fill(~seen.unsqueeze(2), -torch.inf)
         mean = score.softmax(-1) @ x  # [B, R, heads, H]
         out = torch.einsum("brhi,hdi->brhd", mean, value.weight.view(shape))
-        if weights is not None:
-            down = mean @ a_v.mT.unsqueeze(1)  # [B, R, heads, r]
-            out = out + torch.einsum("brhk,bhdk->brhd", down, b_v.unflatten(1, shape[:2]))
-        h = part.output.LayerNorm(part.output.dense(out.flatten(2) + value.bias) + first)
+        if "value" in lora:
+            a, b = lora["value"]
+            down = mean @ a.mT.unsqueeze(1)  # [B, R, heads, r]
+            out = out + torch.einsum("brhk,bhdk->brhd", down, b.unflatten(1, shape[:2]))
+        h = part.output.LayerNorm(mapped("dense", dense, out.flatten(2) + value.bias) + first)
         middle = self.layer.intermediate
         return self.layer.output.LayerNorm(self.layer.output.dense(middle.intermediate_act_fn(middle.dense(h))) + h)
+
+    def _matrices(self, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B by module."""
+        parts = list(self.layout.unpack(weights).items())[:-2]
+        return {
+            name.split(".lora_A")[0].split(".")[-1]: (a, b)
+            for (name, a), (_, b) in zip(*[iter(parts)] * 2, strict=True)
+        }
 
     def logits(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
         """[B, N, D] without the base -> [B, R, 2]."""
         weights = theta + data["base"]
-        weight, bias = list(self.layout.unpack(weights).values())[4:]
+        weight, bias = list(self.layout.unpack(weights).values())[-2:]
         return torch.baddbmm(bias.unsqueeze(1), self.features(data["row"], weights, longest), weight.mT)
 
     def _losses(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
