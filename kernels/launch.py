@@ -7,7 +7,7 @@ the top level.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -148,6 +148,29 @@ def check_rank(name: str, tensor: Tensor, letters: str) -> tuple[int, ...]:
     if tensor.ndim != len(letters):
         raise McdiError(f"{name}: shape {tuple(tensor.shape)}, expected [{', '.join(letters)}]")
     return tuple(tensor.shape)
+
+
+def check_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise McdiError, naming both, where what is written shares memory with another operand. All are contiguous."""
+    found = [(name, *_memory(tensor)) for name, tensor in (written | read).items()]
+    for number, (name, storage, first, end) in enumerate(found[: len(written)]):
+        for other, its_storage, its_first, its_end in found[number + 1 :]:
+            if storage == its_storage and first < its_end and its_first < end:
+                raise McdiError(
+                    f"{name} is written and shares memory with {other}, expected memory of its own; call .clone()"
+                )
+
+
+def check_together(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise McdiError unless the tensors lie in one storage, as kernels expect that find all of them from the first one."""
+    if len({_memory(tensor)[0] for tensor in tensors}) > 1:
+        raise McdiError(f"{name}: tensors of several storages, expected views of one")
+
+
+def _memory(tensor: Tensor) -> tuple[Any, Any, Any]:
+    """Which storage, and the bytes of it from … to."""
+    first = tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage()._cdata, first, first + tensor.numel() * tensor.element_size()
 
 
 def output(name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

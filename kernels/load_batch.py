@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_apart, check_rank, check_tensor, check_together, element_block, launch
 
 
 def load_batch_ref(
@@ -110,6 +110,13 @@ def load_batch_(
         check_tensor(name, tensor, shape, dtypes, device)
     if turn is not None:
         turn.check(device)
+    check_together("blocks", blocks)
+    numbered = {f"block {number}": block for number, block in enumerate(blocks)}
+    check_apart(
+        {"target": target, "enter": enter, **numbered},
+        {"targets": targets, "conditions": conditions, "row": row, "task": task, "step": step, "mean": mean, "std": std}
+        | {"condition_mean": condition_mean, "condition_std": condition_std},
+    )
     launch(
         "load_batch_", load_batch_kernel, (b * k * s,), device, None,
         targets=targets, conditions=conditions, row=row, task=task, step=step, turn=turn and turn.at, mean=mean, std=std,

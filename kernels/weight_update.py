@@ -11,7 +11,18 @@ from torch import Tensor
 
 from mcdi_fast.backend import check_precision
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import PAD, across, check_rank, check_tensor, dot, launch, stages, sum_block
+from mcdi_fast.kernels.launch import (
+    PAD,
+    across,
+    check_apart,
+    check_rank,
+    check_tensor,
+    check_together,
+    dot,
+    launch,
+    stages,
+    sum_block,
+)
 
 BLOCK_IN, BLOCK_OUT = 32, 64
 """32 rows: with 64 Hopper's wgmma would be chosen, which reads tf32 along the sum alone; mma.sync takes both operands as they lie."""
@@ -95,6 +106,13 @@ def delta_table(layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         McdiError: naming the layer and the tensor.
     """
     rows = []
+    for name, tensors in zip(("inputs", "gradients", "out"), zip(*layers, strict=True), strict=True):
+        check_together(f"{name} of the layers", tensors)
+    named = [
+        {f"layer {number} {name}": layer[at] for number, layer in enumerate(layers)}
+        for at, name in enumerate(("inputs", "gradients", "out"))
+    ]
+    check_apart(named[2], named[0] | named[1])
     bases = [min(tensor.storage_offset() for tensor in tensors) for tensors in zip(*layers, strict=True)]
     for number, (inputs, gradients, out) in enumerate(layers):
         i, o = check_rank(f"layer {number} out", out, "IO")

@@ -9,6 +9,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import Turn
 from mcdi_fast.kernels.load_batch import load_batch_
 from mcdi_fast.kernels.noise_batch import noise_batch, noise_batch_ref, noise_tables
+from mcdi_fast.kernels.operations import OPERATIONS, TINY, Maker
 from mcdi_fast.noise import philox_normal
 
 SEED = 2**40 + 3
@@ -125,3 +126,21 @@ def test_the_row_whose_turn_it_is():
         same_bits(one, two)
     assert torch.equal(filled[0][0], target[segment])
     assert bool(filled[0][2].any())
+
+
+def test_what_load_batch_writes_is_its_own():
+    """A batch must not be written over what it is made from: an error, instead of other numbers from run to run."""
+    inputs = {operation.name: operation for operation in OPERATIONS}["load_batch_"].inputs(TINY, Maker(DEVICE))
+    one, two = inputs["blocks"]
+    flat, shape = inputs["targets"].view(-1), inputs["target"].shape
+    for changes, message in [
+        (
+            {"target": flat[3 : 3 + inputs["target"].numel()].view(shape)},
+            "target is written and shares memory with targets",
+        ),
+        ({"enter": one}, "enter is written and shares memory with block 0"),
+        ({"blocks": [one, one]}, "block 0 is written and shares memory with block 1"),
+        ({"blocks": [one, two.clone()]}, "blocks: tensors of several storages, expected views of one"),
+    ]:
+        with pytest.raises(McdiError, match=message):
+            load_batch_(**inputs | changes)

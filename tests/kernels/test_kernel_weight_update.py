@@ -71,6 +71,16 @@ def test_bad_input():
     ]:
         with pytest.raises(McdiError, match=message):
             delta_table([layer])
+    one, two = layers((2, 3, 4, 5, 6), (2, 3, 4, 5, 6))
+    flat = inputs.view(-1)
+    for given, message in [
+        ([one, (two[0].clone(), *two[1:])], "inputs of the layers: tensors of several storages"),
+        ([one, (*two[:2], two[2].clone())], "out of the layers: tensors of several storages"),
+        ([(inputs, gradients, flat[8:38].view(5, 6))], "layer 0 out is written and shares memory with layer 0 inputs"),
+        ([one, (*two[:2], one[2])], "layer 0 out is written and shares memory with layer 1 out"),
+    ]:
+        with pytest.raises(McdiError, match=message):
+            reptile_delta_(given, 0.1)
     inputs, gradients = normal(3, 4, 5), normal(3, 4, 6)
     with pytest.raises(McdiError, match=r"weights: torch\.bfloat16, expected torch\.float32"):
         sgd_step_(normal(3, 5, 6, dtype=torch.bfloat16), inputs, gradients, 0.1)
