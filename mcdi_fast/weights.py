@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ class LayoutEntry:
     """Tensors of one module that share tokens: each is [rows, -1], and they stand side by side in order.
 
     Attributes:
-        rows: tokens; the size of every tensor in its dimension of `axes`, or 1 for a tensor of at most one dimension
-            that is a token by itself.
+        rows: tokens; the size of every tensor in its dimension of `axes`, or 1 where one token takes all of them whole.
         names: names as in `module.named_parameters()` (or buffers).
         shapes: their shapes.
         axes: the dimension of each tensor that its tokens are taken from; 0 for all by default.
@@ -46,9 +45,9 @@ class LayoutEntry:
             object.__setattr__(self, "axes", (0,) * len(self.names))
 
     @property
-    def is_alone(self) -> bool:
-        """Whether it is one tensor of at most one dimension, a token by itself."""
-        return self.rows == 1 and len(self.names) == 1 and len(self.shapes[0]) <= 1
+    def has_units(self) -> bool:
+        """Whether a token is a unit of every tensor, not all of them whole."""
+        return all(shape and shape[axis] == self.rows for shape, axis in zip(self.shapes, self.axes, strict=True))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -69,7 +68,7 @@ class WeightLayout:
     one-dimensional tensors of that length (biases) are appended. A one-dimensional tensor with no such partner (the
     weight or bias of a norm) is one token. So a convolution [out, in, h, w] gives out tokens, an embedding [num, dim]
     gives num. Tokens narrower than D are padded with zeros on the right. Tied parameters are taken once. Names leave
-    out what wrappers put in (DataParallel, `torch.compile`).
+    out what wrappers put in (DataParallel, `torch.compile`). Or one token is the whole network (`from_module(tokens="network")`).
 
     Attributes:
         entries: in the order of the module; entry after entry gives the tokens.
@@ -122,6 +121,7 @@ class WeightLayout:
         select: Callable[[str], bool] | Sequence[str] | None = None,
         exchangeable: bool = False,
         buffers: bool | None = None,
+        tokens: Literal["unit", "network"] = "unit",
     ) -> WeightLayout:
         """The layout of a module's parameters.
 
@@ -132,14 +132,24 @@ class WeightLayout:
             exchangeable: whether tokens differ by their condition alone (class attribute).
             buffers: True also takes floating-point buffers that a state dict holds, such as running statistics of a
                 batch norm. None warns where weights would be generated without the statistics that belong to them.
+            tokens: "unit", a token an output unit, for what a permutation of units leaves alike: the classes of a head.
+                "network", one token that is all parameters side by side, for networks from one start: every weight then has
+                a row and a column of the denoiser to itself, where units share theirs (measured on waves, docs/choices.md:
+                half the error at a fifth of the time). The denoiser's first and last matrix grow with the network.
 
         Raises:
             McdiError: nothing selected; a name in `select` that matches no parameter; a parameter that is not floating
-                point, not yet initialised (lazy) or empty.
+                point, not yet initialised (lazy) or empty; exchangeable tokens where there is one; other `tokens`.
         """
+        if tokens not in ("unit", "network") or (exchangeable and tokens == "network"):
+            raise McdiError(
+                f"tokens {tokens!r:.40}, exchangeable = {exchangeable}: expected unit, or network without exchangeable"
+            )
         found = _selected(module, select, bool(buffers))
         if buffers is None:
             _warn_of_statistics(module, found)
+        if tokens == "network":
+            return cls((LayoutEntry(1, tuple(found), tuple(found.values())),))
         return cls(_grouped(found), exchangeable)
 
     @classmethod
@@ -248,7 +258,7 @@ class WeightLayout:
         """
         num_tokens = int(num_tokens) if isinstance(num_tokens, np.integer) else num_tokens
         entry = self.entries[0]
-        if not self.exchangeable or len(self.entries) > 1 or entry.is_alone:
+        if not self.exchangeable or len(self.entries) > 1 or not entry.has_units:
             raise McdiError(
                 f"layout: {self.num_tokens} tokens of {len(self.entries)} entries, exchangeable = {self.exchangeable}; only "
                 f"exchangeable tokens of one entry can be {num_tokens} instead; train with a layout of that many"
@@ -450,7 +460,7 @@ def _check_entry(entry: LayoutEntry) -> None:
             raise McdiError(
                 f"layout: {name!r} has axis {axis!r:.40}, expected a dimension of {list(shape)!r:.80}; make it again"
             )
-        if not entry.is_alone and (not shape or shape[axis] != entry.rows):
+        if (entry.rows > 1 or axis) and (not shape or shape[axis] != entry.rows):
             raise McdiError(
                 f"layout: {name!r} has shape {list(shape)!r:.80}, expected dimension {axis} to be "
                 f"{entry.rows} (its entry's rows); make the layout again"

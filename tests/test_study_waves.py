@@ -41,13 +41,14 @@ def test_records_pair_over_tasks_and_steps_get_their_own_table():
 
 @pytest.mark.slow
 def test_the_whole_comparison_in_small(tmp_path, monkeypatch):
-    changes = {"_OUTER_STEPS": 3, "_MAML_STEPS": 3, "_REGRESSION_STEPS": 3, "SEEDS": (0, 1), "_GRADIENT_STEPS": (1, 3)}
+    changes = {"_MAML_STEPS": 3, "SEEDS": (0, 1), "_GRADIENT_STEPS": (1, 3)}
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
     config = study.configuration()
     small = replace(
         config,
-        prepare=replace(config.prepare, tasks=20),
+        prepare=replace(config.prepare, tasks=20, steps=9),
+        meta=replace(config.meta, steps=3),
         task=replace(config.task, width=4, start_steps=2),
         evaluate=replace(config.evaluate, tasks=5, validation_tasks=4),
     )

@@ -271,7 +271,7 @@ class Broken(ModuleFamily):
     ],
 )
 def test_check_family_names_the_fault(fault, words):
-    family = Broken(network(), draw, mse)
+    family = Broken(network(), draw, mse, tokens="unit")  # which has padding
     check_family(family)
     family.fault = fault
     assert words in error_of(check_family, family)
@@ -479,7 +479,7 @@ def test_align_undoes_permutations_and_signs_and_keeps_the_function(depth):
 
 def test_align_says_what_it_cannot_do():
     family = WaveFamily(WaveOptions(width=3))
-    with pytest.raises(McdiError, match=r"expected \[B, k, 4, 4\]"):
+    with pytest.raises(McdiError, match=r"expected \[B, k, 1, 10\]"):
         align(family._initial[None], family.layout, family._initial)
     layout = WeightLayout.from_module(nn.Conv1d(2, 3, 3))
     with pytest.raises(McdiError, match="no linear layer"):
@@ -609,8 +609,11 @@ def test_digit_networks():
     assert not torch.equal(family._initial, before)
     tasks = family.tasks("train", 0, 3, 0)
     base = tasks.support["base"]
-    assert torch.equal(base[:, :-2], family._initial[:-2].expand(3, -1, -1))
-    assert torch.equal(base[:, -2], -base[:, -1])
-    assert torch.equal(tasks.condition[:, -1, :17], -tasks.condition[:, 0, :17])
+    *_, weight, bias = (found := family.layout.unpack(base))
+    for name, tensor in family.layout.unpack(family._initial).items():
+        assert name in (weight, bias) or torch.equal(found[name], tensor.expand_as(found[name]))
+    assert torch.equal(found[weight][:, 0], -found[weight][:, 1])
+    head = torch.cat([found[weight][:, 0], found[bias][:, :1]], 1)
+    torch.testing.assert_close(tasks.condition[:, 0, :33], F.normalize(head, dim=1))
     assert family.score(torch.zeros_like(base[0]), {name: value[0] for name, value in tasks.support.items()}) > 0.5
     assert "expected 40" in error_of(DigitFamily, digit_data(39), NetworkOptions())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.config import TrainConfig
+from mcdi_fast.config import MetaConfig, TrainConfig
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.evaluate import (
     OBJECTIVE_TITLES,
@@ -56,9 +56,7 @@ SEEDS = (0, 1, 2, 3, 4)
 PARTS = (*OBJECTIVE_TITLES, "gradients")
 _GRADIENT_STEPS = (1, 3, 5, 10, 30, 100, 300, 1000)
 _RATES = (0.001, 0.003, 0.01, 0.03)
-_OUTER_STEPS = 800
 _MAML_STEPS, _MAML_TASKS, _MAML_LR, _MAML_OUTER_LR = 4000, 25, 0.03, 0.001
-_REGRESSION_STEPS, _REGRESSION_TASKS = 1500, 64
 
 
 @cache
@@ -88,24 +86,24 @@ def descend(family: WaveFamily, start: Tensor, steps: int, tasks: TaskBatch) -> 
     return theta
 
 
-def regression(bank: TrajectoryBank, generator: WeightGenerator, seed: int) -> Any:
-    """The denoiser's network trained to say the last target from the condition alone, by mean square error: tasks -> weights."""
+def regression(bank: TrajectoryBank, generator: WeightGenerator, meta: MetaConfig, seed: int) -> Any:
+    """The denoiser's network trained to say the last target from the condition alone, by mean square error, as long as meta: tasks -> weights."""
     sizes, layout = generator.denoiser, bank.layout
     targets, condition = bank.gather(torch.arange(len(bank)))
     mask = layout.mask.float()
     target = generator.normalizer.normalize(targets[:, -1]) * mask
     told = generator.network_condition(condition)
     phi = init_parameters(layout.width, told.shape[-1], 1, sizes.width, sizes.depth, seed)
-    adam = torch.optim.Adam([value.requires_grad_() for value in phi.values()], 0.003)
-    rates = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, _REGRESSION_STEPS)
+    adam = torch.optim.Adam([value.requires_grad_() for value in phi.values()], meta.outer_lr)
+    rates = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, meta.steps)
     random = torch.Generator().manual_seed(seed)
 
     def predict(told: Tensor) -> Tensor:
         nothing = torch.zeros(len(told), 1, layout.num_tokens, layout.width)
         return denoise(phi, nothing, torch.zeros(len(told), 1, dtype=torch.long), told)[:, 0] * mask
 
-    for _ in range(_REGRESSION_STEPS):
-        rows = torch.randint(len(bank), (_REGRESSION_TASKS,), generator=random)
+    for _ in range(meta.steps):
+        rows = torch.randint(len(bank), (meta.meta_batch,), generator=random)
         adam.zero_grad()
         ((predict(told[rows]) - target[rows]).square().sum() / mask.sum() / len(rows)).backward()
         adam.step()
@@ -127,9 +125,8 @@ def sines(tasks: TaskBatch) -> Tensor:
 
 
 def configuration() -> TrainConfig[Any]:
-    """The family's defaults, with fewer outer steps."""
-    config = find_family("waves").config()
-    return replace(config, meta=replace(config.meta, steps=_OUTER_STEPS))
+    """The family's defaults."""
+    return find_family("waves").config()
 
 
 def one_part(seed: int, part: str, folder: Path, family: WaveFamily) -> dict[str, Any]:
@@ -157,11 +154,9 @@ def one_part(seed: int, part: str, folder: Path, family: WaveFamily) -> dict[str
     if part != "gradients":
         objective: Any = part
         title, began = OBJECTIVE_TITLES[objective], time.perf_counter()
-        # Mv-Di's and Tw-Di's losses weigh errors of the target by up to 99, Mc-Di's by up to 2: at its rate they diverged (once in two seeds)
-        meta = config.meta if title == "Mc-Di" else replace(config.meta, outer_lr=0.003)
         generator = fit(
             bank,
-            meta,
+            config.meta,
             replace(config.diffusion, objective=objective),
             config.denoiser,
             seed=seed,
@@ -181,7 +176,7 @@ def one_part(seed: int, part: str, folder: Path, family: WaveFamily) -> dict[str
                 training_s=seconds,
             )
         if title == "Mc-Di":
-            direct, known = regression(bank, generator, seed), bank_methods(bank, sampler)
+            direct, known = regression(bank, generator, config.meta, seed), bank_methods(bank, sampler)
             for points in POINTS:
                 keep("regressed weights", points, direct)
                 for name, adapt in known.items():

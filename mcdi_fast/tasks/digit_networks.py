@@ -112,10 +112,10 @@ class DigitFamily(ModuleFamily):
         return TaskBatch(condition, *({**data, "base": base} for data in (seen, query, train)))
 
     def _told(self, support: Tensor) -> tuple[Tensor, Tensor]:
-        """What a support [B, 2, shots, 1, SIDE, SIDE] says: the condition [B, N, 2 F + 1] and the base [B, N, D].
+        """What a support [B, 2, shots, 1, SIDE, SIDE] says: the condition [B, 1, 2 F + 1] and the base [B, N, D].
 
         F features of the start's last layer. A ridge regression on them makes the base's last layer, in the place of the start's own. The condition
-        is that regression, of length 1 and turned round for the unit of the second class, and the direction of the mean feature.
+        is that regression, of length 1, and the direction of the mean feature.
         """
         count, ways, shots = support.shape[:3]
         body = nn.Sequential(*list(self.module.children())[:-1])
@@ -132,13 +132,14 @@ class DigitFamily(ModuleFamily):
         ridge = (
             rows.mT @ torch.linalg.solve(rows @ rows.mT + penalty, label)
         ).mT  # [B, 1, F + 1], above 0 for the first class
-        turn = features.new_tensor([[1.0], [-1.0]])
-        base = self._initial.repeat(count, 1, 1)
-        base[:, -2:, : ridge.shape[2]] = _GAIN * turn * ridge
-        condition = F.pad(F.normalize(ridge, dim=2), (0, features.shape[2])).repeat(1, self.layout.num_tokens, 1)
-        condition[:, -1] *= -1
-        condition[..., ridge.shape[2] :] = F.normalize(features.mean(1, keepdim=True), dim=2)
-        return condition, base
+        last = _GAIN * torch.cat([ridge, -ridge], 1)  # [B, 2, F + 1]
+        start = {
+            name: tensor.expand(count, *tensor.shape) for name, tensor in self.layout.unpack(self._initial).items()
+        }
+        *_, weight, bias = start
+        base = self.layout.pack_batch(start | {weight: last[..., :-1], bias: last[..., -1]})
+        told = F.normalize(ridge, dim=2), F.normalize(features.mean(1, keepdim=True), dim=2)
+        return torch.cat(told, 2), base
 
     def loss(self, theta: Tensor, data: Data) -> Tensor:
         """Cross entropy of base + theta."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily
 from mcdi_fast.weights import WeightLayout
 
 Net = Callable[..., Any]
+_ONE_TOKEN = (
+    2**16
+)  # weights up to which a network is one token: the denoiser's outer matrices are then 64 MiB each at width 256
 
 
 class ModuleFamily(TaskFamily):
@@ -37,6 +40,7 @@ class ModuleFamily(TaskFamily):
         score: Callable[[Net, Data], Tensor] | None = None,
         metric: Metric = Metric(),  # noqa: B008 (a constant)
         select: Callable[[str], bool] | Sequence[str] | None = None,
+        tokens: Literal["unit", "network"] | None = None,
         fingerprint: str = "",
     ):
         """Take the module's layout.
@@ -45,10 +49,15 @@ class ModuleFamily(TaskFamily):
             module: in eval mode if its norms should keep their running statistics. Parameters outside `select` stay as they are, for all tasks.
             draw: `TaskFamily.tasks`, called as draw(split, start, count, seed).
             loss, score: called as loss(net, data) with one task's data; net(x) is the module with that task's weights.
-            select: as of `WeightLayout.from_module`. fingerprint: of the data.
+            select, tokens: as of `WeightLayout.from_module`; tokens None: "network" up to 65,536 weights. fingerprint: of the data.
         """
         self.module, self._draw, self._loss, self._score = module, draw, loss, score or loss
-        self.layout, self.metric = WeightLayout.from_module(module, select, buffers=False), metric
+        self.layout, self.metric = (
+            WeightLayout.from_module(module, select, buffers=False, tokens=tokens or "network"),
+            metric,
+        )
+        if tokens is None and self.layout.width > _ONE_TOKEN:
+            self.layout = WeightLayout.from_module(module, select, buffers=False)
         self._places = find(self.layout.shapes, module)
         self._initial = self.layout.pack(module).detach().float()
         self.fingerprint = fingerprint

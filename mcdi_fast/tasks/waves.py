@@ -133,9 +133,12 @@ class WaveFamily(ModuleFamily):
         """The common start, or a random network for each task."""
         if self.options.start != "gaussian":
             return super().start(count, config, generator)
-        fan_in = self.layout.mask.sum(1, keepdim=True) - 1  # of each unit: its token less the bias
-        noise = torch.randn(count, *self.layout.mask.shape, generator=generator) * self.layout.mask
-        return noise / fan_in.clamp_min(1).sqrt()
+        shapes, fan_in = self.layout.shapes, 1
+        noise = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes.items()}
+        for name, shape in shapes.items():  # a weight, then its bias
+            fan_in = shape[1] if len(shape) > 1 else fan_in
+            noise[name] = noise[name] / fan_in**0.5
+        return self.layout.pack_batch(noise)
 
     def trajectories(self, data: Data, config: PrepareConfig, segments: int, *others: Any, **more: Any) -> Tensor:
         """With units aligned where starts differ."""
@@ -222,7 +225,7 @@ def _mse(net: object, data: Data) -> Tensor:
     return F.mse_loss(net(data["x"]), data["y"])  # type: ignore[operator]
 
 
-_PREPARE = PrepareConfig(tasks=2000, steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
+_PREPARE = PrepareConfig(tasks=2000, steps=360, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
 
 
 def _defaults(config: TrainConfig) -> TrainConfig:
@@ -230,7 +233,7 @@ def _defaults(config: TrainConfig) -> TrainConfig:
         config,
         prepare=_PREPARE,
         diffusion=replace(config.diffusion, residual="target"),
-        meta=replace(config.meta, steps=1000, meta_batch=64, samples=1, outer_lr=0.006, checkpoint_every=250),
+        meta=replace(config.meta, steps=6000, meta_batch=64, inner_steps=1, samples=1, checkpoint_every=1000),
         denoiser=replace(config.denoiser, width=128),
         evaluate=EvaluateConfig(
             tasks=400,
