@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def pack_weights(folded: FoldedDenoiser, dtype: torch.dtype = torch.float32) -> 
         torch.cat([_sections(matrix, rows[layer], [h]) for layer, matrix in enumerate(folded.token)]),
         torch.cat([_sections(matrix, rows[layer], [h]) for layer, matrix in enumerate(folded.sample)]),
         torch.stack(step),
-        _sections(folded.last, rows[depth], [d]),
+        _sections(functools.reduce(torch.mm, folded.last), rows[depth], [d]),
         _sections(folded.condition_token, [c], [h] * depth + [d]),
         _sections(folded.condition_mean, [c], [h] * depth),
     )

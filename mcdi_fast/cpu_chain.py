@@ -245,10 +245,11 @@ class PackedChain:
     """
 
     def __init__(self, generator: WeightGenerator, mask: Tensor | None):
-        """generator: on the CPU. mask: float32 [N, D], 0 where a token is padded; None where none is."""
+        """generator: on the CPU, of tokens that are not wide (`denoiser.is_wide`). mask: float32 [N, D], 0 where a token is padded; None where none is."""
         folded = generator.folded()
+        (last,) = folded.last
         pairs = zip(folded.token, folded.sample, strict=True)
-        parts = [matrix.flatten() for pair in pairs for matrix in pair] + [folded.last.flatten()]
+        parts = [matrix.flatten() for pair in pairs for matrix in pair] + [last.flatten()]
         normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]
         step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows])
         mask = torch.ones(1, folded.token_width, dtype=torch.float32, device="cpu") if mask is None else mask

@@ -119,6 +119,12 @@ def denoise(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor) -> Tens
     return h @ phi["out.token"]
 
 
+def is_wide(phi: Parameters) -> bool:
+    """Whether tokens are so wide, D > 2 H, that the product of the first and the last matrix [D, D] would be larger than both."""
+    width, token_width = phi["out.token"].shape
+    return token_width > 2 * width
+
+
 def products_a_row(phi: Parameters) -> int:
     """Multiplications that `FoldedDenoiser` needs for a token in a step, its means aside."""
     depth, (width, token_width) = depth_of(phi), phi["out.token"].shape
@@ -135,7 +141,8 @@ class FoldedDenoiser:
         net = [x u_0 … u_{L-1}] last + what c gives
 
     At the default depth of two that is half of the operations and 45 % fewer bytes of matrices a step than `denoise` takes. The work grows with the
-    square of the depth: four blocks cost as much as unfolded ones, more of them more.
+    square of the depth: four blocks cost as much as unfolded ones, more of them more. Where tokens are wide (`is_wide`), as one token that is a whole
+    network, `last` stays in two factors.
     """
 
     @full_precision
@@ -158,7 +165,8 @@ class FoldedDenoiser:
             into_h = torch.cat([into_h, wide[f"block{layer}.out"]])
         by_token.append(condition @ wide["out.token"])
         self.condition_token, self.condition_mean = (torch.cat(parts, 1).to(dtype) for parts in (by_token, by_mean))
-        self.last = (into_h @ wide["out.token"]).to(dtype)
+        last = (into_h, wide["out.token"]) if is_wide(phi) else (into_h @ wide["out.token"],)
+        self.last = tuple(matrix.to(dtype) for matrix in last)  # in this order
 
     def cond_bias(self, condition: Tensor) -> Tensor:
         """What a condition [B, N, C] gives: [B N, L H + D], a share of each u_l before silu and of net."""
@@ -254,5 +262,7 @@ class ChainDenoiser:
                 u.unflatten(0, (-1, self._tokens)).add_(per_task.unsqueeze(1))
             F.silu(u, inplace=True)
         scale = b * self.scale[t]
-        end = torch.addmm(rows, self._columns, folded.last, beta=a + b * self.skip[t], alpha=scale)
+        *first, last = folded.last
+        columns = self._columns @ first[0] if first else self._columns
+        end = torch.addmm(rows, columns, last, beta=a + b * self.skip[t], alpha=scale)
         return end.add_(self._cond_bias[-1], alpha=scale).view(x.shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
-from mcdi_fast.denoiser import FoldedDenoiser, products_a_row
+from mcdi_fast.denoiser import FoldedDenoiser, is_wide, products_a_row
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generated import GeneratedWeights
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
 FEW_PRODUCTS = 3_000_000
+MAX_WIDTH = 4096  # of a token in the kernels' chain, which multiplies a matrix [D, D]
 """Multiplications of a step, of all tokens of all tasks, up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4
 heads of 5 ways by a network of width 256 and depth 2, 29 by one of 128 and 1. Measured on one thread at this size: 0.7 to 1.0 of torch's time for
 widths of 64 to 256 and depths 1 and 2; at twice the size 0.9 to 1.4."""
@@ -115,7 +116,7 @@ class Sampler:
         self.device = check_device(device)
         check_precision(precision)
         self.impl, self.precision = impl, precision
-        kernels = resolve(impl, self.device) == "triton"
+        resolve(impl, self.device)
         if not isinstance(generator, WeightGenerator):
             generator = WeightGenerator.from_pretrained(generator)
         self.generator = generator.to(self.device)
@@ -131,9 +132,14 @@ class Sampler:
             self.generator.condition_width,
             self.generator.any_number_of_tokens,
         )
-        self._kernels = kernels
+        wide = (
+            f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
+            if layout.width > MAX_WIDTH
+            else None
+        )
+        kernels = self._kernels = resolve(impl, self.device, wide) == "triton"
         self.few_rows = 0
-        if self.device.type == "cpu" and requested(impl) == "auto":
+        if self.device.type == "cpu" and requested(impl) == "auto" and not is_wide(self.generator.phi):
             self.few_rows = FEW_PRODUCTS // products_a_row(self.generator.phi)
         if kernels:
             self._kernel_weights()

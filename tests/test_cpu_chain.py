@@ -94,6 +94,7 @@ def poisoned(monkeypatch):
     masked=st.booleans(),
 )
 def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked):
+    hidden = max(hidden, (d + 1) // 2)  # tokens that are not wide
     phi, schedule = parameters(d, c, total, hidden, depth, seed), make_schedule(total, 3)
     g = torch.Generator().manual_seed(seed + 1)
     condition, seeds = torch.randn(32, tokens, c, generator=g), list(range(seed, seed + 32))
@@ -220,7 +221,7 @@ def taken(monkeypatch):
 def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken, monkeypatch):
     condition, few = torch.randn(9, 5, 4), 4
     matrices = FoldedDenoiser(generator.phi)
-    monkeypatch.setattr(sampler, "FEW_PRODUCTS", 20 * sum(m.numel() for m in (*matrices.token, matrices.last)))
+    monkeypatch.setattr(sampler, "FEW_PRODUCTS", 20 * sum(m.numel() for m in (*matrices.token, *matrices.last)))
     auto, plain = Sampler(generator), Sampler(generator, impl="torch")
     for tasks in (1, few, few + 1, 9):
         found, expected = (s.sample(condition[:tasks], range(tasks)).tokens for s in (auto, plain))

@@ -183,6 +183,18 @@ def test_chain_denoiser_is_denoise(shape):
     assert torch.equal(x, before)
 
 
+def test_a_chain_of_wide_tokens_keeps_its_last_matrix_in_factors():
+    """One token that is a whole network: no matrix [D, D]."""
+    g = torch.Generator().manual_seed(0)
+    phi = init_parameters(41, 3, 4, 5, 2, 0, torch.float64)
+    phi = {name: torch.randn(value.shape, generator=g, dtype=torch.float64) / 3 for name, value in phi.items()}
+    x, c = (torch.randn(2, 1, width, generator=g, dtype=torch.float64) for width in (41, 3))
+    chain = ChainDenoiser(phi, c, [0.5] * 4, [0.7] * 4)
+    expected = 0.5 * x + 0.7 * denoise(phi, x.unsqueeze(1), torch.full((2, 1), 2), c).squeeze(1)
+    torch.testing.assert_close(chain(x, 2), expected)
+    assert [tuple(matrix.shape) for matrix in chain._folded.last] == [(51, 5), (5, 41)]
+
+
 def test_folded_matrices_know_when_phi_has_changed():
     phi = init_parameters(3, 2, 4, 5, 2, 0)
     folded = FoldedDenoiser(phi)

@@ -108,7 +108,7 @@ def test_the_compiled_chain_owns_its_memory():
     generator = make(PADDED)
     folded, mask = generator.folded(), generator.layout.mask.float()
     packed = cpu_chain.PackedChain(generator, mask)
-    tensors = [folded.condition_token, folded.condition_mean, folded.last, *folded.token, *folded.sample]
+    tensors = [folded.condition_token, folded.condition_mean, *folded.last, *folded.token, *folded.sample]
     tensors += [mask, generator.layout.position(), generator.normalizer.mean, generator.condition_normalizer.std]
     for kept in packed._constants:
         assert kept.flags.owndata
