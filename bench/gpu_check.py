@@ -260,7 +260,7 @@ def trainers(run: Run, count: int = 1, **options: Any) -> Iterator[list[MetaTrai
 
 def graph(run: Run) -> None:
     """A replay gives the eager step's bits; a NaN during a replay changes nothing and is reported."""
-    steps = 2 if DRY else 20
+    steps = 2 if DRY else meta_step.AHEAD + 20  # beyond the first copy of draws
 
     def same_bits() -> bool:
         with trainers(run, 2) as (graphed, eager):

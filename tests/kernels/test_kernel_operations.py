@@ -51,5 +51,6 @@ def test_same_as_the_reference(name, operation, sizes, precision, label):
         if operation.name == "normal_noise":  # two libraries' sine, cosine and logarithm
             torch.testing.assert_close(one.cpu(), two.float().cpu(), rtol=1e-5, atol=4e-6)
         else:
-            approximate = 18 if operation.name.startswith("head_trajectory") else 0
+            # as kernel_helpers.py has it; an inner loop of one number has a silu's division and exponential, and no sum to even them out
+            approximate = 18 if operation.name.startswith("head_trajectory") else 8 * (operation.name == "inner_loop")
             assert_close(one, two, three, precision or "ieee", operation.depth(sizes), approximate)
