@@ -245,7 +245,7 @@ class PackedChain:
     """
 
     def __init__(self, generator: WeightGenerator, mask: Tensor | None):
-        """generator: on the CPU, of tokens that are not wide (`denoiser.is_wide`). mask: float32 [N, D], 0 where a token is padded; None where none is."""
+        """generator: on the CPU, of tokens that are not wide (`denoiser.is_wide`). mask: float32 [N, D], 0 for padding; None where none is."""
         folded = generator.folded()
         (last,) = folded.last
         pairs = zip(folded.token, folded.sample, strict=True)

@@ -72,7 +72,7 @@ def run(phi, schedule, seeds, condition, num_steps=None, mask=None):
     return packed.sample(seeds, condition, steps, coefficients.float())
 
 
-def poison(shape, dtype):  # what is read before it is written shows
+def poison(shape, dtype=float):  # what is read before it is written shows; the default for libraries that keep it
     return np.full(shape, np.nan if dtype == np.float32 else 0, dtype)
 
 
