@@ -433,11 +433,12 @@ def _setting(cells: list[dict[str, Any]]) -> list[str]:
     first, budget = cells[0]["splits"], cells[0]["budget"]
     counts = sorted({one["tasks"] for split, one in first.items() if split != "test"})
     elsewhere = f" and {' or '.join(map(str, counts))} elsewhere" if counts else ""
+    machines = ", ".join(sorted({cell["machine"]["processor"] for cell in cells}))
     text = [
         f"## {cells[0]['label']}",
         "",
         f"{len(cells)} seeds; {first['test']['tasks']} test tasks a seed on new classes{elsewhere}; {budget['trajectories']} tasks in the bank,"
-        f" {budget['outer_steps']} outer steps; {cells[0]['machine']['processor']}, git {', '.join(sorted({cell['git'] for cell in cells}))}.",
+        f" {budget['outer_steps']} outer steps; {machines}, git {', '.join(sorted({cell['git'] for cell in cells}))}.",
         "",
     ]
     rows = [[TITLES[name], _shown(cells, "test", name)] for name in TITLES if name in first["test"]["mean"]]
