@@ -169,6 +169,10 @@ def test_intents(folder):
     given = {"source": str(folder / "intents.json"), "encoder": str(folder / "model"), "ways": 2, "components": 16}
     family = intents(IntentOptions(queries=5, **given), Setup(cache_dir=folder / "cache"))
     check_family(family)
+    target = str(folder / "size.json")
+    both = intents(IntentOptions(queries=5, target=target, **given), Setup(cache_dir=folder / "cache"))
+    own, other = (len(both.splits[name].counts) for name in (given["source"], "test"))
+    assert (own, other) == (len(family.splits["test"].counts), 2)
 
 
 def test_example_customer_intents(folder, monkeypatch):

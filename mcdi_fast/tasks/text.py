@@ -187,5 +187,8 @@ def intents(options: IntentOptions, setup: Setup) -> PhotoFamily:
         ("train", order[:train]), ("val", order[train:val]), ("test", order[val:]),
     )}  # fmt: skip
     if options.target is not None:
-        parts["test"] = data[1]
+        parts |= {
+            options.source: parts["test"],
+            "test": data[1],
+        }  # the source's own new intents stay a split, for comparisons
     return photo_family(parts, options, setup)
