@@ -22,7 +22,7 @@ SIZES = {  # two blocks of width 256, and what differs from that
     "32x20 K 1": {"inner": 1},
     "32x20 K 5": {"inner": 5},
     "32x20 depth 1": {"depth": 1},  # the main job on drawings
-    "33 tokens": {"tokens": 33, "samples": 1, "hidden": 128, "tasks": 64},  # the main job on waves
+    "33 tokens": {"tokens": 33, "samples": 1, "hidden": 128, "tasks": 64},  # a whole network, a token a unit
     "81 tokens": {"tokens": 81},
     "192 tokens": {"tokens": 192, "tasks": 8},
 }
