@@ -251,7 +251,8 @@ def tabulated(rows: dict[str, Any]) -> list[str]:
         if curve:
             curves.setdefault(curve[1], {})[int(curve[2])] = number(ten["mean"])
         if not curve or name == "MAML, 10 steps":  # the number of its paper
-            paired = f"{ten['minus_mc_di']:+.3f} ± {ten['minus_mc_di_ci95']:.3f}" if name != "Mc-Di" else ""
+            gap, half = ten["minus_mc_di"], ten["minus_mc_di_ci95"]
+            paired = f"{'-' if gap < 0 else '+'}{number(abs(gap))} ± {number(half)}" if name != "Mc-Di" else ""
             ms = f"{ten['ms']:.2f}" if "ms" in ten else ""
             lines.append([name, ten["seeds"], *(cell(entry[str(points)]) for points in POINTS), paired, ms])
     steps = sorted({count for curve in curves.values() for count in curve})
