@@ -149,7 +149,7 @@ def inner_providers() -> dict[str, Inner]:
         "vmap": lambda phi, batch: inner_loop(phi, batch, RATE, "vmap"),
         "compiled": torch.compile(lambda phi, batch: inner_loop(phi, batch, RATE, "vmap"), dynamic=False),
         "stacked": lambda phi, batch: inner_loop(phi, batch, RATE, "torch", True),
-        "ours": lambda phi, batch: inner_loop(phi, batch, RATE, "torch", False),
+        "ours": lambda phi, batch: inner_loop(phi, batch, RATE, "torch"),
     }
     if OPTIONAL["higher"]:
         found["higher"] = _higher

@@ -232,7 +232,7 @@ def _defaults(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         prepare=_PREPARE,
-        diffusion=replace(config.diffusion, residual="target"),
+        diffusion=replace(config.diffusion, residual="target", steps=5, beta_start=0.9, beta_end=0.3),
         meta=replace(config.meta, steps=6000, meta_batch=64, inner_steps=1, samples=1, checkpoint_every=1000),
         denoiser=replace(config.denoiser, width=128),
         evaluate=EvaluateConfig(
