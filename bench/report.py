@@ -21,8 +21,8 @@ BASELINES = ("loop", "vmap", "compiled", "stacked")
 FASTEST = "3 steps"  # of our samplings: one step a segment
 MATTERS = [  # the README's rows: what, size, ours, the other
     ("meta-step", "32x20", "ours", "loop"),
-    ("meta-step", "32x20", "ours", "vmap"),
-    ("meta-step", "32x20", "ours", "compiled"),
+    ("meta-step", "32x20 depth 1", "ours", "vmap"),
+    ("meta-step", "32x20 depth 1", "ours", "compiled"),
     ("meta-step", "33 tokens", "ours", "vmap"),
     ("preparation", "500 tasks", "ours", "loop"),
     ("preparation of networks", "500 tasks", "ours", "loop"),
