@@ -29,11 +29,13 @@ DIFFUSION, DENOISER = DiffusionConfig(steps=6), DenoiserConfig(width=17, depth=1
 MODULES = {  # 3 tokens of 5, and with padding: 5 tokens, two of which are 4 wide
     "plain": nn.Linear(4, 3),
     "padded": nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
+    "network": nn.Linear(9, 4),  # one token of 40, more than twice the denoiser's width
 }
 
 
 def make_bank(folder, module="plain", tasks=20):
-    layout = WeightLayout.from_module(MODULES[module], exchangeable=True)
+    how = {"tokens": "network"} if module == "network" else {"exchangeable": True}
+    layout = WeightLayout.from_module(MODULES[module], **how)
     generator = torch.Generator().manual_seed(0)
     bank = TrajectoryBank.create(folder, layout, 3, 7)
     targets = torch.randn(tasks, 3, layout.num_tokens, layout.width, generator=generator) * layout.mask
