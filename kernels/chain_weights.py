@@ -53,7 +53,7 @@ def pack_weights(folded: FoldedDenoiser, dtype: torch.dtype = torch.float32) -> 
         torch.cat([_sections(matrix, rows[layer], [h]) for layer, matrix in enumerate(folded.token)]),
         torch.cat([_sections(matrix, rows[layer], [h]) for layer, matrix in enumerate(folded.sample)]),
         torch.stack(step),
-        _sections(functools.reduce(torch.mm, folded.last), rows[depth], [d]),
+        _sections(functools.reduce(torch.mm, (factor.double() for factor in folded.last)), rows[depth], [d]),
         _sections(folded.condition_token, [c], [h] * depth + [d]),
         _sections(folded.condition_mean, [c], [h] * depth),
     )

@@ -132,11 +132,9 @@ class Sampler:
             self.generator.condition_width,
             self.generator.any_number_of_tokens,
         )
-        wide = (
-            f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
-            if layout.width > MAX_WIDTH
-            else None
-        )
+        wide = None
+        if layout.width > MAX_WIDTH:
+            wide = f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
         kernels = self._kernels = resolve(impl, self.device, wide) == "triton"
         self.few_rows = 0
         if self.device.type == "cpu" and requested(impl) == "auto" and not is_wide(self.generator.phi):

@@ -277,6 +277,11 @@ def test_check_family_names_the_fault(fault, words):
     assert words in error_of(check_family, family)
 
 
+def test_a_large_network_has_a_token_a_unit():
+    shapes = [ModuleFamily(nn.Linear(width, 256), draw, mse).layout.mask.shape for width in (255, 256)]
+    assert shapes == [(1, 2**16), (256, 257)]
+
+
 # --- the door ---
 
 

@@ -799,3 +799,21 @@ def test_rows_of_a_normalizer_that_are_alike_become_one():
         found = Normalizer(**rows)
         assert torch.equal(found.mean, rows["mean"])
         assert torch.equal(found.std, rows["std"])
+
+
+def test_a_whole_network_as_one_token():
+    """All parameters side by side, in order; back bit for bit; no classes to add, no other words."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.GroupNorm(1, 3), nn.Linear(4, 5, bias=False))
+    layout = WeightLayout.from_module(net, tokens="network")
+    tokens = layout.pack(net)
+    assert torch.equal(tokens, torch.cat([p.flatten() for p in net.parameters()])[None])
+    assert layout.mask.all()
+    assert layout.position_width == 1
+    assert all(torch.equal(layout.unpack(tokens)[name], p) for name, p in net.named_parameters())
+    assert WeightLayout.from_dict(layout.to_dict()) == layout
+    with pytest.raises(McdiError, match="'layer'"):
+        WeightLayout.from_module(net, tokens="layer")
+    with pytest.raises(McdiError, match="network without exchangeable"):
+        WeightLayout.from_module(net, tokens="network", exchangeable=True)
+    with pytest.raises(McdiError, match="only exchangeable tokens"):
+        layout.resized(2)

@@ -38,10 +38,8 @@ from mcdi_fast.weights import WeightLayout
 _SPLITS = ("train", "val", "test")
 _BATCH = 16  # examples a step
 _TASKS = 16  # trained at a time: their activations stay small
-_GAIN, _RIDGE = (
-    5.0,
-    10.0,
-)  # of the head in closed form: what logits are multiplied by, and the penalty in units of a feature's mean square norm
+# of the head in closed form: what logits are multiplied by, and the penalty in units of a feature's mean square norm
+_GAIN, _RIDGE = 5.0, 10.0
 _START_LR, _HEAD_LR = 0.003, 0.02  # Adam's, for the common matrices and for the logarithms of gain and penalty
 _OWN_SEED = 2**31  # of the tasks of start and components: no run has it
 _COMPONENTS, _COMPONENT_TASKS = 16, 256  # of the mean embedding, and the training tasks that they are found on

@@ -17,9 +17,8 @@ from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily
 from mcdi_fast.weights import WeightLayout
 
 Net = Callable[..., Any]
-_ONE_TOKEN = (
-    2**16
-)  # weights up to which a network is one token: the denoiser's outer matrices are then 64 MiB each at width 256
+_ONE_TOKEN = 2**16
+"""Weights up to which a network is one token: the denoiser's outer matrices are then 64 MiB each at width 256."""
 
 
 class ModuleFamily(TaskFamily):
@@ -52,10 +51,8 @@ class ModuleFamily(TaskFamily):
             select, tokens: as of `WeightLayout.from_module`; tokens None: "network" up to 65,536 weights. fingerprint: of the data.
         """
         self.module, self._draw, self._loss, self._score = module, draw, loss, score or loss
-        self.layout, self.metric = (
-            WeightLayout.from_module(module, select, buffers=False, tokens=tokens or "network"),
-            metric,
-        )
+        self.metric = metric
+        self.layout = WeightLayout.from_module(module, select, buffers=False, tokens=tokens or "network")
         if tokens is None and self.layout.width > _ONE_TOKEN:
             self.layout = WeightLayout.from_module(module, select, buffers=False)
         self._places = find(self.layout.shapes, module)

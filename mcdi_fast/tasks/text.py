@@ -187,8 +187,6 @@ def intents(options: IntentOptions, setup: Setup) -> PhotoFamily:
         ("train", order[:train]), ("val", order[train:val]), ("test", order[val:]),
     )}  # fmt: skip
     if options.target is not None:
-        parts |= {
-            options.source: parts["test"],
-            "test": data[1],
-        }  # the source's own new intents stay a split, for comparisons
+        # the source's own new intents stay a split, for comparisons
+        parts |= {options.source: parts["test"], "test": data[1]}
     return photo_family(parts, options, setup)

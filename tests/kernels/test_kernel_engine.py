@@ -271,6 +271,13 @@ def test_what_the_chain_kernel_lacks(tmp_path, monkeypatch):
             kernel.sample(condition.to(DEVICE), [0], eta_noise=eta_noise)
 
 
+def test_tokens_too_wide_for_the_chain_kernel(tmp_path, monkeypatch):
+    generator = fit(make_bank(tmp_path, "network"), MetaConfig(**vars(META) | {"steps": 1}), DIFFUSION, DENOISER)
+    monkeypatch.setattr("mcdi_fast.sampler.MAX_WIDTH", 39)
+    with pytest.raises(McdiError, match="width 39 at most, here 40"):
+        Sampler(generator, DEVICE, impl="triton")
+
+
 def test_prepared_banks_agree(tmp_path):
     features = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
     config, banks = PrepareConfig(tasks=4, steps=6), []
