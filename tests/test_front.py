@@ -17,7 +17,7 @@ def cell(width, seed, scores, ms):
 
 
 def test_rows_are_paired_and_the_quickest_that_is_level_is_bold():
-    """Error of the best 10 %: level is what is behind by 0.1 % at most."""
+    """Error of the best 10 %: level is what is behind by 0.1 % at most, its interval included."""
     cells = [cell(4, 0, [0.8, 0.9], 0.1), cell(4, 1, [0.8, 0.9], 0.1)]
     cells += [cell(8, 0, [0.899, 0.9], 0.2), cell(8, 1, [0.9, 0.8995], 0.2)]
     cells += [cell(16, 0, [0.9, 0.9], 0.4), cell(16, 1, [0.9, 0.9], 0.4)]
@@ -52,5 +52,10 @@ def test_the_command(tmp_path, capsys):
     assert record["seeds"] == [0, 1]
     assert "**" in shown
     assert (tmp_path / "out" / "front-test_tasks-lines.png").read_bytes().startswith(b"\x89PNG")
+    record, more = tmp_path / "run" / "front-test_tasks-lines.json", [*options, "--seeds", "0", "--widths", "16"]
+    assert front.main(more) == 0  # a further size, of one seed
+    assert {row["width"] for row in json.loads(record.read_text())["rows"]} == {4, 8, 16}
+    assert front.main([*options, "--seeds", "0", "1"]) == 0
+    assert {row["width"] for row in json.loads(record.read_text())["rows"]} == {4, 8}
     assert front.main([*options, "--segments", "4"]) == 2
     assert "segments k = 4 exceed" in capsys.readouterr().err
