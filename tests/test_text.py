@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 def options(folder, **more):
     given = {"support": 8, "queries": 10, "train_rows": 16, "rows": 60, "rank": 2, "start_steps": 20} | more
     sets = tuple(str(folder / f"{name}.json") for name in ("warm", "size"))
-    return LoraOptions(model=str(folder / "model"), sets=sets, **given)
+    return LoraOptions(**({"model": str(folder / "model"), "sets": sets} | given))
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +46,34 @@ def test_the_family_keeps_the_door_s_promises(family):
 
 
 @pytest.mark.parametrize("modules", [("query", "value"), ("query", "key", "value", "dense")])
-def test_logits_and_gradients_are_peft_s(folder, modules):
+@pytest.mark.parametrize("name", ["size", "pairs"])
+def test_logits_and_gradients_are_peft_s(folder, tmp_path, name, modules):
     """The whole transformer under peft, in float64 tolerance of float32: the same logits and autograd's gradient."""
-    family = glue(options(folder, modules=modules), Setup(cache_dir=folder / "cache"))
+    sets = tuple(str(folder / f"{one}.json") for one in ("warm", name))
+    family = glue(options(folder, modules=modules, sets=sets), Setup(cache_dir=folder / "cache"))
     assert family.layout.num_tokens == 2 * len(modules) + 2
     tasks = family.tasks("test", 1, 1, 0)
     theta = family.start(1, PrepareConfig(start_std=0.3), torch.Generator().manual_seed(0))
     weights = GeneratedWeights(family.layout, theta + tasks.query["base"])
     weights.load_into(family.model, 0)
-    tokenizer, _ = load_transformer(str(folder / "model"))
-    # the texts of the rows, found by their pooled embedding's place: test rows of both sets
+    tokenizer, net = load_transformer(str(folder / "model"))
+    # the texts of the rows, found by their place: test rows of both sets
     texts = {}
     start = 0
-    for name in family.options.sets:
-        data = load_texts(name)
+    for one in sets:
+        data = load_texts(one)
         for source, begin, count in (("train", 0, 53), ("train", 53, 27), ("test", 0, 30)):
             order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()
             for i in order[begin : begin + count]:
-                texts[start] = data[source].text[i]
+                part = data[source]
+                texts[start] = part.text[i], part.second and part.second[i]
                 start += 1
     assert start == len(family._length)
-    rows = tasks.query["row"][0].tolist()
-    inputs = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
-    logits = family.model(apart=family.apart[rows], **inputs)
+    text, second = zip(*(texts[row] for row in tasks.query["row"][0].tolist()), strict=True)
+    pairs = None if second[0] is None else list(second)
+    inputs = tokenizer(list(text), pairs, padding=True, return_tensors="pt")
+    inputs["apart"] = sentence_features(tokenizer, net, Texts(list(text), pairs, []), 64, tmp_path)
+    logits = family.model(**inputs)
     assert torch.allclose(logits, family.logits(theta, tasks.query)[0], atol=1e-4)
     torch.nn.functional.cross_entropy(logits, tasks.query["label"][0]).backward()
     slope = family.layout.unpack(family.gradient(theta, tasks.query)[0])

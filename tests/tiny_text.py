@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def write(folder):
-    """FOLDER/model, and FOLDER/{warm,size}.json: which of two kinds of words a text has more of; FOLDER/intents.json: a word an intent."""
+    """FOLDER/model, and FOLDER/{warm,size}.json: which of two kinds of words a text has more of; FOLDER/pairs.json: whether two
+    texts have words of one kind; FOLDER/intents.json: a word an intent."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -39,6 +40,13 @@ def write(folder):
         count = 40 * len(groups)
         found = {"train": texts(count, groups), "test": texts(count, groups)}
         (folder / f"{name}.json").write_text(json.dumps(found))
+    pairs = {}
+    for split in ("train", "test"):
+        first, second = texts(80, sets["warm"]), texts(80, sets["warm"])
+        order = rng.sample(range(80), 80)
+        label = [int(i % 2 == order[i] % 2) for i in range(80)]
+        pairs[split] = {"text": first["text"], "text_b": [second["text"][i] for i in order], "label": label}
+    (folder / "pairs.json").write_text(json.dumps(pairs))
     return folder
 
 
