@@ -245,9 +245,11 @@ class PackedChain:
     """
 
     def __init__(self, generator: WeightGenerator, mask: Tensor | None):
-        """generator: on the CPU, of tokens that are not wide (`denoiser.is_wide`). mask: float32 [N, D], 0 for padding; None where none is."""
+        """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is."""
         folded = generator.folded()
-        (last,) = folded.last
+        last, *factors = folded.last
+        for factor in factors:  # of wide tokens: for a few rows one product is quicker, though larger
+            last = (last.double() @ factor.double()).float()
         pairs = zip(folded.token, folded.sample, strict=True)
         parts = [matrix.flatten() for pair in pairs for matrix in pair] + [last.flatten()]
         normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]

@@ -35,6 +35,9 @@ MAX_WIDTH = 4096  # of a token in the kernels' chain, which multiplies a matrix 
 """Multiplications of a step, of all tokens of all tasks, up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4
 heads of 5 ways by a network of width 256 and depth 2, 29 by one of 128 and 1. Measured on one thread at this size: 0.7 to 1.0 of torch's time for
 widths of 64 to 256 and depths 1 and 2; at twice the size 0.9 to 1.4."""
+_ONE_PRODUCT = 512
+"""Width of wide tokens (`is_wide`) up to which a few rows take the product of their two last matrices all the same, at most 1 MiB: one head of
+5 x 257 by a network of width 32 takes 0.18 ms instead of 0.73, four heads 0.46 instead of 1.02."""
 ONE_THREAD_ROWS = 64
 """Tokens of all tasks up to which a chain by torch runs on one thread of a CPU, whatever torch is set to. Beside busy processes a second thread is
 waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
@@ -137,7 +140,11 @@ class Sampler:
             wide = f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
         kernels = self._kernels = resolve(impl, self.device, wide) == "triton"
         self.few_rows = 0
-        if self.device.type == "cpu" and requested(impl) == "auto" and not is_wide(self.generator.phi):
+        if (
+            self.device.type == "cpu"
+            and requested(impl) == "auto"
+            and (layout.width <= _ONE_PRODUCT or not is_wide(self.generator.phi))
+        ):
             self.few_rows = FEW_PRODUCTS // products_a_row(self.generator.phi)
         if kernels:
             self._kernel_weights()

@@ -280,10 +280,10 @@ def tabulated(record: dict[str, Any]) -> list[str]:
     rows, metric = record["rows"], record["metric"]
     knee = knee_of(rows)
     shown = front_of(rows) + [knee] * (knee not in front_of(rows))
-    lines = []
+    lines, digits = [], 3 if metric["factor"] > 1 else 5
     for row in sorted(shown, key=lambda row: row["ms"]):
         sizes = [row[key] for key in ("width", "depth", "T", "k", "sampling", "outer")]
-        behind = f"{row['behind']:.3f} ± {row['behind_ci95']:.3f}"
+        behind = f"{row['behind']:.{digits}f} ± {row['behind_ci95']:.{digits}f}"
         costs = [f"{row['ms']:.3f}", f"{row['training_seconds']:.0f}", row["kilobytes"]]
         line = [*sizes, number(row["mean"]), behind, *costs]
         lines.append([f"**{cell}**" for cell in line] if row is knee else line)
