@@ -257,6 +257,12 @@ def photo_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
+def transfer_defaults(config: TrainConfig) -> TrainConfig:
+    """The smallest size that was tried at 1 and 5 shots is level with the best (validation classes; docs/choices.md, "What accuracy costs")."""
+    config = photo_defaults(config)
+    return replace(config, denoiser=replace(config.denoiser, width=32, depth=1), meta=replace(config.meta, steps=100))
+
+
 def _load(setup: Setup, *names: str) -> list[dict[str, LabelledRows]]:
     with setup.stage("data", len(names), "sets") as bar:
         found = []
@@ -292,7 +298,7 @@ def transfer_family(options: TransferOptions, setup: Setup, further: Sequence[st
     return photo_family(parts, options, setup)
 
 
-@register(photo_defaults)
+@register(transfer_defaults)
 def tiny_imagenet(options: TransferOptions, setup: Setup) -> PhotoFamily:
     """Natural images: classes of Tiny-ImageNet, of a folder of photos or of a file of features."""
     return transfer_family(options, setup)
