@@ -74,7 +74,7 @@ class Workshop:
         self.backend = Backend.at_door(config.device)
         self.versions = 1 + max(train_config(config, cell).task.augmentation for cell in plan(config))
         self._sampler: tuple[WeightGenerator, Sampler] | None = None
-        self.network: Callable[[], nn.Module] = cache(self._network)
+        self.network: Callable[[], nn.Sequential] = cache(self._network)
         self.backbone_weights: Callable[[], str] = cache(lambda: bb.weights_digest(self.network()))
         self.features: Callable[[], dict[str, Tensor]] = cache(self._features)
         self.heads: Callable[..., ChangedHeads] = lru_cache(4)(self._heads)
@@ -94,7 +94,7 @@ class Workshop:
 
     # ------------------------------------------------------------------ backbone, features, tasks
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> nn.Sequential:
         config, folder = self.config.task.backbone, make_folder(self.config.cache_dir / "backbones")
         with self.stage("backbone", config.steps, "episodes") as stage:
 
