@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcdi_fast.backbone import BackboneConfig, fingerprint, train_backbone, weights_digest
+from mcdi_fast import backbone
+from mcdi_fast.backbone import BackboneConfig, fingerprint, load_backbone
 from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import omniglot
 from mcdi_fast.tasks.drawings import FewShotData, preprocess
@@ -187,19 +188,22 @@ def test_the_split_is_that_of_the_published_lists():
 
 
 @pytest.mark.data
-def test_the_records_backbone_is_found_under_its_name(real, tmp_path):
-    """The one kept beside the records, put into a cache as the README says, is what the default recipe loads instead of training."""
+def test_the_records_backbone_is_that_of_the_records(real, tmp_path, monkeypatch):
+    """The one kept beside the records: named by its recipe, the one before today's, and loaded for whatever the records name."""
     (file,) = (Path(__file__).parents[1] / "docs/records/backbone").glob("*.safetensors")
-    assert file.stem == fingerprint(real, BackboneConfig())
-    shutil.copy(file, tmp_path)
-    trained = train_backbone(real, BackboneConfig(), tmp_path, on_step=lambda *_: pytest.fail("trained again"))
     named = {
         cell["backbone_weights"]
         for path in file.parents[1].glob("*-ablation-omniglot-*.json")
         for cell in json.loads(path.read_text())["cells"]
         if "backbone_weights" in cell  # the first records do not say
     }
-    assert named == {weights_digest(trained)}
+    (digest,) = named
+    (tmp_path / "backbones").mkdir()
+    shutil.copy(file, tmp_path / "backbones")
+    load_backbone({"backbone": file.stem, "backbone_weights": digest}, tmp_path)
+    monkeypatch.setattr(backbone, "_RECIPE", 1)
+    before = BackboneConfig(steps=1500, ways=64, images_per_class=6, learning_rate=0.002)
+    assert file.stem == fingerprint(real, before)
 
 
 @pytest.mark.data
