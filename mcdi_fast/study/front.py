@@ -310,6 +310,7 @@ def plot(record: dict[str, Any]) -> bytes:
     figure, ax = new_figure()
     metric, last = record["metric"], record["outer_steps"]
     rows = [row for row in record["rows"] if row["outer"] == last]
+    ax.margins(x=0.1)
     ax.plot([row["ms"] for row in rows], [row["mean"] for row in rows], ".", ms=3, color="0.7")
     line = front_of(rows)
     ax.plot([row["ms"] for row in line], [row["mean"] for row in line], "o-", ms=4)
@@ -327,21 +328,23 @@ def plot(record: dict[str, Any]) -> bytes:
     ax.set_xticks([tick for tick in ticks if low < tick < high], minor=False)
     ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter("{x:g}")
-    _label(ax, first + line)
+    _label(ax, first + line, below=metric["higher_is_better"])
     return png(figure)
 
 
-def _label(ax: Any, rows: list[dict[str, Any]]) -> None:
-    """The network of each row beside its point, once each, where a place is free of other labels; the first rows come first."""
+def _label(ax: Any, rows: list[dict[str, Any]], below: bool) -> None:
+    """The network of each row beside its point, on the side of the front where no line is; once each, the first rows first, never on one another."""
+    side = -11 if below else 4
+    places = ((7, side, "left"), (-7, -7 - side, "right"), (7, -7 - side, "left"), (-7, side, "right"))
     shown, taken = set[str](), list[Any]()
     ax.figure.draw_without_rendering()
     for row in rows:
         label = f"{row['width']} x {row['depth']}"
-        for place, side in (((7, -11), "left"), ((-7, 6), "right"), ((7, 6), "left"), ((-7, -11), "right")):
+        for x, y, align in places:
             if label in shown:
                 break
             note = ax.annotate(
-                label, (row["ms"], row["mean"]), xytext=place, textcoords="offset points", ha=side, fontsize=8
+                label, (row["ms"], row["mean"]), xytext=(x, y), textcoords="offset points", ha=align, fontsize=8
             )
             box = note.get_window_extent()
             if any(box.overlaps(other) for other in taken):
