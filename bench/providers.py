@@ -27,6 +27,7 @@ from mcdi_fast.kernels.operations import DEFAULT, OPERATIONS, Maker, Sizes, inne
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 from mcdi_fast.tasks import optimizer_steps
+from mcdi_fast.tasks.heads import train_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATE = 0.005
@@ -181,10 +182,10 @@ def meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Callab
 # Weight preparation
 
 
-def prepare_case(tasks: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def prepare_case(tasks: int, rows: int, features: int = DEFAULT.features) -> tuple[Tensor, Tensor, Tensor]:
     """Features [B, R, F], labels [B, R] and the starts [B, ways, F + 1]."""
-    found = WORK["head_trajectory"].inputs(replace(DEFAULT, heads=tasks, rows=rows), Maker(DEVICE))
-    return found["features"][0] / DEFAULT.features**0.5, found["labels"], found["start"]
+    found = WORK["head_trajectory"].inputs(replace(DEFAULT, heads=tasks, rows=rows, features=features), Maker(DEVICE))
+    return found["features"][0] / features**0.5, found["labels"], found["start"]
 
 
 def _head_loss(head: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -252,13 +253,23 @@ def _prepare_stacked(features: Tensor, labels: Tensor, start: Tensor) -> Tensor:
 
 
 def _prepare_ours(features: Tensor, labels: Tensor, start: Tensor) -> Tensor:
+    return train_heads(Backend.at_door(DEVICE), start, features.unsqueeze(0), labels, RECIPE)[:, 0]
+
+
+def _prepare_torch(features: Tensor, labels: Tensor, start: Tensor) -> Tensor:
     steps = optimizer_steps(Backend.at_door(DEVICE))
     return head_trajectory(start, features.unsqueeze(0), labels, RECIPE, **steps)[:, 0]
 
 
 def prepare_providers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Weight preparation by name."""
-    found = {"loop": prepare_loop, "vmap": _prepare_vmap, "stacked": _prepare_stacked, "ours": _prepare_ours}
+    """Weight preparation by name. torch: ours without numba or the fused kernel."""
+    found = {
+        "loop": prepare_loop,
+        "vmap": _prepare_vmap,
+        "stacked": _prepare_stacked,
+        "torch": _prepare_torch,
+        "ours": _prepare_ours,
+    }
     if OPTIONAL["pytorch_optimizer"]:
         found["pytorch_optimizer"] = _prepare_package
     return found

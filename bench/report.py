@@ -1,4 +1,4 @@
-"""Redraw what the records in bench/results/ say: ten rows and the pictures in the README, all of it in docs/performance.md.
+"""Redraw what the records in bench/results/ say: some rows and the pictures in the README, all of it in docs/performance.md.
 
     python bench/report.py          # or: make bench-report
 
@@ -25,6 +25,7 @@ MATTERS = [  # the README's rows: what, size, ours, the other
     ("meta-step", "32x20 depth 1", "ours", "compiled"),
     ("meta-step", "33 tokens", "ours", "vmap"),
     ("preparation", "500 tasks", "ours", "loop"),
+    ("preparation", "100 heads 5 x 1281", "ours", "loop"),
     ("preparation of networks", "500 tasks", "ours", "loop"),
     ("sampling", "1 tasks", FASTEST, "fine-tuning"),
     ("sampling", "1 tasks", "ours", "fine-tuning"),
@@ -48,6 +49,7 @@ TARGETS = {  # device: (what, size, ours over which, at least)
         ("meta-step", "32x16", "loop", 4.0),
         ("meta-step", "128x8", "vmap", 6.0),
         ("preparation", "500 tasks", "loop", 30.0),
+        ("preparation", "100 heads 5 x 1281", "loop", 30.0),
         ("meta-step", "32x20 depth 1", "loop", 8.0),
         ("meta-step", "32x20 depth 1", "vmap", 5.0),
         ("meta-step", "32x20 depth 1", "compiled", 3.0),

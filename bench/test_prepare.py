@@ -11,7 +11,13 @@ from mcdi_fast.config import PrepareConfig
 from mcdi_fast.kernels.operations import Work
 from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
 
-SIZES = {"8 tasks": (8, 100), "100 tasks": (100, 100), "500 tasks": (500, 100), "500 tasks, 25 rows": (500, 25)}
+SIZES = {  # tasks, rows, features
+    "8 tasks": (8, 100, 64),
+    "100 tasks": (100, 100, 64),
+    "500 tasks": (500, 100, 64),
+    "500 tasks, 25 rows": (500, 25, 64),
+    "100 heads 5 x 1281": (100, 100, 1280),  # on features of an encoder of photos
+}
 LOOP_TASKS = 8  # a loop's cost is linear in tasks: 500 of them take a minute
 PREPARE = P.prepare_providers()
 
@@ -20,14 +26,14 @@ PREPARE = P.prepare_providers()
 @pytest.mark.parametrize("provider", PREPARE)
 def test_prepare(benchmark, measure, provider, size):
     benchmark.group = f"weight preparation, {size}"
-    tasks, rows = SIZES[size]
-    if provider in ("loop", "pytorch_optimizer") and (tasks > LOOP_TASKS and rows == 100):
+    tasks, rows, features = SIZES[size]
+    if provider in ("loop", "pytorch_optimizer") and size in ("100 tasks", "500 tasks"):
         pytest.skip(f"timed at {LOOP_TASKS} tasks: linear in tasks")
-    if provider == "vmap" and tasks > 100:
+    if provider == "vmap" and (tasks > 100 or features > 64):
         pytest.skip("timed at fewer tasks: seconds a call")
     done = min(tasks, LOOP_TASKS) if provider in ("loop", "pytorch_optimizer") else tasks
-    case = P.prepare_case(done, rows)
-    work = P.WORK["head_trajectory"].work(replace(P.DEFAULT, heads=done, rows=rows))
+    case = P.prepare_case(done, rows, features)
+    work = P.WORK["head_trajectory"].work(replace(P.DEFAULT, heads=done, rows=rows, features=features))
     measure(
         lambda: PREPARE[provider](*case), P.prepare_check(*case), work, what="preparation", provider=provider, size=size, work=done
     )  # fmt: skip

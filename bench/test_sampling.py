@@ -24,7 +24,7 @@ SIZE = replace(P.DEFAULT, depth=1)  # of the main job on drawings
 STEPS = SIZE.steps
 TASKS = [1, 4, 32, 600, 4096]
 FEWEST = 3  # one a segment
-BACKEND = Backend.at_door()
+BACKEND, TORCH = Backend.at_door(), Backend.at_door(impl="torch")
 FINETUNE_STEPS, FINETUNE_RATES = (5, 10, 20, 50, 100), (0.01, 0.05, 0.2)
 
 
@@ -111,8 +111,10 @@ def test_sampling(benchmark, measure, setup, provider, tasks):
 
 
 @pytest.mark.parametrize("tasks", [1, 600])
-def test_finetuning(benchmark, measure, setup, tasks):
-    """The fewest Adam steps, at the best rate, that reach the accuracy of the generated heads; 100 where none does."""
+@pytest.mark.parametrize("provider", ["fine-tuning", "fine-tuning compiled"])
+def test_finetuning(benchmark, measure, setup, provider, tasks):
+    """The fewest Adam steps, at the best rate, that reach the accuracy of the generated heads; 100 where none does. By torch, all tasks at once; and
+    by the compiled code of preparation, where numba is installed."""
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
     generator, family, test = setup
     generated = family.scores(Sampler(generator).sample(test.condition, range(len(test))).tokens, test.query).mean()
@@ -128,11 +130,11 @@ def test_finetuning(benchmark, measure, setup, tasks):
     x, zero = family.features(some.support)[None].double(), torch.zeros(tasks, *family.layout.mask.shape).double()
     expected = head_trajectory(zero, x, some.support["label"], recipe)[:, -1]
     measure(
-        lambda: finetune(family, some, steps, rate, 0.0, BACKEND),
+        lambda: finetune(family, some, steps, rate, 0.0, BACKEND if provider == "fine-tuning compiled" else TORCH),
         P.close_to(expected, 1e-3),
         P.WORK["head_trajectory"].work(replace(P.DEFAULT, heads=tasks, rows=x.shape[2], adam_steps=steps)),
         what="sampling",
-        provider="fine-tuning",
+        provider=provider,
         size=f"{tasks} tasks",
         work=tasks,
         accuracy=100 * accuracy,

@@ -4,8 +4,8 @@
 - impl="triton": the kernels of `mcdi_fast.kernels`. Raises McdiError, saying why, where they cannot run: no CUDA device (and no
   TRITON_INTERPRET=1), a GPU that is too old, an operation that has no kernel for what was asked.
 - impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise the kernels on a GPU wherever there is one
-  for what was asked, and torch everywhere else, which is said once on a GPU; but a chain of few tasks on a CPU is compiled code where numba is
-  installed (cpu_chain.py).
+  for what was asked, and torch everywhere else, which is said once on a GPU; but on a CPU a chain of few tasks and the trajectories of heads are
+  compiled code where numba is installed (cpu_chain.py, cpu_heads.py).
 
 TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
 
@@ -14,9 +14,11 @@ Triton itself is imported only where kernels run: it costs a quarter of a second
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +45,8 @@ class Backend(NamedTuple):
     """Whether the Triton kernels run; torch otherwise."""
     precision: Precision = DEFAULT_PRECISION
     """Of the kernels' products."""
+    compiled: bool = True
+    """Whether code compiled by numba may run on a CPU, where it is installed."""
 
     @classmethod
     def at_door(
@@ -51,7 +55,20 @@ class Backend(NamedTuple):
         """From what a person asks for. Raises McdiError for an unknown or absent one, saying why."""
         found = check_device(device)
         check_precision(precision)
-        return cls(found, resolve(impl, found) == "triton", precision)  # type: ignore[arg-type]
+        kernels = resolve(impl, found) == "triton"
+        return cls(found, kernels, precision, requested(impl) == "auto")  # type: ignore[arg-type]
+
+
+@lru_cache
+def numba_module(name: str) -> ModuleType | None:
+    """mcdi_fast.<name>, code that numba compiles for a CPU; None where numba is not installed, or (which is said) cannot be used."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        return importlib.import_module(f"mcdi_fast.{name}")
+    except ImportError as error:
+        warnings.warn(f"numba is installed but cannot be used, torch computes instead: {error}", stacklevel=2)
+        return None
 
 
 def requested(impl: str) -> str:

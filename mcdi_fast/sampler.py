@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
 from mcdi_fast.denoiser import FoldedDenoiser, is_wide, products_a_row
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
@@ -43,16 +41,9 @@ ONE_THREAD_ROWS = 64
 waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
 
 
-@functools.cache
 def _packed_chain() -> type[PackedChain] | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        from mcdi_fast.cpu_chain import PackedChain
-    except ImportError as error:
-        warnings.warn(f"numba is installed but cannot be used, few tasks are sampled by torch: {error}", stacklevel=2)
-        return None
-    return PackedChain
+    module = numba_module("cpu_chain")
+    return module.PackedChain if module else None
 
 
 def _outside_compiled_code(method: _Method) -> _Method:

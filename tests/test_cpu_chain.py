@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcdi_fast import Sampler, sampler
+from mcdi_fast import Sampler, backend, sampler
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.diffusion import chain_table, make_objective, make_schedule, sample_chain
@@ -283,13 +283,13 @@ def test_weights_that_are_not_finite_are_refused(generator):
 
 @pytest.fixture
 def fresh():
-    sampler._packed_chain.cache_clear()
+    backend.numba_module.cache_clear()
     yield
-    sampler._packed_chain.cache_clear()
+    backend.numba_module.cache_clear()
 
 
 def test_without_numba_torch_samples(generator, taken, fresh, monkeypatch):
-    monkeypatch.setattr(sampler.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     Sampler(generator).sample(torch.randn(1, 5, 4), [0])
     assert taken == []
 

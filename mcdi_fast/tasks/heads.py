@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdi_fast import heads
-from mcdi_fast.backend import Backend
+from mcdi_fast.backend import Backend, numba_module
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, PrepareConfig
 from mcdi_fast.errors import McdiError
@@ -89,6 +89,30 @@ def draw_episodes(
             absent = np.arange(most) >= sizes[classes, domain, None]  # images that a smaller class does not have
             rows[i, :, part] = first[classes, domain, None] + np.where(absent, 2.0, order).argsort(1)[:, part]
     return torch.from_numpy(rows)
+
+
+def train_heads(
+    backend: Backend,
+    start: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    config: PrepareConfig,
+    segments: int = 1,
+    pick: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """`heads.head_trajectory` in one launch of a kernel, or on a CPU by compiled code, where there is one for what is asked; else by torch."""
+    given: Any = {"config": config, "segments": segments, "sample_weight": sample_weight}
+    if backend.kernels:
+        from mcdi_fast.kernels import head_trajectory as fused
+
+        if fused.fits(start.shape[1]):
+            return fused.head_trajectory(start, features, labels, pick=pick, precision=backend.precision, **given)
+    elif backend.compiled and pick is None and start.device.type == "cpu":
+        compiled = numba_module("cpu_heads")
+        if compiled and compiled.fits(start, features, labels):
+            return compiled.head_trajectory(start, features, labels, **given)
+    return heads.head_trajectory(start, features, labels, pick=pick, **given, **optimizer_steps(backend))
 
 
 class HeadFamily(TaskFamily):
@@ -216,20 +240,14 @@ class HeadFamily(TaskFamily):
         generator: torch.Generator,
         backend: Backend = Backend(),  # noqa: B008 (a constant)
     ) -> Tensor:
-        """`heads.head_trajectory`, or the same in one launch of a kernel; with augmented versions every step picks one for each row."""
+        """By `train_heads`; with augmented versions every step picks one for each row."""
         rows = data["row"]
         start = self.start(len(rows), config, generator).to(rows.device)
         x, pick = self._versions(rows), None
         if len(x) > 1:  # int32 on the way to a GPU
             pick = torch.randint(len(x), (config.steps, *rows.shape), generator=generator).int().to(rows.device)
         weight = data["weight"][0] if "weight" in data else None
-        given: Any = (start, x, data["label"].contiguous(), config, segments, pick, weight)
-        if backend.kernels:
-            from mcdi_fast.kernels import head_trajectory as fused
-
-            if fused.fits(start.shape[1]):
-                return fused.head_trajectory(*given, precision=backend.precision)
-        return heads.head_trajectory(*given, **optimizer_steps(backend))
+        return train_heads(backend, start, x, data["label"].contiguous(), config, segments, pick, weight)
 
     def _versions(self, rows: Tensor) -> Tensor:
         """Features of rows [B, R] in all their versions: [A, B, R, F]; only training images have more than one."""
