@@ -234,8 +234,8 @@ def head_trajectory(
 ) -> Tensor:
     """`heads.head_trajectory` of what `fits`: [B, k, ways, F + 1]. On as many threads as torch has."""
     tasks, rows = labels.shape
-    found = torch.empty(tasks, segments, *start.shape[1:])
-    share = torch.full((rows,), 1 / rows) if sample_weight is None else sample_weight
+    found = start.new_empty(tasks, segments, *start.shape[1:])
+    share = start.new_full((rows,), 1 / rows) if sample_weight is None else sample_weight.to(start)
     given = [tensor.detach().contiguous().numpy() for tensor in (start, features[0], labels, share)]
     scalars = np.array([adam_scalars(step + 1, config.learning_rate) for step in range(config.steps)])
     by_gram = config.rho > 0 and 2 * rows < start.shape[-1]

@@ -94,6 +94,21 @@ def test_products_of_rows_are_not_asked_for_a_gradient_that_cancels():
     assert cpu_heads.head_trajectory(start, 0 * x, labels, config).isfinite().all()  # no gradient at all
 
 
+def test_another_default_dtype_changes_nothing():
+    start, x, labels = case(2, 3, 5, 4)
+    weight = torch.full((5,), 0.2)
+    expected = cpu_heads.head_trajectory(start, x, labels, recipe(), sample_weight=weight)
+    try:
+        torch.set_default_dtype(torch.float64)
+        plain = cpu_heads.head_trajectory(start, x, labels, recipe())
+        weighted = cpu_heads.head_trajectory(start, x, labels, recipe(), sample_weight=weight.double())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert plain.dtype == weighted.dtype == torch.float32
+    assert torch.equal(plain, weighted)
+    assert torch.equal(weighted, expected)
+
+
 def test_a_converged_task_is_trained_as_by_torch():
     start, x, labels = case(3, 3, 30, 100)
     config = recipe(steps=600, learning_rate=0.02)

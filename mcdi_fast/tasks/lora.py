@@ -3,9 +3,9 @@
 What is generated is the difference from a base: LoRA matrices that training tasks have learnt together, so that a head in closed form is good
 for all of them, and that head for the task's own examples.
 
-Text is classified by its first token, so all but one token only has to be attended to. With the order of the products changed, one token
-costs two dot products a head instead of two matrices: 15 times less than the mean over all tokens. Everything below the last layer is frozen
-and was computed once.
+Text is classified by its first token, beside what the frozen encoder says of it. So all but one token only has to be attended to. With the
+order of the products changed, one token costs two dot products a head instead of two matrices: 15 times less than the mean over all tokens.
+Everything below the last layer is frozen and was computed once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class LoraFamily(TaskFamily):
     """LoRA and head, as differences from the base.
 
     Data are {"row": int64 [B, R], "label": int64 [B, R], "base": [B, N, D]}; base holds the common matrices and the task's ridge head on the features
-    they make; theta + base are the weights themselves.
+    they make; theta + base are the weights themselves. A head reads two halves of H: the adapted first token, and `apart` [rows, H], what the frozen
+    encoder says of the sentences alone (`text.sentence_features`).
 
     The condition has a row a token. All have the mean sentence embedding of the support, in the few directions in which training tasks differ most:
     told all of it, a network remembers tasks. A class's also has its row of the base head, which for matrices is 0: they do not depend on the
