@@ -1,0 +1,148 @@
+"""What compiled code on a CPU (numba, the extra `cpu`) is made of: torch's own matrix product, called without the interpreter, exp, and threads.
+
+A product goes to the `sgemm` of the BLAS that torch brings, by its Fortran interface, which every BLAS has. Called from compiled code it takes
+less than a microsecond to start, and reaches 70 % of its peak with five rows and 90 % with eighty (docs/performance.md); through torch's operations
+five rows reach a sixth. Where torch has no such symbol to offer this module cannot be imported, and torch computes instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_f32 = np.float32
+_SGEMM = "mcdi_fast_sgemm"
+_ITEM = 4  # bytes of a float32
+
+FAST: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+"""Options of `njit`. numpy's error model: a division that looks for zeros is not vectorised."""
+
+
+def _torch_library() -> ctypes.CDLL:
+    """The library with torch's CPU operations, in which, or in what it links to, its BLAS is."""
+    names = "libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"
+    found = [path for path in (Path(torch.__file__).parent / "lib" / name for name in names) if path.exists()]
+    if not found:
+        raise ImportError("torch's library of CPU operations is not where its wheels have it")
+    return ctypes.CDLL(str(found[0]))
+
+
+_library = _torch_library()
+try:
+    binding.add_symbol(_SGEMM, ctypes.cast(_library.sgemm_, ctypes.c_void_p).value)
+except AttributeError as error:
+    raise ImportError("torch's library offers no sgemm") from error
+# MKL's threads are those of the whole process, unless a thread has a number of its own: 0 is none
+_own_threads = getattr(_library, "MKL_Set_Num_Threads_Local", lambda count: 0)
+
+
+def compiled(function: Callable) -> Any:
+    """`njit` of what Python calls: kept on disk, and other threads run meanwhile."""
+    try:
+        return njit(cache=True, nogil=True, **FAST)(function)
+    except RuntimeError:  # no folder to keep it in
+        return njit(nogil=True, **FAST)(function)
+
+
+@intrinsic
+def _sgemm(typingctx, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    """Fortran's: all by address, columns first."""
+    kinds: list[Any] = [types.uint8] * 2 + [types.int64] * 3
+    kinds += [types.float32, types.intp, types.int64, types.intp, types.int64, types.float32, types.intp, types.int64]
+    pointers = {6, 8, 11}
+
+    def codegen(context, builder, signature, values):
+        byte = ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [byte] * 13), _SGEMM)
+        given = []
+        for number, value in enumerate(values):
+            if number in pointers:
+                given.append(builder.inttoptr(value, byte))
+            else:  # of the integers a BLAS reads the lower half, or all
+                given.append(builder.bitcast(cgutils.alloca_once_value(builder, value), byte))
+        builder.call(function, given)
+        return context.get_dummy_value()
+
+    return types.void(*kinds), codegen
+
+
+@njit
+def product(a, b, out, alpha, beta):
+    """out = alpha a b + beta out, of matrices [m, k], [k, n], [m, n]; with beta = 0 out is only written.
+
+    Slices of columns will do, and of a and b transposed views.
+    """
+    m, n = out.shape
+    k = a.shape[1]
+    # a matrix in rows is its transpose in columns, so out' = b' a'
+    across_a, across_b = a.strides[1] != _ITEM, b.strides[1] != _ITEM
+    lda = max(a.strides[1] // _ITEM, m) if across_a else max(a.strides[0] // _ITEM, k)
+    ldb = max(b.strides[1] // _ITEM, k) if across_b else max(b.strides[0] // _ITEM, n)
+    ldc = max(out.strides[0] // _ITEM, n)
+    _sgemm(  # type: ignore[call-arg]
+        np.uint8(84 if across_b else 78),  # T, N
+        np.uint8(84 if across_a else 78),
+        np.int64(n), np.int64(m), np.int64(k),
+        _f32(alpha), b.ctypes.data, np.int64(ldb), a.ctypes.data, np.int64(lda),
+        _f32(beta), out.ctypes.data, np.int64(ldc),
+    )  # fmt: skip
+
+
+@njit(inline="always")
+def exp(v):
+    """e^v of a float32 to two units in the last place (Cephes expf), in operations that fill vector registers."""
+    v = min(max(v, _f32(-87.0)), _f32(87.0))
+    n = np.floor(v * _f32(1.44269504) + _f32(0.5))
+    r = v - n * _f32(0.693359375) + n * _f32(2.12194440e-4)
+    p = _f32(1.9875691500e-4)
+    p = p * r + _f32(1.3981999507e-3)
+    p = p * r + _f32(8.3334519073e-3)
+    p = p * r + _f32(4.1665795894e-2)
+    p = p * r + _f32(1.6666665459e-1)
+    p = p * r + _f32(5.0000001201e-1)
+    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)  # 2^n, by the exponent's bits
+    return (p * r * r + r + _f32(1.0)) * power
+
+
+@njit
+def take(scratch, rows, columns):
+    """The first rows x columns of scratch as a matrix, and the rest of scratch, which starts at a cache line as scratch does."""
+    size = rows * columns
+    return scratch[:size].reshape(rows, columns), scratch[(size + 15) // 16 * 16 :]
+
+
+def aligned(size: int) -> np.ndarray:
+    """float32 [size], uninitialised, from a cache line on: a BLAS may round otherwise at other addresses."""
+    memory = np.empty(size + 16, _f32)
+    return memory[-memory.ctypes.data % 64 // _ITEM :][:size]
+
+
+def by_threads(run: Callable[[int, int], Any], tasks: int, least: int = 1) -> list[Any]:
+    """What run(first, end) returns for each share of the tasks, a share a thread, on as many threads as torch has.
+
+    least: tasks a thread must have to be worth starting.
+    """
+    threads = max(1, min(torch.get_num_threads(), tasks // least))
+
+    def share(number: int) -> Any:
+        before = _own_threads(1)
+        try:
+            return run(number * tasks // threads, (number + 1) * tasks // threads)
+        finally:
+            _own_threads(before)
+
+    if threads == 1:
+        return [share(0)]
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(share, number) for number in range(1, threads)]
+        return [share(0), *(other.result() for other in others)]
