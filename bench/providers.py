@@ -150,7 +150,8 @@ def inner_providers() -> dict[str, Inner]:
         "vmap": lambda phi, batch: inner_loop(phi, batch, RATE, "vmap"),
         "compiled": torch.compile(lambda phi, batch: inner_loop(phi, batch, RATE, "vmap"), dynamic=False),
         "stacked": lambda phi, batch: inner_loop(phi, batch, RATE, "torch", True),
-        "ours": lambda phi, batch: inner_loop(phi, batch, RATE, "torch"),
+        "torch": lambda phi, batch: inner_loop(phi, batch, RATE, "torch"),
+        "ours": lambda phi, batch: inner_loop(phi, batch, RATE),
     }
     if OPTIONAL["higher"]:
         found["higher"] = _higher

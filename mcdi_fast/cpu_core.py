@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 _f32 = np.float32
 _SGEMM = "mcdi_fast_sgemm"
 _ITEM = 4  # bytes of a float32
+_LINE = 16  # float32 in a cache line
 
 FAST: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 """Options of `njit`. numpy's error model: a division that looks for zeros is not vectorised."""
@@ -114,16 +115,24 @@ def exp(v):
     return (p * r * r + r + _f32(1.0)) * power
 
 
+def lines(size: int) -> int:
+    """size, rounded up to whole cache lines: what `take` takes of scratch."""
+    return (size + _LINE - 1) // _LINE * _LINE
+
+
+_lines = njit(lines)
+
+
 @njit
 def take(scratch, rows, columns):
     """The first rows x columns of scratch as a matrix, and the rest of scratch, which starts at a cache line as scratch does."""
     size = rows * columns
-    return scratch[:size].reshape(rows, columns), scratch[(size + 15) // 16 * 16 :]
+    return scratch[:size].reshape(rows, columns), scratch[_lines(size) :]
 
 
 def aligned(size: int) -> np.ndarray:
     """float32 [size], uninitialised, from a cache line on: a BLAS may round otherwise at other addresses."""
-    memory = np.empty(size + 16, _f32)
+    memory = np.empty(size + _LINE, _f32)
     return memory[-memory.ctypes.data % 64 // _ITEM :][:size]
 
 

@@ -1,10 +1,11 @@
 """The inner loops of Reptile, batched over tasks: K plain SGD steps from phi on each task's own loss.
 
-One function, `inner_loop`, and three implementations of it that agree:
+One function, `inner_loop`, and four implementations of it that agree:
 
 - `reference`: a Python loop over tasks, plain autograd, any dtype. Written to be read; the oracle.
 - `vmap`: `torch.func.vmap(grad(...))`. Second oracle, and the baseline of every benchmark.
 - `torch`: forward and backward by hand over stacked tasks, no per-task weights in memory (see `_LowRankLinear`).
+- `auto`: the same in compiled code (cpu_inner.py), in float32 on a CPU where numba is installed; elsewhere `torch`.
 
 The kernels have it too (kernels/inner_loop.py); `meta.MetaTrainer` chooses.
 """
@@ -12,6 +13,7 @@ The kernels have it too (kernels/inner_loop.py); `meta.MetaTrainer` chooses.
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from mcdi_fast.backend import numba_module
 from mcdi_fast.denoiser import Parameters, denoise, depth_of, full_precision
 from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
@@ -27,20 +30,27 @@ ORACLES = ("reference", "vmap")
 _CROSSOVER = 1.3  # of stacked_is_cheaper
 
 
+class Form(NamedTuple):
+    """How a linear map is computed. rows: of a task and step. own: whether the task keeps a weight of its own, not the low-rank terms."""
+
+    rows: int
+    own: bool
+
+
 @full_precision
 def inner_loop(
     phi: Parameters,
     batch: InnerBatch,
     inner_lr: float,
-    impl: str = "torch",
+    impl: str = "auto",
     stacked: bool | None = None,
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given, in `torch.autocast` too.
 
     Args:
         phi: shared start of all tasks. inner_lr: eta.
-        impl: "torch", or one of `ORACLES`.
-        stacked: for "torch", whether to keep per-task weights (True) or the low-rank form (False); None chooses for
+        impl: "auto", "torch", or one of `ORACLES`.
+        stacked: for the first two, whether to keep per-task weights (True) or the low-rank form (False); None chooses for
             each linear map the cheaper (`stacked_is_cheaper`).
 
     Returns:
@@ -55,9 +65,18 @@ def inner_loop(
         return _vmap(phi, batch, inner_lr)
     if impl == "reference":
         return _reference(phi, batch, inner_lr)
-    if impl != "torch":
-        raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join(('torch', *ORACLES))}")
-    return _fused(phi, batch, inner_lr, stacked)
+    if impl not in ("auto", "torch"):
+        raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join(('auto', 'torch', *ORACLES))}")
+    _, k, s, n, _ = batch.x.shape
+    forms = []
+    for name, value in phi.items():
+        rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
+        forms.append(Form(rows, stacked_is_cheaper(value, k, rows) if stacked is None else stacked))
+    if impl == "auto" and batch.x.device.type == "cpu" and batch.x.dtype == torch.float32:
+        code = numba_module("cpu_inner")
+        if code:
+            return code.inner_loop(phi, batch, inner_lr, forms)
+    return _fused(phi, batch, inner_lr, forms)
 
 
 def task_loss(
@@ -218,13 +237,11 @@ def stacked_is_cheaper(weight: Tensor, inner_steps: int, rows: int) -> bool:
 
 
 @torch.no_grad()
-def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, stacked: bool | None) -> tuple[Parameters, Tensor]:
+def _fused(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: list[Form]) -> tuple[Parameters, Tensor]:
     b, k, s, n, d = batch.x.shape
     linear = {}
-    for name, value in phi.items():
-        rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        own = stacked_is_cheaper(value, k, rows) if stacked is None else stacked
-        linear[name] = (_StackedLinear if own else _LowRankLinear)(name, value, k, b, rows, inner_lr)
+    for (name, value), form in zip(phi.items(), forms, strict=True):
+        linear[name] = (_StackedLinear if form.own else _LowRankLinear)(name, value, k, b, form.rows, inner_lr)
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     tokens, conditions, last = linear["in.token"], linear["in.condition"], linear["out.token"]
     blocks = [tuple(linear[f"block{layer}.{name}"] for name in ("token", "sample", "out")) for layer in range(depth)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.bounds import check
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
@@ -46,7 +46,7 @@ class MetaTrainer:
 
     Attributes:
         state: the parameters being trained, their average (which `generator()` uses), Adam's moments. step: outer steps done.
-        impl: what runs, resolved: "torch" or "triton" (or an oracle).
+        impl: what runs: "triton", "torch", "auto" (torch or, on a CPU, compiled code) or an oracle.
         ranks: the processes that share the meta-batch; all of them take every step, and their states stay the same.
     """
 
@@ -75,6 +75,8 @@ class MetaTrainer:
         self.device = check_device(device)
         check_precision(precision)
         self.impl = impl if impl in ORACLES else resolve(impl, self.device)
+        if self.impl == "torch":
+            self.impl = requested(impl)
         self.meta = check(meta or MetaConfig(), "--meta.")
         check_meta(self.meta, ranks)
         self.seed = check_seed(seed)

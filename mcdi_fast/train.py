@@ -196,7 +196,9 @@ def _train(
             bar.update(trainer.step)
             lr = config.meta.inner_lr
             threads.begin(
-                "meta-training", trainer.step, lambda: inner_loop(trainer.phi, trainer.batch(trainer.step), lr)
+                "meta-training",
+                trainer.step,
+                lambda: inner_loop(trainer.phi, trainer.batch(trainer.step), lr, trainer.impl),
             )
 
         def on_step(trainer: MetaTrainer, loss: torch.Tensor) -> None:

@@ -73,7 +73,9 @@ def test_agree_in_float64(shape, impl, stacked, padded):
         assert relative(delta[name], expected[name]) < 1e-11, name
 
 
-IMPLEMENTATION_FORMS = [("reference", None), ("vmap", None), ("torch", False), ("torch", True), ("torch", None)]
+IMPLEMENTATION_FORMS = [("reference", None), ("vmap", None)] + [
+    (impl, stacked) for impl in ("torch", "auto") for stacked in (False, True, None)
+]
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,13 +103,15 @@ def test_any_shape_agrees_in_float64(shape, seed, rate, padded):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stacked", [False, True])
-def test_float32_rounds_no_worse_than_the_reference(shape, stacked):
-    phi, batch = random_case(shape, torch.float64)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_float32_rounds_no_worse_than_the_reference(shape, stacked, padded, impl):
+    phi, batch = random_case(shape, torch.float64, 0, padded)
     phi32, batch32 = cast(phi, batch, torch.float32)
     phi, batch = cast(phi32, batch32, torch.float64)  # of the rounded inputs: what is compared is the arithmetic
     exact, exact_losses = inner_loop(phi, batch, 0.05, "reference")
     plain, plain_losses = inner_loop(phi32, batch32, 0.05, "reference")
-    fused, fused_losses = inner_loop(phi32, batch32, 0.05, "torch", stacked)
+    fused, fused_losses = inner_loop(phi32, batch32, 0.05, impl, stacked)
     for name in phi:
         assert fused[name].dtype == torch.float32
         assert relative(fused[name], exact[name]) < 3 * relative(plain[name], exact[name]) + 2e-7, name

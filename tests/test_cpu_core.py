@@ -1,0 +1,72 @@
+"""Products of compiled code against NumPy's in float64, of any views; shares of tasks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from mcdi_fast import cpu_core
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 20)] * 3),
+    st.tuples(*[st.booleans()] * 2),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 1.0, -0.5]),
+    st.integers(0, 2**31),
+)
+def test_product_of_any_views(shape, turned, extra, beta, seed):
+    m, k, n = shape
+    draw = np.random.default_rng(seed)
+
+    def matrix(rows, columns, turn=False):
+        if turn:
+            return matrix(columns, rows).T
+        return draw.standard_normal((rows, columns + extra)).astype(np.float32)[:, extra // 2 : extra // 2 + columns]
+
+    a, b, out = matrix(m, k, turned[0]), matrix(k, n, turned[1]), matrix(m, n)
+    expected = 1.5 * a.astype(np.float64) @ b.astype(np.float64) + beta * out.astype(np.float64)
+    size = 1.5 * abs(a).astype(np.float64) @ abs(b) + abs(beta * out)
+    around = out.base.copy() if extra else None
+    if beta == 0:
+        out[:] = np.nan
+    cpu_core.product(a, b, out, np.float32(1.5), np.float32(beta))
+    assert (abs(out - expected) <= 2.0**-23 * (k + 2) * size).all()
+    if extra:
+        around[:, extra // 2 : extra // 2 + n] = out
+        assert np.array_equal(out.base, around)  # what stands beside it is untouched
+
+
+def test_shares_cover_all_tasks_once():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for tasks in (1, 2, 7):
+                found = cpu_core.by_threads(lambda first, end: list(range(first, end)), tasks)
+                assert [task for part in found for task in part] == list(range(tasks))
+                assert len(found) == min(threads, tasks)
+        assert len(cpu_core.by_threads(lambda first, end: None, 7, least=4)) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_of_a_share_is_raised():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ZeroDivisionError):
+            cpu_core.by_threads(lambda first, end: 1 // (first == 0), 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_starts_at_a_cache_line():
+    for size in (0, 1, 17, 1000):
+        found = cpu_core.aligned(size)
+        assert len(found) == size
+        assert found.ctypes.data % 64 == 0

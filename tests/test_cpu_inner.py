@@ -1,0 +1,97 @@
+"""Compiled inner loops against the reference in float64, on any shape, and when they run. What all forms share: test_inner.py."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_inner import cast, random_case
+
+from mcdi_fast import backend
+from mcdi_fast.inner import inner_loop
+
+pytest.importorskip("numba")
+
+from mcdi_fast import cpu_core, cpu_inner
+
+
+def poisoned(size):
+    found = cpu_core.aligned(size)
+    found[:] = np.nan
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, high) for high in (9, 4, 5, 6, 20, 9, 6, 40, 3))),
+    st.integers(0, 2**31),
+    st.floats(1e-4, 0.1),
+    st.booleans(),
+    st.sampled_from([None, False, True]),
+    st.integers(1, 3),
+    st.sampled_from([1, 12, 160]),
+)
+def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few):
+    """On memory full of NaN, on any number of threads, whatever share of the tasks is computed at a time."""
+    phi, batch = random_case(shape, torch.float32, seed, padded)
+    exact = inner_loop(*cast(phi, batch, torch.float64), rate, "reference")
+    plain = inner_loop(phi, batch, rate, "reference")
+    # a diverging task multiplies rounding by its growth
+    assume(float(exact[1].max()) < 1e3 * float(exact[1][:, 0].max()))
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_inner, "aligned", poisoned)
+        patch.setattr(cpu_inner, "_FEW_ROWS", few)
+        try:
+            torch.set_num_threads(threads)
+            delta, losses = inner_loop(phi, batch, rate, "auto", stacked)
+        finally:
+            torch.set_num_threads(before)
+    size = sum(float(value.norm()) for value in exact[0].values())
+    for name, value in phi.items():
+        assert delta[name].shape == value.shape
+        error, own = (float((found[name] - exact[0][name]).norm()) for found in (delta, plain[0]))
+        assert error <= 4 * own + 1e-6 * (float(exact[0][name].norm()) + 0.1 * size), name
+    own = float((plain[1] - exact[1]).norm())
+    assert float((losses - exact[1]).norm()) <= 4 * own + 1e-6 * float(exact[1].norm())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_task_hears_neither_of_the_others_nor_of_the_threads(stacked, monkeypatch):
+    phi, batch = random_case((9, 3, 4, 5, 13, 9, 7, 16, 2), torch.float32)
+    before, threads = torch.get_num_threads(), []
+    monkeypatch.setattr(cpu_inner, "_FEW_ROWS", 60)  # three tasks at a time
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            threads.append(inner_loop(phi, batch, 0.1, "auto", stacked))
+        finally:
+            torch.set_num_threads(before)
+    (one, losses), (three, again) = threads
+    assert torch.equal(losses, again)
+    for name in phi:
+        torch.testing.assert_close(one[name], three[name], rtol=0, atol=1e-6 * float(one[name].abs().max()))
+
+
+def test_who_takes_it(monkeypatch):
+    phi, batch = random_case((2, 2, 2, 3, 5, 4, 3, 8, 1), torch.float32)
+    taken, code = [], cpu_inner.inner_loop
+    monkeypatch.setattr(cpu_inner, "inner_loop", lambda *given: taken.append(1) or code(*given))
+    inner_loop(phi, batch, 0.1)
+    assert len(taken) == 1
+    inner_loop(phi, batch, 0.1, "torch")
+    inner_loop(*cast(phi, batch, torch.float64), 0.1)
+    leaves = {name: value.requires_grad_() for name, value in phi.items()}
+    assert len(taken) == 1
+    assert not any(value.requires_grad for value in inner_loop(leaves, batch, 0.1)[0].values())
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "mcdi_fast.cpu_inner")
+    backend.numba_module.cache_clear()
+    try:
+        assert backend.numba_module("cpu_inner") is None
+        inner_loop(phi, batch, 0.1)
+    finally:
+        backend.numba_module.cache_clear()
+    assert len(taken) == 2
