@@ -65,6 +65,7 @@ def head_trajectory(
     segments: int = 1,
     pick: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    base: tuple[Tensor, Tensor] | None = None,
     **steps: Any,
 ) -> Tensor:
     """`optim.trajectory` of B linear heads with the gradient by hand; every random draw is made beforehand.
@@ -74,6 +75,7 @@ def head_trajectory(
         segments: k, a divisor of config.steps M.
         pick: integer [M, B, R] in [0, A): the version of every row in every step; version 0 by default.
         sample_weight: [R], the share of each row in the loss, summing to 1; equal shares by default.
+        base: (base [B, ways, F + 1], trust [B, 1, 1]): the head is base + trust * theta; theta itself by default.
         steps: `ascend` and `update` of `optim.trajectory`.
 
     Returns:
@@ -85,7 +87,11 @@ def head_trajectory(
         x = features[0]
         if pick is not None:
             x = torch.gather(features, 0, pick[step, None, :, :, None].long().expand(1, *x.shape), out=picked)[0]
-        return head_gradient(theta, x, labels, config.weight_decay, sample_weight)
+        if base is None:
+            return head_gradient(theta, x, labels, config.weight_decay, sample_weight)
+        about, trust = base
+        slope = head_gradient(about + trust * theta, x, labels, 0.0, sample_weight)
+        return slope.mul_(trust).add_(theta, alpha=config.weight_decay)
 
     return trajectory(start, gradient, config, segments, **steps)
 

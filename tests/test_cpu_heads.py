@@ -17,9 +17,10 @@ SHAPES = [  # tasks, ways, rows, features
     (4, 3, 12, 6),
     (3, 5, 33, 64),
     (3, 12, 40, 20),
-    (3, 5, 10, 130),  # from here on rows are fewer than features: SAM by the products of rows
-    (2, 7, 17, 47),
     (2, 5, 1, 300),
+    (3, 5, 30, 150),  # from here on rows are few and the products large: SAM by the products of rows
+    (2, 7, 17, 247),
+    (1, 5, 3, 1400),
 ]
 
 
@@ -34,9 +35,11 @@ def case(tasks, ways, rows, features, seed=0):
     return start, x, torch.randint(ways, (tasks, rows), generator=g)
 
 
-def exact(start, x, labels, config, segments=1, weight=None):
+def exact(start, x, labels, config, segments=1, weight=None, **more):
     weight = None if weight is None else weight.double()
-    return heads.head_trajectory(start.double(), x.double(), labels, config, segments, None, weight)
+    if "base" in more:
+        more["base"] = tuple(value.double() for value in more["base"])
+    return heads.head_trajectory(start.double(), x.double(), labels, config, segments, sample_weight=weight, **more)
 
 
 def error(found, expected):
@@ -52,7 +55,7 @@ def test_as_the_reference(shape, rho, weighted):
     weight = torch.linspace(1, 2, shape[2]) / (1.5 * shape[2]) if weighted else None
     copies = [value.clone() for value in (start, x, labels)]
     assert cpu_heads.fits(start, x, labels)
-    found = cpu_heads.head_trajectory(start, x, labels, config, segments, weight)
+    found = cpu_heads.head_trajectory(start, x, labels, config, segments, sample_weight=weight)
     assert all(torch.equal(one, two) for one, two in zip(copies, (start, x, labels), strict=True))
     assert found.shape == (shape[0], segments, *start.shape[1:])
     expected = exact(start, x, labels, config, segments, weight)
@@ -61,7 +64,36 @@ def test_as_the_reference(shape, rho, weighted):
     assert error(found, expected) < 10 * error(plain, expected) + 1e-5
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 20, 64), (7, 5, 10, 64)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+@pytest.mark.parametrize("versions", [1, 3])
+@pytest.mark.parametrize("from_base", [False, True])
+def test_versions_of_rows_and_heads_from_a_base(shape, rho, versions, from_base):
+    start, x, labels = case(*shape)
+    g = torch.Generator().manual_seed(1)
+    config, more = recipe(rho=rho), {}
+    if versions > 1:
+        x = torch.cat([case(*shape, seed)[1] for seed in range(versions)])
+        more["pick"] = torch.randint(versions, (config.steps, *labels.shape), generator=g)
+    if from_base:
+        more["base"] = torch.randn(start.shape, generator=g), torch.rand(len(start), 1, 1, generator=g)
+    assert cpu_heads.fits(start, x, labels, more.get("pick"))
+    found, expected = (
+        cpu_heads.head_trajectory(start, x, labels, config, 3, **more),
+        exact(start, x, labels, config, 3, **more),
+    )
+    plain = heads.head_trajectory(start, x, labels, config, 3, **more)
+    assert error(found, expected) < 10 * error(plain, expected) + 1e-5
+
+
+def test_a_version_that_is_not_there_is_refused():
+    start, x, labels = case(2, 3, 5, 4)
+    pick = torch.full((12, 2, 5), 1)
+    with pytest.raises(RuntimeError, match="index"):
+        train_heads(Backend(), start, x, labels, recipe(), pick=pick)
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 20, 64), (7, 5, 30, 150)])
 def test_a_task_hears_neither_of_the_others_nor_of_the_threads(shape):
     start, x, labels = case(*shape)
     before, threads = cpu_heads.head_trajectory(start, x, labels, recipe()), torch.get_num_threads()
@@ -83,7 +115,7 @@ def test_a_task_hears_neither_of_the_others_nor_of_the_threads(shape):
 
 def test_products_of_rows_are_not_asked_for_a_gradient_that_cancels():
     """Rows alike with labels that pull either way: a norm that is rounding must not become an ascent."""
-    start, x, labels = case(3, 2, 8, 64)
+    start, x, labels = case(3, 2, 8, 600)
     start[:] = 0
     x[:, :, 1::2] = x[:, :, ::2] * (1 + 1e-6)
     labels[:] = torch.arange(8) % 2
@@ -130,8 +162,6 @@ def test_who_takes_it(monkeypatch):
     found = trained()
     assert len(taken) == 1
     assert error(trained(Backend.at_door(impl="torch")), found.double()) < 1e-4
-    versions = torch.stack([rows, rows])
-    trained(family=HeadFamily({"train": ClassRows.of_grid(versions)}, HeadOptions(ways=3, queries=2)))
     start, x, labels = case(2, 3, 5, 4)
     train_heads(Backend(), start.double(), x.double(), labels, recipe())
     with pytest.raises(RuntimeError, match="index"):

@@ -125,6 +125,23 @@ def test_head_trajectory_is_the_plain_loop(rho, copies, segments):
     torch.testing.assert_close(found, plain_loop(features, labels, settings, 1, segments), rtol=1e-9, atol=1e-11)
 
 
+def test_heads_from_a_base_are_trained_as_autograd_says():
+    features, labels = case()
+    g, settings = torch.Generator().manual_seed(3), config(rho=0.0)
+    base = torch.randn(B, WAYS, WIDTH + 1, generator=g, dtype=torch.float64)
+    trust = torch.rand(B, 1, 1, generator=g, dtype=torch.float64)
+    start = torch.zeros_like(base)
+    found = head_trajectory(start, features, labels, settings, base=(base, trust))[:, 0]
+    for b in range(B):
+        theta = start[b].clone().requires_grad_()
+        optimizer = torch.optim.Adam([theta], settings.learning_rate)
+        for _ in range(settings.steps):
+            loss = loss_of(base[b] + trust[b] * theta, features[0, b], labels[b], 0.0)
+            (theta.grad,) = torch.autograd.grad(loss + settings.weight_decay / 2 * theta.square().sum(), theta)
+            optimizer.step()
+        torch.testing.assert_close(found[b], theta.detach(), rtol=1e-9, atol=1e-11)
+
+
 def test_the_local_targets_lie_on_one_trajectory():
     features, labels = case(2)
     every = run(features, labels, config(), segments=30)

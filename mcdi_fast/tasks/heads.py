@@ -100,19 +100,20 @@ def train_heads(
     segments: int = 1,
     pick: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    base: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`heads.head_trajectory` in one launch of a kernel, or on a CPU by compiled code, where there is one for what is asked; else by torch."""
-    given: Any = {"config": config, "segments": segments, "sample_weight": sample_weight}
-    if backend.kernels:
+    given: Any = {"config": config, "segments": segments, "pick": pick, "sample_weight": sample_weight}
+    if backend.kernels and base is None:
         from mcdi_fast.kernels import head_trajectory as fused
 
         if fused.fits(start.shape[1]):
-            return fused.head_trajectory(start, features, labels, pick=pick, precision=backend.precision, **given)
-    elif backend.compiled and pick is None and start.device.type == "cpu":
+            return fused.head_trajectory(start, features, labels, precision=backend.precision, **given)
+    elif backend.compiled and start.device.type == "cpu":
         compiled = numba_module("cpu_heads")
-        if compiled and compiled.fits(start, features, labels):
-            return compiled.head_trajectory(start, features, labels, **given)
-    return heads.head_trajectory(start, features, labels, pick=pick, **given, **optimizer_steps(backend))
+        if compiled and compiled.fits(start, features, labels, pick):
+            return compiled.head_trajectory(start, features, labels, base=base, **given)
+    return heads.head_trajectory(start, features, labels, base=base, **given, **optimizer_steps(backend))
 
 
 class HeadFamily(TaskFamily):
@@ -210,6 +211,10 @@ class HeadFamily(TaskFamily):
         """Whole heads of what is generated, of one task or of all."""
         return theta
 
+    def base_of_heads(self, data: Data) -> tuple[Tensor, Tensor] | None:
+        """base and trust, where `heads` is base + trust * theta: for `heads.head_trajectory`."""
+        return None
+
     def loss(self, theta: Tensor, data: Data) -> Tensor:
         """Cross-entropy, the mean or by each row's weight."""
         theta, x = self.heads(theta, data), self._features[data["row"]]
@@ -247,7 +252,8 @@ class HeadFamily(TaskFamily):
         if len(x) > 1:  # int32 on the way to a GPU
             pick = torch.randint(len(x), (config.steps, *rows.shape), generator=generator).int().to(rows.device)
         weight = data["weight"][0] if "weight" in data else None
-        return train_heads(backend, start, x, data["label"].contiguous(), config, segments, pick, weight)
+        label, base = data["label"].contiguous(), self.base_of_heads(data)
+        return train_heads(backend, start, x, label, config, segments, pick, weight, base)
 
     def _versions(self, rows: Tensor) -> Tensor:
         """Features of rows [B, R] in all their versions: [A, B, R, F]; only training images have more than one."""

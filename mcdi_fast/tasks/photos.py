@@ -23,9 +23,8 @@ from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.optim import trajectory
 from mcdi_fast.sampler import Sampler
-from mcdi_fast.tasks import Data, Setup, TaskBatch, optimizer_steps, register
+from mcdi_fast.tasks import Data, Setup, TaskBatch, register
 from mcdi_fast.tasks.encoders import Projection, encode, load_encoder
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 from mcdi_fast.tasks.images import LabelledRows, check_class_splits, join, load
@@ -118,6 +117,10 @@ class PhotoFamily(HeadFamily):
         """base + trust * theta."""
         return data["base"] + data["trust"] * theta
 
+    def base_of_heads(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Of `heads`."""
+        return data["base"], data["trust"]
+
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """By hand."""
         return data["trust"] * super().gradient(theta, data)
@@ -131,15 +134,7 @@ class PhotoFamily(HeadFamily):
         backend: Backend = Backend(),  # noqa: B008 (a constant)
     ) -> Tensor:
         """Adam + SAM on the difference, whose decay pulls towards the base."""
-        x, label = self.features(data), data["label"]
-        weight = data["weight"][0] if "weight" in data else None
-
-        def gradient(theta: Tensor, _: int) -> Tensor:
-            slope = data["trust"] * heads.head_gradient(self.heads(theta, data), x, label, 0.0, weight)
-            return slope.add_(theta, alpha=config.weight_decay)
-
-        start = self.start(len(label), config, generator).to(x.device)
-        found = trajectory(start, gradient, config, segments, **optimizer_steps(backend))
+        found = super().trajectories(data, config, segments, generator, backend)
         return found * data["flip"].unsqueeze(1) if "flip" in data else found
 
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
