@@ -8,8 +8,10 @@ five rows reach a sixth. Where torch has no such symbol to offer this module can
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +152,18 @@ def by_threads(run: Callable[[int, int], Any], tasks: int, least: int = 1) -> li
         finally:
             _own_threads(before)
 
-    if threads == 1:
-        return [share(0)]
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(share, number) for number in range(1, threads)]
+    others = [_workers().submit(share, number) for number in range(1, threads)]
+    try:
         return [share(0), *(other.result() for other in others)]
+    finally:
+        wait(others)  # whatever was raised: they write to what the caller may give back
+
+
+@lru_cache(maxsize=1)
+def _workers() -> ThreadPoolExecutor:
+    """Threads that stay: to start one costs as much as a head."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "mcdi_fast")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a fork has none of its parent's threads

@@ -66,7 +66,7 @@ def _forward(p, phi, rows, own, scores, tasks, r, rate, out, beta):
 
 
 @njit
-def _backward(p, phi_t, rows, own, scores, tasks, r, rate, out, beta):
+def _backward(p, phi, rows, own, scores, tasks, r, rate, out, beta):
     """out = the gradient of the map's rows of step r + beta out."""
     g, one = _gradients(p, rows, tasks, r), _f32(1)
     if p[_OWN]:
@@ -74,7 +74,7 @@ def _backward(p, phi_t, rows, own, scores, tasks, r, rate, out, beta):
             mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
             product(g[mine], _weight(p, own, t).T, out[mine], one, beta)
         return
-    product(g, _matrix(phi_t, p[_PHI], p[_OUT], p[_IN]), out, one, beta)
+    product(g, _matrix(phi, p[_PHI], p[_IN], p[_OUT]).T, out, one, beta)
     for before in range(r):
         a_before, g_before = _inputs(p, rows, tasks, before), _gradients(p, rows, tasks, before)
         _low_rank(p, scores, tasks, rate, g, g_before, a_before, out)
@@ -166,10 +166,8 @@ def _errors(net, target, mask, gain, scale, out):
 
 
 @compiled
-def _run(
-    plan, phi, phi_t, x, step, condition, gain, target, mask, sizes, rate, chunk, rows, own, scratch, losses, delta
-):
-    """losses [B, K] and delta [P], of the tasks of x [B, K, S, N, D]. phi_t: each matrix transposed. sizes: width, depth, real entries, all tasks."""
+def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, rows, own, scratch, losses, delta):
+    """losses [B, K] and delta [P], of the tasks of x [B, K, S, N, D]. sizes: width, depth, real entries, all tasks."""
     count, inner, samples, tokens, d = x.shape
     width, depth, real, every = sizes
     scale, zero, one, share = _f32(2.0 / (samples * real)), _f32(0), _f32(1), _f32(1.0 / tokens)
@@ -221,17 +219,17 @@ def _run(
                 errors = _gradients(of_net, rows, tasks, r)[mine]
                 losses[b, r] = _errors(net[mine], target[b, r], mask, gain[b, r], scale, errors) / (samples * real)
             g = _gradients(plan[-2], rows, tasks, r)
-            _backward(of_net, phi_t, rows, own, scores, tasks, r, rate, g, zero)
+            _backward(of_net, phi, rows, own, scores, tasks, r, rate, g, zero)
             for layer in range(depth - 1, -1, -1):
                 of_token, of_sample, of_u = plan[2 + 3 * layer], plan[3 + 3 * layer], plan[4 + 3 * layer]
-                _backward(of_u, phi_t, rows, own, scores, tasks, r, rate, du, zero)
+                _backward(of_u, phi, rows, own, scores, tasks, r, rate, du, zero)
                 g_token = _gradients(of_token, rows, tasks, r)
                 _multiply(du, slopes[layer * some : (layer + 1) * some], g_token)
                 _sum_tokens(g_token, tokens, one, _gradients(of_sample, rows, tasks, r))
                 then = _gradients(plan[1 + 3 * layer] if layer else of_x, rows, tasks, r)
                 _copy(g, then)
-                _backward(of_token, phi_t, rows, own, scores, tasks, r, rate, then, one)
-                _backward(of_sample, phi_t, rows, own, scores, tasks, r, rate, into_sample, zero)
+                _backward(of_token, phi, rows, own, scores, tasks, r, rate, then, one)
+                _backward(of_sample, phi, rows, own, scores, tasks, r, rate, into_sample, zero)
                 _add_each(into_sample, tokens, share, then)
                 g = then
             g_told = _gradients(of_c, rows, tasks, r)
@@ -278,8 +276,8 @@ def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Seque
         rows * d,
     ]
     scratch = sum(map(lines, blocks)) + max(form.rows for form in forms) ** 2
-    flat = torch.cat([value.flatten() for value in phi.values()]).numpy()
-    flat_t = torch.cat([value.T.flatten() for value in phi.values()]).numpy()
+    # by NumPy: behind a parallel operation of torch its threads spin for a while, on the cores that are wanted here
+    flat = np.concatenate([value.numpy().ravel() for value in phi.values()])
     mask = torch.ones(n, d, dtype=torch.float32, device="cpu") if batch.mask is None else batch.mask.contiguous()
     arrays = [t.contiguous().numpy() for t in (batch.x, batch.step, batch.condition, batch.gain, batch.target)]
     losses, sizes = np.empty((b, k), _f32), np.array([width, depth, int(mask.sum()), b])
@@ -287,7 +285,7 @@ def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Seque
     def run(first: int, end: int) -> np.ndarray:
         mine, space = [array[first:end] for array in arrays], [aligned(count) for count in (held, weights, scratch)]
         delta = np.empty(size, _f32)
-        given = plan, flat, flat_t, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
+        given = plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
         _run(*given, *space, losses[first:end], delta)
         return delta
 

@@ -27,7 +27,7 @@ from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
-_CROSSOVER = 1.3  # of stacked_is_cheaper
+_CROSSOVER = 1.0  # of stacked_is_cheaper
 
 
 class Form(NamedTuple):
@@ -229,8 +229,8 @@ def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Ten
 def stacked_is_cheaper(weight: Tensor, inner_steps: int, rows: int) -> bool:
     """Whether a map [in, out] of `rows` rows a task and step is cheaper with a weight for each task than as low-rank terms.
 
-    A term costs two products with all earlier rows, a weight of its own one update a step. Measured on one thread (AVX512), widths 64 to 256, 1 to 60
-    tokens, 4 samples, K = 3: level where K rows are 1.1 to 1.5 times the width. With K = 1 there are no earlier rows.
+    A term costs two products with all earlier rows, a weight of its own one update a step. Measured on one thread (AVX512), widths 32 to 256, 4 to
+    212 tokens, 4 samples, K = 3: level where K rows are 0.8 to 1.5 times the width. With K = 1 there are no earlier rows.
     """
     fan_in, fan_out = weight.shape
     return inner_steps > 1 and inner_steps * rows * (fan_in + fan_out) > _CROSSOVER * 2 * fan_in * fan_out

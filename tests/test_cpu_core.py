@@ -1,5 +1,9 @@
 """Products of compiled code against NumPy's in float64, of any views; shares of tasks."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +74,14 @@ def test_memory_starts_at_a_cache_line():
         found = cpu_core.aligned(size)
         assert len(found) == size
         assert found.ctypes.data % 64 == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_shares_after_a_fork():
+    """The threads of the parent are not the child's."""
+    code = (
+        "import os, torch; from mcdi_fast import cpu_core; torch.set_num_threads(3);"
+        "run = lambda: sum(cpu_core.by_threads(lambda first, end: end - first, 7)); assert run() == 7; child = os.fork();"
+        "(os._exit(0 if run() == 7 else 1) if child == 0 else None); assert os.waitpid(child, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -39,7 +39,7 @@ def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few):
     exact = inner_loop(*cast(phi, batch, torch.float64), rate, "reference")
     plain = inner_loop(phi, batch, rate, "reference")
     # a diverging task multiplies rounding by its growth
-    assume(float(exact[1].max()) < 1e3 * float(exact[1][:, 0].max()))
+    assume(float(exact[1].max()) < 3 * float(exact[1][:, 0].max()))
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_inner, "aligned", poisoned)
