@@ -186,7 +186,7 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
         for p in plan:
             if p[_OWN]:
                 for t in range(tasks):
-                    _weight(p, own, t)[:] = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
+                    _copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), _weight(p, own, t))
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
@@ -203,7 +203,8 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                 mean = _inputs(of_sample, rows, tasks, r)
                 _sum_tokens(h, tokens, share, mean)
                 for i in range(tasks * samples):
-                    mean[i, width:] = 0
+                    for j in range(width, fan_sample):
+                        mean[i, j] = 0
                     mean[i, width + step[begin + i // samples, r, i % samples]] = 1
                 _forward(of_token, phi, rows, own, scores, tasks, r, rate, before, zero)
                 _forward(of_sample, phi, rows, own, scores, tasks, r, rate, per_sample, zero)
@@ -233,10 +234,12 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                 _add_each(into_sample, tokens, share, then)
                 g = then
             g_told = _gradients(of_c, rows, tasks, r)
-            g_told[:] = 0
             for i in range(tasks * samples):
-                t = i // samples
-                _add_each(g[i * tokens : (i + 1) * tokens], 1, one, g_told[t * tokens : (t + 1) * tokens])
+                t, mine = i // samples, g[i * tokens : (i + 1) * tokens]
+                if i % samples:
+                    _add_each(mine, 1, one, g_told[t * tokens : (t + 1) * tokens])
+                else:
+                    _copy(mine, g_told[t * tokens : (t + 1) * tokens])
             if r + 1 < inner:  # nobody reads the weights of the last step: delta comes from the rows
                 for p in plan:
                     if p[_OWN]:

@@ -257,6 +257,11 @@ class InnerBatch:
                 raise McdiError(f"inner batch {name}: shape {tuple(tensor.shape)}, expected {shape}")
             if tensor.dtype != want or tensor.device != device:
                 raise McdiError(f"inner batch {name}: {tensor.dtype} on {tensor.device}, expected {want} on {device}")
+        steps = len(phi["block0.sample"]) - len(phi["block0.token"])
+        if device.type == "cpu" and not 0 <= int(self.step.min()) <= int(self.step.max()) < steps:
+            raise McdiError(
+                f"inner batch step: {int(self.step.min())} to {int(self.step.max())}, expected 0 to {steps - 1}"
+            )
 
 
 def noising(objective: Objective, target: Tensor, segment: Tensor, step: Tensor, eps: Tensor) -> Tensor:

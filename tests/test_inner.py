@@ -223,7 +223,7 @@ def error_of(phi, batch, *args):
     return message
 
 
-@pytest.mark.parametrize("impl", ["torch", "vmap", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "vmap", "reference"])
 def test_what_does_not_fit_is_named(impl):
     b, k, s, n, d, c = shape = (2, 3, 4, 5, 6, 7)
     phi, batch = random_case((*shape, 3, 8, 1), torch.float32, 0, True)
@@ -259,6 +259,13 @@ def test_what_does_not_fit_is_named(impl):
         message = error_of(phi, replace(batch, x=empty), impl)
         assert message.startswith(f"inner batch x: shape {tuple(empty.shape)}")
         assert "[B, K, S, N, D]" in message
+    for wrong, said in ((-1, "-1 to"), (99, "to 99")):
+        step = batch.step.clone()
+        step[-1, -1, -1] = wrong
+        message = error_of(phi, replace(batch, step=step), impl)
+        assert message.startswith("inner batch step: ")
+        assert said in message
+        assert "expected 0 to" in message
 
 
 def test_unknown_implementation():
