@@ -24,10 +24,15 @@ SIZES = {  # two blocks of width 256, and what differs from that
     "32x20 depth 1": {"depth": 1},  # the main job on drawings
     "33 tokens": {"tokens": 33, "samples": 1, "hidden": 128, "tasks": 64},  # a whole network, a token a unit
     "81 tokens": {"tokens": 81},
-    "192 tokens": {"tokens": 192, "tasks": 8},
+    "192 tokens": {  # LoRA of rank 8 on query and value of 12 layers, 768 wide
+        "tokens": 192,
+        "tasks": 8,
+        "width": 1536,
+        "condition": 768,
+    },
 }
 EVERYWHERE = ("ours", "vmap", "stacked")  # the others at few sizes: ten minutes are to be enough
-FEW = ("8x16", "32x16", "32x20", "128x8")
+FEW = ("8x16", "32x16", "32x20", "32x20 depth 1", "128x8")
 COMPILED = ("32x20", "32x20 depth 1", "33 tokens")
 INNER = P.inner_providers()
 
