@@ -75,7 +75,7 @@ LATENCY_MS = {"cpu": {1: 0.25, 4: 0.6}, "cuda": {1: 0.25}}  # of so many heads i
 FINETUNING = {1: 60.0, 600: 5.0}  # times it takes in 3 steps, by tasks
 SHARE = {"cpu": 0.7, "cuda": 0.6}  # of the sgemm floor, low-rank terms counted
 PEAK = 0.6  # share of the sgemm peak, of many heads
-WHOLE = ("meta-step", "preparation", "sampling")  # rows of the table begin so; those of single operations stay in the record
+WHOLE = ("meta-step", "preparation", "sampling")  # rows of the table; single operations stay in the record
 
 
 class Record:
