@@ -1,10 +1,12 @@
-"""A chain of few tasks on a CPU in one compiled call (numba, the extra `cpu`): the steps of `denoiser.ChainDenoiser` for a handful of rows.
+"""Chains on a CPU in compiled code (numba, the extra `cpu`): the steps of `denoiser.ChainDenoiser`, a share of the tasks a thread.
 
-A library's product packs its matrix for rows that are not there, and a step takes a dozen calls. Here a product reads eight rows of its matrix
-at a time, and every row of x adds their share to what the cache holds already (docs/performance.md). Tasks do not meet: each one's result is
-the same to the bit whatever the others are.
+Products are torch's own sgemm (cpu_core.py), and all of a task stays in a core's cache from its noise to its weights. Tasks come
+one after the other and do not meet: each one's result is the same to the bit whatever the others and the threads are. But where a
+task has one row, or its matrices do not fit the cache, it would only wait for them. Such tasks share products of 64 rows, which
+round as their number has it.
 
-The first call on a machine compiles, for about five seconds; numba keeps the result beside this file or in the user's cache.
+The first call on a machine compiles, for five seconds; numba keeps the result beside this file or in the user's cache. Change this
+file with cpu_core.py and noise.py, whose functions it compiles in: what is kept is made again when this file changes.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
+from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, exp, lines, product, take
 from mcdi_fast.noise import box_muller
 
 if TYPE_CHECKING:
@@ -23,153 +27,29 @@ if TYPE_CHECKING:
 
 _f32 = np.float32
 # Said in words, because a function that says nothing takes over the fastmath of whatever calls it first.
-_exactly = njit(fastmath=False)
+_exactly = njit(fastmath=False, error_model="numpy")
 _box_muller = _exactly(box_muller)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)  # of Philox4x64
 _KEY_STEPS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-
-
-@njit(inline="always")
-def _exp(v):
-    """e^v of a float32 to two units in the last place (Cephes expf), in operations that fill vector registers."""
-    v = min(max(v, _f32(-87.0)), _f32(87.0))
-    n = np.floor(v * _f32(1.44269504) + _f32(0.5))
-    r = v - n * _f32(0.693359375) + n * _f32(2.12194440e-4)
-    p = _f32(1.9875691500e-4)
-    p = p * r + _f32(1.3981999507e-3)
-    p = p * r + _f32(8.3334519073e-3)
-    p = p * r + _f32(4.1665795894e-2)
-    p = p * r + _f32(1.6666665459e-1)
-    p = p * r + _f32(5.0000001201e-1)
-    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)  # 2^n, by the exponent's bits
-    return (p * r * r + r + _f32(1.0)) * power
-
-
-@njit(fastmath={"contract"})
-def _product(rows, matrix, out):
-    """out += rows[:, :width] @ matrix [width, columns]."""
-    width, columns = matrix.shape
-    whole = width - width % 8
-    for k in range(0, whole, 8):
-        w0, w1, w2, w3 = matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3]
-        w4, w5, w6, w7 = matrix[k + 4], matrix[k + 5], matrix[k + 6], matrix[k + 7]
-        for i in range(len(rows)):
-            x, o = rows[i], out[i]
-            x0, x1, x2, x3, x4, x5, x6, x7 = x[k], x[k + 1], x[k + 2], x[k + 3], x[k + 4], x[k + 5], x[k + 6], x[k + 7]
-            for j in range(columns):
-                o[j] += ((x0 * w0[j] + x1 * w1[j]) + (x2 * w2[j] + x3 * w3[j])) + (
-                    (x4 * w4[j] + x5 * w5[j]) + (x6 * w6[j] + x7 * w7[j])
-                )
-    for k in range(whole, width):
-        w = matrix[k]
-        for i in range(len(rows)):
-            x0, o = rows[i, k], out[i]
-            for j in range(columns):
-                o[j] += x0 * w[j]
-
-
-def _compile(function):
-    try:
-        return njit(cache=True, nogil=True, fastmath={"contract"})(function)
-    except RuntimeError:  # no folder to keep it in
-        return njit(nogil=True, fastmath={"contract"})(function)
-
-
-@njit(fastmath={"contract"})
-def _mean(rows, tokens, start, width, out):
-    """Columns start to width of out [B, any]: the mean over the tokens of each task, of rows [B tokens, any]."""
-    share = _f32(1.0 / tokens)
-    for b in range(len(rows) // tokens):
-        o = out[b]
-        for j in range(start, width):
-            o[j] = 0
-        for i in range(b * tokens, b * tokens + tokens):
-            row = rows[i]
-            for j in range(start, width):
-                o[j] += share * row[j]
-
-
-@njit
-def _add_to_each(rows, tokens, b, own):
-    """Add own to the first columns of every row of task b."""
-    for i in range(b * tokens, b * tokens + tokens):
-        row = rows[i]
-        for j in range(len(own)):
-            row[j] += own[j]
-
-
-@njit
-def _take(scratch, rows, columns):
-    """The first rows x columns of scratch as a matrix, and the rest of scratch."""
-    return scratch[: rows * columns].reshape(rows, columns), scratch[rows * columns :]
-
-
-@njit(fastmath={"contract"})
-def _chain(x, tokens, condition, mask, by_token, by_mean, matrices, step_rows, steps, coefficients, scratch):
-    """x [R, D] becomes the chain's end, from condition [R, C]. mask: [N or 1, D], 0 where a token is padded."""
-    rows, d = x.shape
-    depth, _, h = step_rows.shape
-    tasks = rows // tokens
-    cond_bias, scratch = _take(scratch, rows, depth * h + d)
-    task_cond_bias, scratch = _take(scratch, 1, depth * h)
-    columns, scratch = _take(scratch, rows, d + depth * h)
-    mean, scratch = _take(scratch, tasks, max(d + depth * h, condition.shape[1]))
-    own, scratch = _take(scratch, 1, h)
-    u, scratch = _take(scratch, rows, h)
-    out, scratch = _take(scratch, rows, d)
-    cond_bias[:] = 0
-    _product(condition, by_token, cond_bias)
-    _mean(condition, tokens, 0, condition.shape[1], mean)
-    for b in range(tasks):
-        task_cond_bias[:] = 0
-        _product(mean[b : b + 1], by_mean, task_cond_bias)
-        _add_to_each(cond_bias, tokens, b, task_cond_bias[0])
-    for s in range(len(steps)):
-        for i in range(rows):
-            for j in range(d):
-                columns[i, j] = x[i, j]
-        at = 0
-        for layer in range(depth):
-            start, width = (d + (layer - 1) * h if layer else 0), d + layer * h
-            pair = matrices[at : at + 2 * width * h].reshape(2, width, h)
-            token, sample = pair[0], pair[1]
-            _mean(columns, tokens, start, width, mean)
-            for i in range(rows):
-                for j in range(h):
-                    u[i, j] = cond_bias[i, layer * h + j]
-            for b in range(tasks):
-                for j in range(h):
-                    own[0, j] = step_rows[layer, steps[s], j]
-                _product(mean[b : b + 1], sample, own)
-                _add_to_each(u, tokens, b, own[0])
-            _product(columns, token, u)
-            for i in range(rows):
-                for j in range(h):
-                    v = u[i, j]
-                    columns[i, width + j] = v / (_f32(1.0) + _exp(-v))
-            at += 2 * width * h
-        for i in range(rows):
-            for j in range(d):
-                out[i, j] = cond_bias[i, depth * h + j]
-        _product(columns, matrices[at:].reshape(d + depth * h, d), out)
-        keep, skip, scale = coefficients[s, 0], coefficients[s, 1], coefficients[s, 2]
-        for i in range(rows):
-            for j in range(d):
-                x[i, j] = keep * x[i, j] + mask[i % tokens % len(mask), j] * (skip * x[i, j] + scale * out[i, j])
+_DRAWN = 512  # normals at a time, a multiple of a block of 8
+_IN_CACHE = 300_000  # numbers of the matrices of a step up to which a core's second-level cache holds them, 1.2 MB
+_ROWS = 64  # of tasks together: 32 take 1.1 times as long, 128 as long
+_WORTH = 10_000_000  # multiplications that a share must have to be worth a thread: two heads in twenty steps
 
 
 @_exactly
-def _words(key, block):
-    """Philox4x64-10: the four words of a block of the stream 0 of a seed (noise.py)."""
-    c0, c1, c2, c3 = np.uint64(block + 1), np.uint64(0), np.uint64(0), np.uint64(0)
-    k0, k1 = key, np.uint64(0)
-    for _ in range(10):
-        high0, low0 = _high(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
-        high1, low1 = _high(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
-    return c0, c1, c2, c3
+def _words(key, first, out):
+    """Philox4x64-10: the blocks from `first` of stream 0 of a seed (noise.py), uint64 [blocks, 4]."""
+    for block in range(len(out)):
+        c0, c1, c2, c3 = np.uint64(first + block + 1), np.uint64(0), np.uint64(0), np.uint64(0)
+        k0, k1 = key, np.uint64(0)
+        for _ in range(10):
+            high0, low0 = _high(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
+            high1, low1 = _high(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
+        out[block, 0], out[block, 1], out[block, 2], out[block, 3] = c0, c1, c2, c3
 
 
 @_exactly
@@ -181,61 +61,167 @@ def _high(a, b):
 
 
 @_exactly
-def _draw(keys, out):
-    """out [B, any] becomes `noise.philox_normal(keys, any)`, to the bit: nothing here may be contracted."""
-    count = out.shape[1]
-    for b in range(len(keys)):
-        o = out[b]
-        for block in range((count + 7) // 8):
-            at = 8 * block
-            for word in _words(keys[b], block):
-                cos, sin = _box_muller(np.int32(word & _LOW), np.int32(word >> _32))
-                if at < count:
-                    o[at] = cos
-                if at + 1 < count:
-                    o[at + 1] = sin
-                at += 2
+def _draw(key, out, scratch):
+    """out [any] becomes `noise.philox_normal([key], any)`, to the bit: nothing here may be contracted. scratch: [2 _DRAWN]."""
+    normals, words = scratch[:_DRAWN], scratch[_DRAWN : 2 * _DRAWN].view(np.uint64)
+    for first in range(0, len(out), _DRAWN):
+        mine = out[first : first + _DRAWN]
+        blocks = (len(mine) + 7) // 8
+        _words(key, first // 8, words[: 4 * blocks].reshape(blocks, 4))
+        halves = words.view(np.int32)
+        for pair in range(4 * blocks):
+            normals[2 * pair], normals[2 * pair + 1] = _box_muller(halves[2 * pair], halves[2 * pair + 1])
+        for i in range(len(mine)):
+            mine[i] = normals[i]
 
 
-@_compile
+# Rows are sliced one by one: of a slice of all rows the compiler does not know that a row's numbers lie side by side.
+
+
+@njit(**FAST)
+def _mean(rows, first, end, out):
+    """Those columns of out [G, any]: their mean over the tokens of each of G tasks, of rows [G N, any]."""
+    tokens = len(rows) // len(out)
+    share = _f32(1.0 / tokens)
+    for g in range(len(out)):
+        total = out[g][first:end]
+        total[:] = 0
+        for i in range(g * tokens, g * tokens + tokens):
+            row = rows[i][first:end]
+            for j in range(len(total)):
+                total[j] += share * row[j]
+
+
+@njit(**FAST)
+def _silu(rows, at, bias, told, own, step_row):
+    """The columns u of rows [G N, any] from `at` on become silu(u + those of bias from `told` on + own [G, H] of the task + step_row [H])."""
+    tokens, h = len(rows) // len(own), own.shape[1]
+    for g in range(len(own)):
+        shared = own[g]
+        for j in range(h):
+            shared[j] += step_row[j]
+        for i in range(g * tokens, g * tokens + tokens):
+            u, b = rows[i][at : at + h], bias[i][told : told + h]
+            for j in range(h):
+                v = u[j] + b[j] + shared[j]
+                u[j] = v / (_f32(1.0) + exp(-v))
+
+
+@njit(**FAST)
+def _normalise(given, position, of_condition, condition):
+    """condition [N, C + P] of a task's raw one, given [N, C], as `WeightGenerator.network_condition`."""
+    c = given.shape[1]
+    for i in range(len(given)):
+        row, raw, place, alike = condition[i], given[i], position[i % len(position)], i % of_condition.shape[1]
+        middle, deviation = of_condition[0, alike], of_condition[1, alike]
+        for j in range(c):
+            row[j] = (raw[j] - middle[j]) / deviation[j]
+        told = row[c:]
+        for j in range(len(told)):
+            told[j] = place[j]
+
+
+@njit(**FAST)
+def _advance(columns, net, bias, told, mask, tokens, coefficients):
+    """A step of the sampler: x, the first columns, is moved by what the network says, net and the columns of bias from `told` on."""
+    keep, skip, scale = coefficients[0], coefficients[1], coefficients[2]
+    for i in range(len(net)):
+        x, n, b, m = columns[i], net[i], bias[i][told:], mask[i % tokens % len(mask)]
+        for j in range(len(n)):
+            x[j] = keep * x[j] + m[j] * (skip * x[j] + scale * (n[j] + b[j]))
+
+
+@compiled
 def _sample(
     keys,
-    condition,
+    given,
     position,
     mask,
     of_condition,
     of_weights,
     by_token,
     by_mean,
-    matrices,
+    hidden,
+    into_h,
+    last,
     step_rows,
     steps,
     coefficients,
-    scratch,
-    x,
+    together,
+    memory,
+    weights,
 ):
-    """x [B, N, D] becomes weights, from seeds [B] and raw conditions [B, N, C].
+    """weights [B, N, D] of tasks, so many together, from seeds [B] and raw conditions [B, N, C].
 
-    position: [N, P] or [1, 0]. of_condition, of_weights: mean and deviation [2, N or 1, C or D]. The rest as of `_chain`.
+    position: [N, P] or [1, 0]. mask: [N or 1, D], 0 where a token is padded. of_condition, of_weights: mean and deviation [2, N or 1, C or D].
+    The matrices: of `PackedChain`, their rows filled up. step_rows: [L, T, H]. steps [J], coefficients [J, 3]: of `diffusion.chain_table`.
     """
-    tasks, tokens, d = x.shape
-    rows, c, own = tasks * tokens, condition.shape[2], of_condition.shape[1]
-    _draw(keys, x.reshape(tasks, tokens * d))
-    x, condition = x.reshape(rows, d), condition.reshape(rows, c)
-    told, scratch = _take(scratch, rows, c + position.shape[1])
-    for i in range(rows):
-        token = i % tokens
-        for j in range(c):
-            told[i, j] = (condition[i, j] - of_condition[0, token % own, j]) / of_condition[1, token % own, j]
-        for j in range(position.shape[1]):
-            told[i, c + j] = position[token, j]
-        for j in range(d):
-            x[i, j] *= mask[token % len(mask), j]
-    _chain(x, tokens, told, mask, by_token, by_mean, matrices, step_rows, steps, coefficients, scratch)
-    own = of_weights.shape[1]
-    for i in range(rows):
-        for j in range(d):
-            x[i, j] = x[i, j] * of_weights[1, i % tokens % own, j] + of_weights[0, i % tokens % own, j]
+    _, tokens, d = weights.shape
+    (depth, _, h), told = step_rows.shape, by_token.shape[0]
+    units = depth * h
+    by_token, by_mean, hidden = by_token[:, : units + d], by_mean[:, :units], hidden[:, :h]
+    into_h, last = into_h[:, :h], last[:, :d]
+    for first in range(0, len(weights), together):
+        tasks = min(together, len(weights) - first)
+        rows = tasks * tokens
+        condition, scratch = take(memory, rows, told)
+        bias, scratch = take(scratch, rows, units + d)
+        columns, scratch = take(scratch, rows, d + units)  # x, then the u of each block
+        net, scratch = take(scratch, rows, d)
+        narrow, scratch = take(scratch, rows, h)
+        mean, scratch = take(scratch, tasks, max(d + units, told))
+        shared, scratch = take(scratch, tasks, units)
+        own, scratch = take(scratch, tasks, h)
+        for b in range(tasks):
+            at = b * tokens
+            _normalise(given[first + b], position, of_condition, condition[at : at + tokens])
+            x = weights[first + b]
+            _draw(keys[first + b], x.reshape(tokens * d), scratch)
+            for i in range(tokens):
+                row, drawn, m = columns[at + i], x[i], mask[i % len(mask)]
+                for j in range(d):
+                    row[j] = drawn[j] * m[j]
+        product(condition, by_token, bias, 1, 0)
+        if tokens > 1:
+            _mean(condition, 0, told, mean)
+            product(mean[:, :told], by_mean, shared, 1, 0)
+            for i in range(rows):
+                row, of_task = bias[i], shared[i // tokens]
+                for j in range(units):
+                    row[j] += of_task[j]
+        for s in range(len(steps)):
+            at, before, width = 0, 0, d
+            for layer in range(depth):
+                product(columns[:, :width], hidden[at : at + width], columns[:, width : width + h], 1, 0)
+                at += width
+                if tokens > 1:
+                    _mean(columns, before, width, mean)
+                    product(mean[:, :width], hidden[at : at + width], own, 1, 0)
+                    at += width
+                else:
+                    own[:] = 0
+                _silu(columns, width, bias, layer * h, own, step_rows[layer, steps[s]])
+                before, width = width, width + h
+            if len(into_h):
+                product(columns, into_h, narrow, 1, 0)
+                product(narrow, last, net, 1, 0)
+            else:
+                product(columns, last, net, 1, 0)
+            _advance(columns, net, bias, units, mask, tokens, coefficients[s])
+        for i in range(rows):
+            row, done, alike = columns[i], weights[first + i // tokens, i % tokens], i % tokens % of_weights.shape[1]
+            middle, deviation = of_weights[0, alike], of_weights[1, alike]
+            for j in range(d):
+                done[j] = row[j] * deviation[j] + middle[j]
+
+
+def _by_lines(matrices: list[Tensor]) -> np.ndarray:
+    """Matrices of one width below each other, each row from a cache line on, with zeros behind it."""
+    rows = np.concatenate([matrix.numpy() for matrix in matrices])
+    count, width = rows.shape
+    found = aligned(count * lines(width)).reshape(count, lines(width))
+    found[:, :width], found[:, width:] = rows, 0
+    return found
 
 
 class PackedChain:
@@ -246,21 +232,34 @@ class PackedChain:
 
     def __init__(self, generator: WeightGenerator, mask: Tensor | None):
         """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is."""
-        folded = generator.folded()
-        last, *factors = folded.last
-        for factor in factors:  # of wide tokens: for a few rows one product is quicker, though larger
-            last = (last.double() @ factor.double()).float()
-        pairs = zip(folded.token, folded.sample, strict=True)
-        parts = [matrix.flatten() for pair in pairs for matrix in pair] + [last.flatten()]
+        self._folded = folded = generator.folded()
         normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]
-        step_rows = torch.stack([torch.cat(rows) for rows in folded.step_rows])
         mask = torch.ones(1, folded.token_width, dtype=torch.float32, device="cpu") if mask is None else mask
-        every = mask, *normalizers, folded.condition_token, folded.condition_mean, torch.cat(parts), step_rows
-        self._constants = tuple(np.array(tensor.numpy()) for tensor in (generator.layout.position(), *every))
-        self._width, (self._depth, _, self._hidden) = folded.token_width, step_rows.shape
+        given = generator.layout.position(), mask, *normalizers
+        self._given = tuple(np.array(tensor.numpy(), order="C") for tensor in given)
+        self._step_rows = np.array(torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy())
+        self._matrices: dict[bool, tuple[np.ndarray, ...]] = {}
+
+    def _matrices_of(self, alone: bool) -> tuple[np.ndarray, ...]:
+        """by_token, by_mean, hidden (each block's token and sample), into_h (no rows where `last` is one matrix) and last.
+
+        A token that is alone is its own mean: it needs the sums of what is by token and by mean.
+        """
+        if alone not in self._matrices:
+            folded, (*into_h, last) = self._folded, self._folded.last
+            by_token, by_mean = folded.condition_token, folded.condition_mean
+            pairs = zip(folded.token, folded.sample, strict=True)
+            if alone:
+                by_token, by_mean = by_token + F.pad(by_mean, (0, folded.token_width)), by_mean[:0]
+                hidden = [token + sample for token, sample in pairs]
+            else:
+                hidden = [matrix for pair in pairs for matrix in pair]
+            parts = [by_token], [by_mean], hidden, into_h or [hidden[0][:0]], [last]
+            self._matrices[alone] = tuple(_by_lines(part) for part in parts)
+        return self._matrices[alone]
 
     def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
-        """Weights [B, N, D] by the noise-free chain.
+        """Weights [B, N, D] by the noise-free chain, on as many threads as torch has.
 
         Args:
             seeds: as `noise.seed_numbers` makes them, or an int64 tensor of their bits. condition: float32 [B, N, C], raw.
@@ -270,12 +269,21 @@ class PackedChain:
             keys = seeds.cpu().contiguous().numpy().view(np.uint64)
         else:
             keys = np.array(seeds, np.uint64)
-        tasks, tokens, c = condition.shape
-        rows, d, units = tasks * tokens, self._width, self._depth * self._hidden
-        told = c + self._constants[0].shape[1]
-        size = rows * (told + 2 * (units + d) + self._hidden + d) + units + tasks * max(d + units, told) + self._hidden
-        x = np.empty((tasks, tokens, d), np.float32)
-        given = condition.detach().contiguous().numpy()
-        tables = steps.numpy(), coefficients.numpy()
-        _sample(keys, given, *self._constants, *tables, np.empty(size, np.float32), x)
-        return torch.from_numpy(x)
+        tasks, tokens, _ = condition.shape
+        matrices = self._matrices_of(tokens == 1)
+        a_step = sum(matrix.size for matrix in matrices[2:])
+        alone = tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE
+        together = 1 if alone else max(1, _ROWS // tokens)
+        told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
+        columns = depth * h + d
+        sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
+        weights, given = np.empty((tasks, tokens, d), _f32), condition.detach().contiguous().numpy()
+        constants = *self._given, *matrices, self._step_rows, steps.numpy(), coefficients.numpy()
+
+        def some(first: int, end: int) -> None:
+            many = min(together, end - first)
+            memory = aligned(sum(lines(many * size) for size in sizes) + 2 * _DRAWN)
+            _sample(keys[first:end], given[first:end], *constants, many, memory, weights[first:end])
+
+        by_threads(some, tasks, 1 + _WORTH // (tokens * len(steps) * a_step))
+        return torch.from_numpy(weights)

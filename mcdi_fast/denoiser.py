@@ -125,13 +125,6 @@ def is_wide(phi: Parameters) -> bool:
     return token_width > 2 * width
 
 
-def products_a_row(phi: Parameters) -> int:
-    """Multiplications that `FoldedDenoiser` needs for a token in a step, its means aside."""
-    depth, (width, token_width) = depth_of(phi), phi["out.token"].shape
-    columns = [token_width + layer * width for layer in range(depth + 1)]
-    return sum(columns[:-1]) * width + columns[-1] * token_width
-
-
 class FoldedDenoiser:
     """What `ChainDenoiser` needs of phi alone: every pair of matrices with nothing but a sum between them, multiplied.
 

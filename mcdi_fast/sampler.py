@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
-from mcdi_fast.denoiser import FoldedDenoiser, is_wide, products_a_row
+from mcdi_fast.denoiser import FoldedDenoiser
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generated import GeneratedWeights
@@ -27,15 +27,8 @@ if TYPE_CHECKING:
     from mcdi_fast.kernels.chain_weights import ChainWeights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-CHUNK = 512  # tasks of a chain on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
-FEW_PRODUCTS = 3_000_000
 MAX_WIDTH = 4096  # of a token in the kernels' chain, which multiplies a matrix [D, D]
-"""Multiplications of a step, of all tokens of all tasks, up to which a CPU's chain is one compiled call (cpu_chain.py), where numba is installed: 4
-heads of 5 ways by a network of width 256 and depth 2, 29 by one of 128 and 1. Measured on one thread at this size: 0.7 to 1.0 of torch's time for
-widths of 64 to 256 and depths 1 and 2; at twice the size 0.9 to 1.4."""
-_ONE_PRODUCT = 512
-"""Width of wide tokens (`is_wide`) up to which a few rows take the product of their two last matrices all the same, at most 1 MiB: one head of
-5 x 257 by a network of width 32 takes 0.18 ms instead of 0.73, four heads 0.46 instead of 1.02."""
+CHUNK = 512  # tasks of a chain by torch on a CPU: their rows stay in its caches (4096 tasks: 1.7 s in chunks of 512, 2.3 at once, 1.9 of 256)
 ONE_THREAD_ROWS = 64
 """Tokens of all tasks up to which a chain by torch runs on one thread of a CPU, whatever torch is set to. Beside busy processes a second thread is
 waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
@@ -87,7 +80,6 @@ class Sampler:
 
     Attributes:
         generator: on the sampler's device. device, impl, precision: as given.
-        few_rows: tokens of all tasks up to which a chain is one call of compiled code, where numba is installed; 0 where it never is.
     """
 
     def __init__(
@@ -130,13 +122,7 @@ class Sampler:
         if layout.width > MAX_WIDTH:
             wide = f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
         kernels = self._kernels = resolve(impl, self.device, wide) == "triton"
-        self.few_rows = 0
-        if (
-            self.device.type == "cpu"
-            and requested(impl) == "auto"
-            and (layout.width <= _ONE_PRODUCT or not is_wide(self.generator.phi))
-        ):
-            self.few_rows = FEW_PRODUCTS // products_a_row(self.generator.phi)
+        self._compiled = self.device.type == "cpu" and requested(impl) == "auto"
         if kernels:
             self._kernel_weights()
 
@@ -187,8 +173,7 @@ class Sampler:
         tasks, num_tokens, _ = condition.shape
         if len(seeds) != tasks:
             raise McdiError(f"seeds: {len(seeds)}, expected {tasks}, one a task")
-        few = tasks * num_tokens <= self.few_rows and eta_noise == 0 and callback is None
-        if few and _packed_chain() is not None:
+        if self._compiled and eta_noise == 0 and callback is None and _packed_chain() is not None:
             packed = self._packed_as(lambda: _packed_chain()(self.generator, self._mask))  # type: ignore[misc]
             tokens = packed.sample(seeds, condition, *self._table(num_steps))
         else:

@@ -1,4 +1,4 @@
-"""The compiled chain of few tasks against the reference in float64, and when the sampler takes it."""
+"""The compiled chain against the reference in float64, and when the sampler takes it."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcdi_fast import Sampler, backend, sampler
+from mcdi_fast import Sampler, backend
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, init_parameters
 from mcdi_fast.diffusion import chain_table, make_objective, make_schedule, sample_chain
@@ -26,7 +26,7 @@ from mcdi_fast.weights import WeightLayout
 
 pytest.importorskip("numba")
 
-from mcdi_fast import cpu_chain
+from mcdi_fast import cpu_chain, cpu_core
 
 
 def parameters(d, c, steps, hidden, depth, seed=0):
@@ -122,7 +122,51 @@ def test_the_default_size_as_exactly_as_torch(poisoned):
     assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
 
 
-def test_tasks_are_independent_bit_by_bit(poisoned):
+def set_threads(monkeypatch, count):
+    monkeypatch.setattr(cpu_core.torch, "get_num_threads", lambda: count)
+    monkeypatch.setattr(cpu_chain, "_WORTH", 0)  # as many shares as there are threads
+
+
+@pytest.mark.parametrize("d", [11, 65, 70])  # the last: wide
+def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads(d, poisoned, monkeypatch):
+    phi, schedule = parameters(d, 3, 6, 32, 2), make_schedule(6, 3)
+    seeds, condition = list(range(41)), torch.randn(41, 5, 3)
+    whole = run(phi, schedule, seeds, condition)
+    for threads in (1, 2, 3, 5):
+        set_threads(monkeypatch, threads)
+        for rows in ([40], [3, 4], list(range(40, -1, -1)), [7] * 5, list(range(41))):
+            found = run(phi, schedule, [seeds[row] for row in rows], condition[rows])
+            assert torch.equal(found, whole[rows])
+
+
+def rounding(phi, schedule, seeds, condition):
+    """Of torch's way in float32, against the chain in float64; and the latter."""
+    x = start(seeds, condition.shape[1], len(phi["in.token"]))
+    wide = {name: value.double() for name, value in phi.items()}
+    expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
+    return float((by_steps(phi, schedule, x, condition, None, 1.0) - expected).abs().max()), expected
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_tasks_together_do_not_meet(tokens, poisoned, monkeypatch):
+    """Tasks of one row, and those of large matrices, share products."""
+    monkeypatch.setattr(cpu_chain, "_IN_CACHE", 0)
+    monkeypatch.setattr(cpu_chain, "_ROWS", 4)
+    phi, schedule = parameters(70, 3, 6, 24, 2), make_schedule(6, 3)
+    seeds, condition = list(range(11)), torch.randn(11, tokens, 3, generator=torch.Generator().manual_seed(0))
+    own, expected = rounding(phi, schedule, seeds, condition)
+    for threads in (1, 2, 3):
+        set_threads(monkeypatch, threads)
+        whole = run(phi, schedule, seeds, condition)
+        assert float((whole - expected).abs().max()) <= 8 * own
+        damaged = condition.clone()
+        damaged[4] = torch.nan
+        found, rest = run(phi, schedule, seeds, damaged), [i for i in range(11) if i != 4]
+        assert found[4].isnan().all()
+        assert torch.equal(found[rest], whole[rest])
+
+
+def test_a_nan_stays_in_its_task(poisoned):
     phi, schedule = parameters(11, 3, 6, 24, 2), make_schedule(6, 3)
     seeds, condition = [5, 2**63, 0, 7, 5], torch.randn(5, 3, 3)
     together = run(phi, schedule, seeds, condition)
@@ -135,21 +179,30 @@ def test_tasks_are_independent_bit_by_bit(poisoned):
     assert torch.equal(again[rest], together[rest])
 
 
+def draw(seeds, out):
+    scratch = cpu_core.aligned(2 * cpu_chain._DRAWN)
+    for seed, row in zip(seeds, out, strict=True):
+        scratch[:] = np.nan
+        cpu_chain._draw(np.uint64(seed), row, scratch)
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3), st.integers(1, 40))
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3), st.one_of(st.integers(1, 40), st.integers(500, 1100))
+)
 def test_the_noise_is_philox_normal_to_the_bit(seeds, count):
     found = np.full((len(seeds), count), np.nan, np.float32)
-    cpu_chain._draw(np.array(seeds, np.uint64), found)
+    draw(seeds, found)
     assert found.tobytes() == philox_normal(seeds, count).numpy().tobytes()
 
 
 def test_the_noise_of_a_machine_that_compiles_first(tmp_path):
     """Compiled inside the chain, whose products may be contracted, the noise is the same bits."""
     code = (
-        "import numpy as np, torch; from test_cpu_chain import parameters, run; from mcdi_fast import cpu_chain, noise;"
+        "import numpy as np, torch; from test_cpu_chain import draw, parameters, run; from mcdi_fast import noise;"
         "from mcdi_fast.diffusion import make_schedule;"
         "run(parameters(4, 2, 3, 8, 1), make_schedule(3, 1), [1], torch.zeros(1, 2, 2));"
-        "keys = np.arange(100, dtype=np.uint64); found = np.empty((100, 1000), np.float32); cpu_chain._draw(keys, found);"
+        "keys = np.arange(100, dtype=np.uint64); found = np.empty((100, 1000), np.float32); draw(keys, found);"
         "assert found.tobytes() == noise.philox_normal(keys, 1000).numpy().tobytes()"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -160,7 +213,7 @@ def test_a_million_normals_to_the_bit():
     """Every octant and exponent, and the largest and smallest integers."""
     keys = np.arange(1000, dtype=np.uint64)
     found = np.empty((1000, 1000), np.float32)
-    cpu_chain._draw(keys, found)
+    draw(keys, found)
     assert found.tobytes() == philox_normal(keys, 1000).numpy().tobytes()
     ends = np.array([0, 1, -1, 2**31 - 1, -(2**31), 2**28, 2**29, 3 * 2**28, 2**30, 5 * 2**28, 7 * 2**28], np.int32)
     a, b = (part.ravel() for part in np.meshgrid(ends, ends))
@@ -183,20 +236,6 @@ def test_inputs_are_left_alone():
         assert torch.equal(run(phi, schedule, seeds, other), first)
 
 
-def test_exponential():
-    from numba import njit
-
-    @njit
-    def of(values):
-        return np.array([cpu_chain._exp(v) for v in values])
-
-    x = np.concatenate([np.linspace(-87, 87, 20001), np.linspace(-1e-3, 1e-3, 101), [0.0]]).astype(np.float32)
-    exact = np.exp(x.astype(np.float64))
-    assert np.abs(of(x) / exact - 1).max() < 2 * 2.0**-23
-    assert of(np.array([-1e9, -np.inf], np.float32)).max() < 2e-38
-    assert np.isfinite(of(np.array([1e9, np.inf], np.float32))).all()
-
-
 @pytest.fixture
 def generator():
     layout = head_layout(5, 8)
@@ -217,17 +256,15 @@ def taken(monkeypatch):
     return calls
 
 
-def test_the_sampler_takes_it_for_few_tasks_and_torch_otherwise(generator, taken, monkeypatch):
-    condition, few = torch.randn(9, 5, 4), 4
-    matrices = FoldedDenoiser(generator.phi)
-    monkeypatch.setattr(sampler, "FEW_PRODUCTS", 20 * sum(m.numel() for m in (*matrices.token, *matrices.last)))
+def test_the_sampler_takes_it_for_chains_without_noise(generator, taken, monkeypatch):
+    condition = torch.randn(700, 5, 4)
     auto, plain = Sampler(generator), Sampler(generator, impl="torch")
-    for tasks in (1, few, few + 1, 9):
+    for tasks in (1, 9, 700):
         found, expected = (s.sample(condition[:tasks], range(tasks)).tokens for s in (auto, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     short = [s.sample(condition[:1], [3], num_steps=3).tokens for s in (auto, plain)]
     torch.testing.assert_close(*short, rtol=1e-4, atol=1e-5)
-    assert taken == [1, few, 1]
+    assert taken == [1, 9, 700, 1]
     taken.clear()
     auto.sample(condition[:1], [0], eta_noise=0.5)
     auto.sample(condition[:1], [0], callback=lambda t, x: None)
@@ -299,13 +336,3 @@ def test_a_numba_that_cannot_be_imported_is_named_and_torch_samples(generator, t
     with pytest.warns(UserWarning, match="numba is installed but cannot be used"):
         Sampler(generator).sample(torch.randn(1, 5, 4), [0])
     assert taken == []
-
-
-def test_no_folder_to_keep_what_is_compiled(monkeypatch):
-    def njit(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function")
-        return lambda function: ("compiled", function)
-
-    monkeypatch.setattr(cpu_chain, "njit", njit)
-    assert cpu_chain._compile(abs) == ("compiled", abs)

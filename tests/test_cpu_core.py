@@ -85,3 +85,27 @@ def test_shares_after_a_fork():
         "(os._exit(0 if run() == 7 else 1) if child == 0 else None); assert os.waitpid(child, 0)[1] == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_exponential():
+    from numba import njit
+
+    @njit
+    def of(values):
+        return np.array([cpu_core.exp(v) for v in values])
+
+    x = np.concatenate([np.linspace(-87, 87, 20001), np.linspace(-1e-3, 1e-3, 101), [0.0]]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(of(x) / exact - 1).max() < 2 * 2.0**-23
+    assert of(np.array([-1e9, -np.inf], np.float32)).max() < 2e-38
+    assert np.isfinite(of(np.array([1e9, np.inf], np.float32))).all()
+
+
+def test_no_folder_to_keep_what_is_compiled(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function")
+        return lambda function: ("compiled", function)
+
+    monkeypatch.setattr(cpu_core, "njit", njit)
+    assert cpu_core.compiled(abs) == ("compiled", abs)

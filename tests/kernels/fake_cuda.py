@@ -194,7 +194,7 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
         object.__setattr__(generator, "_objective", objective)
         sampler = object.__new__(Sampler)
         sampler.device, sampler.generator, sampler.impl, sampler.precision = cuda, generator, "auto", "tf32"
-        sampler._expected, sampler._kernels, sampler.few_rows = (cuda, n, c, False), True, 0
+        sampler._expected, sampler._kernels, sampler._compiled = (cuda, n, c, False), True, False
         folded = FoldedDenoiser(phi)
         object.__setattr__(generator, "_folded", folded)
         sampler._mask, sampler._packed = mask, (folded, pack_weights(folded))
