@@ -277,7 +277,7 @@ class PackedChain:
         told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
         columns = depth * h + d
         sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
-        weights, given = np.empty((tasks, tokens, d), _f32), condition.detach().contiguous().numpy()
+        weights, given = aligned(tasks * tokens * d).reshape(tasks, tokens, d), condition.detach().contiguous().numpy()
         constants = *self._given, *matrices, self._step_rows, steps.numpy(), coefficients.numpy()
 
         def some(first: int, end: int) -> None:

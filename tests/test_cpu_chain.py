@@ -72,13 +72,15 @@ def run(phi, schedule, seeds, condition, num_steps=None, mask=None):
     return packed.sample(seeds, condition, steps, coefficients.float())
 
 
-def poison(shape, dtype=float):  # what is read before it is written shows; the default for libraries that keep it
-    return np.full(shape, np.nan if dtype == np.float32 else 0, dtype)
+def poison(size):  # what is read before it is written shows
+    found = cpu_core.aligned(size)
+    found[:] = np.nan
+    return found
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    monkeypatch.setattr(cpu_chain.np, "empty", poison)
+    monkeypatch.setattr(cpu_chain, "aligned", poison)
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,7 +102,7 @@ def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked
     x = start(seeds, tokens, d)
     mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_chain.np, "empty", poison)
+        patch.setattr(cpu_chain, "aligned", poison)
         found = run(phi, schedule, seeds[:tasks], condition[:tasks], 3, mask if masked else None)
     wide = {name: value.double() for name, value in phi.items()}
     expected = by_steps(wide, schedule, x.double(), condition.double(), 3, mask.double())
