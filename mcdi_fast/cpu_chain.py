@@ -6,7 +6,7 @@ task has one row, or its matrices do not fit the cache, it would only wait for t
 round as their number has it.
 
 The first call on a machine compiles, for five seconds; numba keeps the result beside this file or in the user's cache. Change this
-file with cpu_core.py and noise.py, whose functions it compiles in: what is kept is made again when this file changes.
+file with cpu_core.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
 """
 
 from __future__ import annotations
@@ -20,59 +20,15 @@ from numba import njit
 from torch import Tensor
 
 from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, exp, lines, product, take
-from mcdi_fast.noise import box_muller
+from mcdi_fast.cpu_noise import SCRATCH, draw
 
 if TYPE_CHECKING:
     from mcdi_fast.generator import WeightGenerator
 
 _f32 = np.float32
-# Said in words, because a function that says nothing takes over the fastmath of whatever calls it first.
-_exactly = njit(fastmath=False, error_model="numpy")
-_box_muller = _exactly(box_muller)
-_LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
-_MULTIPLIERS = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)  # of Philox4x64
-_KEY_STEPS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-_DRAWN = 512  # normals at a time, a multiple of a block of 8
 _IN_CACHE = 300_000  # numbers of the matrices of a step up to which a core's second-level cache holds them, 1.2 MB
 _ROWS = 64  # of tasks together: 32 take 1.1 times as long, 128 as long
 _WORTH = 10_000_000  # multiplications that a share must have to be worth a thread: two heads in twenty steps
-
-
-@_exactly
-def _words(key, first, out):
-    """Philox4x64-10: the blocks from `first` of stream 0 of a seed (noise.py), uint64 [blocks, 4]."""
-    for block in range(len(out)):
-        c0, c1, c2, c3 = np.uint64(first + block + 1), np.uint64(0), np.uint64(0), np.uint64(0)
-        k0, k1 = key, np.uint64(0)
-        for _ in range(10):
-            high0, low0 = _high(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
-            high1, low1 = _high(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
-            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-            k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
-        out[block, 0], out[block, 1], out[block, 2], out[block, 3] = c0, c1, c2, c3
-
-
-@_exactly
-def _high(a, b):
-    """The upper 64 bits of a product."""
-    a0, a1, b0, b1 = a & _LOW, a >> _32, b & _LOW, b >> _32
-    middle = a1 * b0 + (a0 * b0 >> _32)
-    return a1 * b1 + (middle >> _32) + (a0 * b1 + (middle & _LOW) >> _32)
-
-
-@_exactly
-def _draw(key, out, scratch):
-    """out [any] becomes `noise.philox_normal([key], any)`, to the bit: nothing here may be contracted. scratch: [2 _DRAWN]."""
-    normals, words = scratch[:_DRAWN], scratch[_DRAWN : 2 * _DRAWN].view(np.uint64)
-    for first in range(0, len(out), _DRAWN):
-        mine = out[first : first + _DRAWN]
-        blocks = (len(mine) + 7) // 8
-        _words(key, first // 8, words[: 4 * blocks].reshape(blocks, 4))
-        halves = words.view(np.int32)
-        for pair in range(4 * blocks):
-            normals[2 * pair], normals[2 * pair + 1] = _box_muller(halves[2 * pair], halves[2 * pair + 1])
-        for i in range(len(mine)):
-            mine[i] = normals[i]
 
 
 # Rows are sliced one by one: of a slice of all rows the compiler does not know that a row's numbers lie side by side.
@@ -176,7 +132,7 @@ def _sample(
             at = b * tokens
             _normalise(given[first + b], position, of_condition, condition[at : at + tokens])
             x = weights[first + b]
-            _draw(keys[first + b], x.reshape(tokens * d), scratch)
+            draw(keys[first + b], np.uint64(0), x.reshape(tokens * d), scratch)
             for i in range(tokens):
                 row, drawn, m = columns[at + i], x[i], mask[i % len(mask)]
                 for j in range(d):
@@ -282,7 +238,7 @@ class PackedChain:
 
         def some(first: int, end: int) -> None:
             many = min(together, end - first)
-            memory = aligned(sum(lines(many * size) for size in sizes) + 2 * _DRAWN)
+            memory = aligned(sum(lines(many * size) for size in sizes) + SCRATCH)
             _sample(keys[first:end], given[first:end], *constants, many, memory, weights[first:end])
 
         by_threads(some, tasks, 1 + _WORTH // (tokens * len(steps) * a_step))

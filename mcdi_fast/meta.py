@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, requested, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.bounds import check
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
@@ -162,7 +162,9 @@ class MetaTrainer:
         target = self.normalizer.normalize(targets[torch.arange(len(targets), device="cpu"), draws.segment])
         shape = (*draws.step.shape, layout.num_tokens, layout.width)
         # by Philox, which the kernel draws too: the same noise on every path
-        eps = philox_normal([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
+        compiled = numba_module("cpu_noise") if self.impl == "auto" else None
+        draw = compiled.philox_normal if compiled else philox_normal
+        eps = draw([self.seed] * len(target), math.prod(shape[1:]), draws.streams.tolist()).view(shape)
         if self._mask is not None:  # padding stays exactly 0 in x, eps and target
             eps = eps * self._mask
         condition = self.condition_normalizer.normalize(condition).expand(-1, layout.num_tokens, -1)

@@ -1,7 +1,7 @@
 """Counter-based normal noise: one seed a sample, so that a draw never depends on the batch it is drawn in, nor on who draws it.
 
 Philox4x64-10 (Salmon et al., SC 2011) as NumPy has it, with the uniform and Box-Muller steps of Triton's `tl.randn`: a kernel draws the same
-numbers to its own rounding (kernels/normal_noise.py), the compiled chain (cpu_chain.py) the same bits. Not Philox4x32, Triton's own default:
+numbers to its own rounding (kernels/normal_noise.py), compiled code (cpu_noise.py) the same bits. Not Philox4x32, Triton's own default:
 NumPy has the 64-bit one in C, and a meta-batch's noise takes 1.5 instead of 4.3 ms (torch.Generator, which no kernel can follow, 0.5 ms).
 """
 
@@ -31,11 +31,11 @@ _C1, _C2, _C3 = _f32(4.166664568298827e-2), _f32(-1.388731625493765e-3), _f32(2.
 
 
 def box_muller(a, b):
-    """Two standard normals of two random integers, int32 each: of NumPy's arrays, and compiled (cpu_chain.py) of one pair.
+    """Two standard normals of two random integers, int32 each: of NumPy's arrays, and compiled (cpu_noise.py) of one pair.
 
     Each operation is one of IEEE float32, rounded by itself, so that the bits are the same on every machine and in compiled code. Logarithm
-    as in FreeBSD's logf, sine and cosine of an eighth of a turn as in Cephes' sinf: each within a unit in the last place. Change cpu_chain.py with
-    this function: numba keeps compiled code until that file changes.
+    as in FreeBSD's logf, sine and cosine of an eighth of a turn as in Cephes' sinf: each within a unit in the last place. Change cpu_noise.py and
+    cpu_chain.py with this function: numba keeps compiled code until those files change.
     """
     u = _f32(np.maximum(_f32(a ^ (a >> _SIGN)) * _UNIT, _LEAST))  # -1 - x where x < 0
     v = _f32(b ^ (b >> _SIGN)) * _UNIT

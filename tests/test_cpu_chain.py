@@ -26,7 +26,7 @@ from mcdi_fast.weights import WeightLayout
 
 pytest.importorskip("numba")
 
-from mcdi_fast import cpu_chain, cpu_core
+from mcdi_fast import cpu_chain, cpu_core, cpu_noise
 
 
 def parameters(d, c, steps, hidden, depth, seed=0):
@@ -182,10 +182,10 @@ def test_a_nan_stays_in_its_task(poisoned):
 
 
 def draw(seeds, out):
-    scratch = cpu_core.aligned(2 * cpu_chain._DRAWN)
+    scratch = cpu_core.aligned(cpu_noise.SCRATCH)
     for seed, row in zip(seeds, out, strict=True):
         scratch[:] = np.nan
-        cpu_chain._draw(np.uint64(seed), row, scratch)
+        cpu_noise.draw(np.uint64(seed), np.uint64(0), row, scratch)
 
 
 @settings(max_examples=40, deadline=None)
@@ -196,6 +196,12 @@ def test_the_noise_is_philox_normal_to_the_bit(seeds, count):
     found = np.full((len(seeds), count), np.nan, np.float32)
     draw(seeds, found)
     assert found.tobytes() == philox_normal(seeds, count).numpy().tobytes()
+
+
+def test_the_noise_of_any_stream():
+    seeds, streams = [0, 5, 2**64 - 1, 5, 7], [0, 1, 2**40 + 3, 2**64 - 1, 9]
+    found = cpu_noise.philox_normal(seeds, 1003, streams)
+    assert found.numpy().tobytes() == philox_normal(seeds, 1003, streams).contiguous().numpy().tobytes()
 
 
 def test_the_noise_of_a_machine_that_compiles_first(tmp_path):
@@ -221,7 +227,7 @@ def test_a_million_normals_to_the_bit():
     a, b = (part.ravel() for part in np.meshgrid(ends, ends))
     expected = np.stack(box_muller(a, b), 1)
     assert np.isfinite(expected).all()
-    one_by_one = np.array([cpu_chain._box_muller(x, y) for x, y in zip(a, b, strict=True)], np.float32)
+    one_by_one = np.array([cpu_noise._box_muller(x, y) for x, y in zip(a, b, strict=True)], np.float32)
     assert one_by_one.tobytes() == expected.tobytes()
 
 
