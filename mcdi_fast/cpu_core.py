@@ -45,8 +45,24 @@ try:
     binding.add_symbol(_SGEMM, ctypes.cast(_library.sgemm_, ctypes.c_void_p).value)
 except AttributeError as error:
     raise ImportError("torch's library offers no sgemm") from error
-# MKL's threads are those of the whole process, unless a thread has a number of its own: 0 is none
-_own_threads = getattr(_library, "MKL_Set_Num_Threads_Local", lambda count: 0)
+
+
+def _threads_of_products(library: Any) -> Callable[[int], int]:
+    """Sets how many threads the products of the calling thread alone take, and returns how many it were."""
+    if hasattr(library, "MKL_Set_Num_Threads_Local"):
+        return library.MKL_Set_Num_Threads_Local
+    if not hasattr(library, "omp_set_num_threads"):
+        return lambda count: count
+
+    def swap(count: int) -> int:  # OpenBLAS, which asks OpenMP
+        before = library.omp_get_max_threads()
+        library.omp_set_num_threads(count)
+        return before
+
+    return swap
+
+
+_own_threads = _threads_of_products(_library)
 
 
 def compiled(function: Callable) -> Any:

@@ -69,6 +69,27 @@ def test_an_error_of_a_share_is_raised():
         torch.set_num_threads(before)
 
 
+def test_products_of_a_thread_take_one_thread_of_any_blas():
+    class OpenMP:
+        threads = 4
+
+        def omp_get_max_threads(self):
+            return self.threads
+
+        def omp_set_num_threads(self, count):
+            self.threads = count
+
+    library = OpenMP()
+    swap = cpu_core._threads_of_products(library)
+    assert swap(1) == 4
+    assert library.threads == 1
+    assert swap(4) == 1
+    assert library.threads == 4
+    assert cpu_core._threads_of_products(object())(1) == 1  # one that has threads of its own mind
+    before = cpu_core._own_threads(1)
+    assert cpu_core._own_threads(before) == 1
+
+
 def test_memory_starts_at_a_cache_line():
     for size in (0, 1, 17, 1000):
         found = cpu_core.aligned(size)
