@@ -195,6 +195,7 @@ class PackedChain:
         self._given = tuple(np.array(tensor.numpy(), order="C") for tensor in given)
         self._step_rows = np.array(torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy())
         self._matrices: dict[bool, tuple[np.ndarray, ...]] = {}
+        self._plans: dict[int, tuple[tuple[np.ndarray, ...], int, int, int]] = {}
 
     def _matrices_of(self, alone: bool) -> tuple[np.ndarray, ...]:
         """by_token, by_mean, hidden (each block's token and sample), into_h (no rows where `last` is one matrix) and last.
@@ -214,6 +215,19 @@ class PackedChain:
             self._matrices[alone] = tuple(_by_lines(part) for part in parts)
         return self._matrices[alone]
 
+    def _plan(self, tokens: int) -> tuple[tuple[np.ndarray, ...], int, int, int]:
+        """Of tasks of so many tokens: the matrices, tasks together, multiplications of a task in a step, float32 of scratch a task."""
+        if tokens not in self._plans:
+            matrices = self._matrices_of(tokens == 1)
+            a_step = sum(matrix.size for matrix in matrices[2:])
+            alone = tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE
+            told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
+            columns = depth * h + d
+            sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
+            together = 1 if alone else max(1, _ROWS // tokens)
+            self._plans[tokens] = matrices, together, tokens * a_step, sum(map(lines, sizes))
+        return self._plans[tokens]
+
     def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
         """Weights [B, N, D] by the noise-free chain, on as many threads as torch has.
 
@@ -226,20 +240,14 @@ class PackedChain:
         else:
             keys = np.array(seeds, np.uint64)
         tasks, tokens, _ = condition.shape
-        matrices = self._matrices_of(tokens == 1)
-        a_step = sum(matrix.size for matrix in matrices[2:])
-        alone = tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE
-        together = 1 if alone else max(1, _ROWS // tokens)
-        told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
-        columns = depth * h + d
-        sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
+        d, (matrices, together, work, scratch) = self._folded.token_width, self._plan(tokens)
         weights, given = aligned(tasks * tokens * d).reshape(tasks, tokens, d), condition.detach().contiguous().numpy()
         constants = *self._given, *matrices, self._step_rows, steps.numpy(), coefficients.numpy()
 
         def some(first: int, end: int) -> None:
             many = min(together, end - first)
-            memory = aligned(sum(lines(many * size) for size in sizes) + SCRATCH)
+            memory = aligned(many * scratch + SCRATCH)
             _sample(keys[first:end], given[first:end], *constants, many, memory, weights[first:end])
 
-        by_threads(some, tasks, 1 + _WORTH // (tokens * len(steps) * a_step))
+        by_threads(some, tasks, 1 + _WORTH // (len(steps) * work))
         return torch.from_numpy(weights)

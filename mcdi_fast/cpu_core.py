@@ -168,6 +168,8 @@ def by_threads(run: Callable[[int, int], Any], tasks: int, least: int = 1) -> li
         finally:
             _own_threads(before)
 
+    if threads == 1:
+        return [share(0)]
     others = [_workers().submit(share, number) for number in range(1, threads)]
     try:
         return [share(0), *(other.result() for other in others)]
