@@ -133,6 +133,15 @@ def exp(v):
     return (p * r * r + r + _f32(1.0)) * power
 
 
+@njit(**FAST)
+def copy(x, out):
+    """The rows of x into the first columns of out, one by one: an assignment of slices would compile for two seconds, for its error message."""
+    for i in range(len(out)):
+        row, to = x[i], out[i]
+        for j in range(len(row)):
+            to[j] = row[j]
+
+
 def lines(size: int) -> int:
     """size, rounded up to whole cache lines: what `take` takes of scratch."""
     return (size + _LINE - 1) // _LINE * _LINE

@@ -21,7 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, exp, product, take
+from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, product, take
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
 _f32 = np.float32
@@ -37,15 +37,6 @@ def _take_lines(scratch, rows, columns):
     """`take`, every row from a cache line on: sgemm takes 6 to 17 % less time."""
     found, scratch = take(scratch, rows, (columns + _LINE - 1) // _LINE * _LINE)
     return found[:, :columns], scratch
-
-
-@njit(**FAST)
-def _copy(x, out):
-    """Rows of a matrix, one by one: an assignment of slices would compile for two seconds, for its error message."""
-    for i in range(len(out)):
-        row, to = x[i], out[i]
-        for j in range(len(row)):
-            to[j] = row[j]
 
 
 @njit(**FAST)
@@ -162,7 +153,7 @@ def _trajectories(
     top, total, length = np.empty(rows, _f32), np.empty(rows, _f32), np.empty(rows, _f32)
     offset[:] = 0
     for b in range(first, end):
-        _copy(start[b], theta)
+        copy(start[b], theta)
         mean[:] = 0
         square_mean[:] = 0
         for step in range(len(scalars)):
@@ -170,7 +161,7 @@ def _trajectories(
                 x[:, width - 1] = 1
                 for i in range(rows):
                     version = pick[step, b, i] if len(pick) else 0
-                    _copy(features[version, b, i : i + 1], x[i : i + 1])
+                    copy(features[version, b, i : i + 1], x[i : i + 1])
                 if len(base):  # theta (trust x)' + base x' are the logits of base + trust theta
                     product(base[b], x.T, offset, 1, 0)
                     x *= trust[b]
@@ -180,7 +171,7 @@ def _trajectories(
                     product(x, xt, gram, 1, 0)
                     for i in range(rows):
                         length[i] = math.sqrt(gram[i, i])
-            _copy(offset, logits)
+            copy(offset, logits)
             _logits(theta, x, xt, logits, 1)
             _errors(logits, labels[b], share, top, total, p)
             keep = decay
@@ -206,7 +197,7 @@ def _trajectories(
                 product(p, x, g, 1, 0)
             _adam(theta, g, keep, mean, square_mean, _f32(scalars[step, 0]), _f32(1 / scalars[step, 1]))
             if (step + 1) % every == 0:
-                _copy(theta, found[b, step // every])
+                copy(theta, found[b, step // every])
 
 
 def fits(start: Tensor, features: Tensor, labels: Tensor, pick: Tensor | None = None) -> bool:

@@ -17,7 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, exp, lines, product, take
+from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, lines, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 
@@ -95,14 +95,6 @@ def _weight(p, own, t):
     """The weight of task t, of a map that keeps one a task."""
     size = p[_IN] * p[_OUT]
     return _matrix(own, p[_WEIGHT] + t * size, p[_IN], p[_OUT])
-
-
-@njit(**FAST)
-def _copy(source, out):
-    for i in range(len(out)):
-        a, o = source[i], out[i]
-        for j in range(len(o)):
-            o[j] = a[j]
 
 
 @njit(**FAST)
@@ -186,12 +178,12 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
         for p in plan:
             if p[_OWN]:
                 for t in range(tasks):
-                    _copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), _weight(p, own, t))
+                    copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), _weight(p, own, t))
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
-                _copy(x[begin + t, r].reshape(size, d), _inputs(of_x, rows, tasks, r)[t * size : (t + 1) * size])
-                _copy(condition[begin + t], _inputs(of_c, rows, tasks, r)[t * tokens : (t + 1) * tokens])
+                copy(x[begin + t, r].reshape(size, d), _inputs(of_x, rows, tasks, r)[t * size : (t + 1) * size])
+                copy(condition[begin + t], _inputs(of_c, rows, tasks, r)[t * tokens : (t + 1) * tokens])
             h = _inputs(plan[2], rows, tasks, r)
             _forward(of_x, phi, rows, own, scores, tasks, r, rate, h, zero)
             _forward(of_c, phi, rows, own, scores, tasks, r, rate, told, zero)
@@ -211,7 +203,7 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                 _add_each(per_sample, tokens, one, before)
                 _silu(before, _inputs(of_u, rows, tasks, r), slopes[layer * some : (layer + 1) * some])
                 then = _inputs(plan[5 + 3 * layer], rows, tasks, r)
-                _copy(h, then)
+                copy(h, then)
                 _forward(of_u, phi, rows, own, scores, tasks, r, rate, then, one)
                 h = then
             _forward(of_net, phi, rows, own, scores, tasks, r, rate, net, zero)
@@ -228,7 +220,7 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                 _multiply(du, slopes[layer * some : (layer + 1) * some], g_token)
                 _sum_tokens(g_token, tokens, one, _gradients(of_sample, rows, tasks, r))
                 then = _gradients(plan[1 + 3 * layer] if layer else of_x, rows, tasks, r)
-                _copy(g, then)
+                copy(g, then)
                 _backward(of_token, phi, rows, own, scores, tasks, r, rate, then, one)
                 _backward(of_sample, phi, rows, own, scores, tasks, r, rate, into_sample, zero)
                 _add_each(into_sample, tokens, share, then)
@@ -239,7 +231,7 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                 if i % samples:
                     _add_each(mine, 1, one, g_told[t * tokens : (t + 1) * tokens])
                 else:
-                    _copy(mine, g_told[t * tokens : (t + 1) * tokens])
+                    copy(mine, g_told[t * tokens : (t + 1) * tokens])
             if r + 1 < inner:  # nobody reads the weights of the last step: delta comes from the rows
                 for p in plan:
                     if p[_OWN]:
