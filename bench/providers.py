@@ -26,6 +26,7 @@ from mcdi_fast.inner import inner_loop, task_loss
 from mcdi_fast.kernels.operations import DEFAULT, OPERATIONS, Maker, Sizes, inner_batch, layer_rows, relative_error
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
+from mcdi_fast.outer import OuterScalars, OuterState, named_views, outer_update
 from mcdi_fast.tasks import optimizer_steps
 from mcdi_fast.tasks.heads import train_heads
 
@@ -166,15 +167,29 @@ def eager_inner(phi: dict[str, Tensor], batch: InnerBatch) -> tuple[dict[str, Te
 
 
 def meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Callable[[], Any]:
-    """Inner loops and outer step by Adam on phi of its own, at a rate that leaves the work of every call the same."""
+    """Inner loops and outer step by torch's fused Adam on phi of its own, at a rate that leaves the work of every call the same."""
     own = {name: value.clone() for name, value in phi.items()}
-    optimizer = torch.optim.Adam(own.values(), lr=1e-8)
+    optimizer = torch.optim.Adam(own.values(), lr=1e-8, fused=True)
 
     def run() -> Any:
         delta, losses = inner(own, batch)
         for name, value in own.items():
             value.grad = delta[name] / -RATE
         optimizer.step()
+        return delta, losses
+
+    return run
+
+
+def our_meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Callable[[], Any]:
+    """The same with the engine's own outer step, which keeps the average of phi too."""
+    state = OuterState.start(phi, batch.x.device)
+    own = named_views(state.phi, {name: tuple(value.shape) for name, value in phi.items()})
+    scalars = OuterScalars(1e-8, 1.0, -1 / RATE, 0.01)
+
+    def run() -> Any:
+        delta, losses = inner(own, batch)
+        outer_update(state, torch.cat([value.flatten() for value in delta.values()]), scalars, "adam")
         return delta, losses
 
     return run

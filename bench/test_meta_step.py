@@ -76,7 +76,8 @@ def test_meta_step(benchmark, measure, provider, size):
     elif provider == "cuda-graph":
         run = P.graphed(lambda: INNER["ours"](phi, batch))
     else:
-        run = P.meta_step(INNER[provider], phi, batch)
+        step = P.our_meta_step if provider in ("ours", "torch") else P.meta_step
+        run = step(INNER[provider], phi, batch)
     measure(
         run, check, P.WORK["inner_loop"].work(z), what="meta-step", provider=provider, size=size,
         work=z.tasks * z.samples * z.tokens * z.inner, with_low_rank=P.low_rank_operations(z) / 1e9,

@@ -25,7 +25,8 @@ INNER = P.inner_providers()
 def test_meta_step(provider):
     phi, batch = P.meta_case(TINY)
     check = P.meta_check(phi, batch)
-    check(P.meta_step(INNER[provider], phi, batch)())
+    for step in (P.meta_step, P.our_meta_step):
+        check(step(INNER[provider], phi, batch)())
     delta, losses = INNER[provider](phi, batch)
     with pytest.raises(AssertionError):
         check(({name: 1.1 * value for name, value in delta.items()}, losses))
