@@ -56,7 +56,7 @@ PARTS = (
 _KNOWN = "known data sets"
 _TASKS, _VALIDATION, _GRADIENT_VALIDATION = 120, 80, 40
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_RATES, _STEPS = (0.003, 0.01, 0.03), (30, 90, 270)
+_RATES, _STEPS = (0.0001, 0.0003, 0.001, 0.003, 0.01), (30, 90, 270)
 _BASE_RATES = (0.0001, 0.0003, 0.001)
 
 Score = Callable[[TaskBatch], Tensor]
