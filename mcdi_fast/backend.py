@@ -4,8 +4,8 @@
 - impl="triton": the kernels of `mcdi_fast.kernels`. Raises McdiError, saying why, where they cannot run: no CUDA device (and no
   TRITON_INTERPRET=1), a GPU that is too old, an operation that has no kernel for what was asked.
 - impl="auto": the environment variable MCDI_IMPL (auto, triton or torch) where it is set; otherwise the kernels on a GPU wherever there is one
-  for what was asked, and torch everywhere else, which is said once on a GPU; but on a CPU chains, inner loops and the trajectories of heads are
-  compiled code where numba is installed (cpu_chain.py, cpu_inner.py, cpu_heads.py).
+  for what was asked, and torch everywhere else, which is said once on a GPU; but on a CPU chains, inner loops with their noise and the
+  trajectories of heads are compiled code where numba is installed (cpu_*.py).
 
 TRITON_INTERPRET=1, set before triton is imported, runs the kernels in Python on the CPU: slow, for tests.
 

@@ -21,30 +21,22 @@ from numba import njit
 from torch import Tensor
 
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, product, take
+from mcdi_fast.cpu_core import FAST, LINE, aligned, by_threads, compiled, copy, exp, product, take, take_lines
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
 
 _f32 = np.float32
 _REORDERED = FAST | {"fastmath": {"contract", "reassoc"}}  # sums too fill vector registers
-_LINE = 16  # entries of a cache line
 _CANCELLED = 1e-6  # share of ||g||^2 in the sizes of its terms, below which their rounding shows in rho
 _BETA1, _BETA2 = (_f32(1 - beta) for beta in ADAM_BETAS)
 _KEEP2, _EPS = _f32(ADAM_BETAS[1]), _f32(ADAM_EPS)
 
 
-@njit
-def _take_lines(scratch, rows, columns):
-    """`take`, every row from a cache line on: sgemm takes 6 to 17 % less time."""
-    found, scratch = take(scratch, rows, (columns + _LINE - 1) // _LINE * _LINE)
-    return found[:, :columns], scratch
-
-
 @njit(**FAST)
 def _transpose(x, out):
     rows, width = x.shape
-    for first in range(0, rows, _LINE):
+    for first in range(0, rows, LINE):
         for j in range(width):
-            for i in range(first, min(first + _LINE, rows)):
+            for i in range(first, min(first + LINE, rows)):
                 out[j, i] = x[i, j]
 
 
@@ -136,11 +128,10 @@ def _trajectories(
     """Tasks first to end - 1 of found [B, k, ways, F + 1]. All as of `head_trajectory`, but scalars: `optim.adam_scalars` [M, 2]."""
     ways, width = start.shape[1:]
     rows = labels.shape[1]
-    x, scratch = _take_lines(scratch, rows, width)  # the last column of the rows is 1: the bias is a weight
-    xt, scratch = _take_lines(
-        scratch, 0 if len(pick) else width, rows
-    )  # other rows in every step are not worth transposing
-    gram, scratch = _take_lines(scratch, rows if by_gram else 0, rows)
+    x, scratch = take_lines(scratch, rows, width)  # the last column of the rows is 1: the bias is a weight
+    # other rows in every step are not worth transposing
+    xt, scratch = take_lines(scratch, 0 if len(pick) else width, rows)
+    gram, scratch = take_lines(scratch, rows if by_gram else 0, rows)
     theta, scratch = take(scratch, ways, width)
     g, scratch = take(scratch, ways, width)
     mean, scratch = take(scratch, ways, width)
@@ -163,7 +154,8 @@ def _trajectories(
                     version = pick[step, b, i] if len(pick) else 0
                     copy(features[version, b, i : i + 1], x[i : i + 1])
                 if len(base):  # theta (trust x)' + base x' are the logits of base + trust theta
-                    product(base[b], x.T, offset, 1, 0)
+                    copy(base[b], g)  # to where it lies alike for every task
+                    product(g, x.T, offset, 1, 0)
                     x *= trust[b]
                 if len(xt):
                     _transpose(x, xt)
@@ -239,8 +231,8 @@ def head_trajectory(
     given = (
         value.detach().contiguous().numpy() for value in (start, features, pick.int(), labels, share, about, trust)
     )
-    sizes = [rows * (width + _LINE), width * (rows + _LINE), rows * (rows + _LINE) * by_gram]
-    scratch = sum(sizes) + 4 * (ways * width + _LINE) + 5 * (ways * rows + _LINE)
+    sizes = [rows * (width + LINE), width * (rows + LINE), rows * (rows + LINE) * by_gram]
+    scratch = sum(sizes) + 4 * (ways * width + LINE) + 5 * (ways * rows + LINE)
     arguments = *given, *recipe, found.numpy()
     by_threads(lambda first, end: _trajectories(*arguments, first, end, aligned(scratch)), tasks)
     return found

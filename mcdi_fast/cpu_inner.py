@@ -1,10 +1,11 @@
-"""The inner loops of Reptile on a CPU, one task after the other in compiled code (numba, the extra `cpu`): `inner.inner_loop`.
+"""The inner loops of Reptile on a CPU in compiled code (numba, the extra `cpu`): `inner.inner_loop`.
 
-What a task needs in a step stays in a core's cache, and its products start at once: by torch's operations a step of 32 tasks is a hundred calls
-that each read and write all tasks' rows. The forms of a linear map are those of inner.py: rows of the earlier steps, or a weight of the task's own.
-A thread takes some of the tasks. Tasks do not meet but in delta.
+Tasks go together until they have `_FEW_ROWS` rows a step: enough for a product with phi to run at its full rate, few enough that what they need
+stays in a core's cache. By torch's operations a step is some hundreds of calls that each read and write the rows of all tasks. The forms of a linear
+map are those of inner.py: rows of the earlier steps, or a weight of the task's own. A thread takes a share of the tasks. They do not meet but in
+delta.
 
-The first call on a machine compiles, for some seconds; numba keeps the result.
+The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py, whose functions it compiles in.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from mcdi_fast.inner import Form
 
 _f32 = np.float32
-_FEW_ROWS = 160  # of some tasks in a step: from there on a product with phi runs at its full rate, and what it needs stays in the second-level cache
+_FEW_ROWS = 160
 
-# columns of a plan, a row a map
+# columns of a plan, a row a map; in and out, and their rows, are told apart by a side
 _IN, _OUT, _ROWS, _OWN, _PHI, _INPUTS, _GRADIENTS, _WEIGHT = range(8)
+_INTO, _OUT_OF = range(2)  # the sides: what goes into a map, gradients of what comes out of it
 
 
 @njit
@@ -37,47 +39,34 @@ def _matrix(flat, at, rows, columns):
 
 
 @njit
-def _inputs(p, rows, tasks, r):
-    """Rows of all tasks that went into the map p in step r, [tasks rows, in]. Those of all steps follow each other."""
-    count = tasks * p[_ROWS]
-    return _matrix(rows, p[_INPUTS] + r * count * p[_IN], count, p[_IN])
+def _rows(p, side, rows, tasks, r):
+    """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of all steps follow each other."""
+    count, width = tasks * p[_ROWS], p[_IN + side]
+    return _matrix(rows, p[_INPUTS + side] + r * count * width, count, width)
 
 
 @njit
-def _gradients(p, rows, tasks, r):
-    """Gradients of what came out of the map p in step r, [tasks rows, out]."""
-    count = tasks * p[_ROWS]
-    return _matrix(rows, p[_GRADIENTS] + r * count * p[_OUT], count, p[_OUT])
+def _times(a, weight, side, out, beta):
+    """out = a weight + beta out, or with the weight transposed for gradients, which go back."""
+    if side == _INTO:
+        product(a, weight, out, _f32(1), beta)
+    else:
+        product(a, weight.T, out, _f32(1), beta)
 
 
 @njit
-def _forward(p, phi, rows, own, scores, tasks, r, rate, out, beta):
-    """out = the map's rows of step r times each task's weights + beta out."""
-    a, one = _inputs(p, rows, tasks, r), _f32(1)
+def _through(p, side, phi, rows, own, scores, tasks, r, rate, out, beta):
+    """out = the rows on a side of the map in step r, times each task's weights, + beta out: what comes out, or the gradient of what went in."""
+    now = _rows(p, side, rows, tasks, r)
     if p[_OWN]:
         for t in range(tasks):
             mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-            product(a[mine], _weight(p, own, t), out[mine], one, beta)
+            _times(now[mine], _weight(p, own, t), side, out[mine], beta)
         return
-    product(a, _matrix(phi, p[_PHI], p[_IN], p[_OUT]), out, one, beta)
+    _times(now, _matrix(phi, p[_PHI], p[_IN], p[_OUT]), side, out, beta)
     for before in range(r):
-        a_before, g_before = _inputs(p, rows, tasks, before), _gradients(p, rows, tasks, before)
-        _low_rank(p, scores, tasks, rate, a, a_before, g_before, out)
-
-
-@njit
-def _backward(p, phi, rows, own, scores, tasks, r, rate, out, beta):
-    """out = the gradient of the map's rows of step r + beta out."""
-    g, one = _gradients(p, rows, tasks, r), _f32(1)
-    if p[_OWN]:
-        for t in range(tasks):
-            mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-            product(g[mine], _weight(p, own, t).T, out[mine], one, beta)
-        return
-    product(g, _matrix(phi, p[_PHI], p[_IN], p[_OUT]).T, out, one, beta)
-    for before in range(r):
-        a_before, g_before = _inputs(p, rows, tasks, before), _gradients(p, rows, tasks, before)
-        _low_rank(p, scores, tasks, rate, g, g_before, a_before, out)
+        then, other = _rows(p, side, rows, tasks, before), _rows(p, 1 - side, rows, tasks, before)
+        _low_rank(p, scores, tasks, rate, now, then, other, out)
 
 
 @njit
@@ -182,50 +171,50 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
-                copy(x[begin + t, r].reshape(size, d), _inputs(of_x, rows, tasks, r)[t * size : (t + 1) * size])
-                copy(condition[begin + t], _inputs(of_c, rows, tasks, r)[t * tokens : (t + 1) * tokens])
-            h = _inputs(plan[2], rows, tasks, r)
-            _forward(of_x, phi, rows, own, scores, tasks, r, rate, h, zero)
-            _forward(of_c, phi, rows, own, scores, tasks, r, rate, told, zero)
+                copy(x[begin + t, r].reshape(size, d), _rows(of_x, _INTO, rows, tasks, r)[t * size : (t + 1) * size])
+                copy(condition[begin + t], _rows(of_c, _INTO, rows, tasks, r)[t * tokens : (t + 1) * tokens])
+            h = _rows(plan[2], _INTO, rows, tasks, r)
+            _through(of_x, _INTO, phi, rows, own, scores, tasks, r, rate, h, zero)
+            _through(of_c, _INTO, phi, rows, own, scores, tasks, r, rate, told, zero)
             for i in range(tasks * samples):
                 t = i // samples
                 _add_each(told[t * tokens : (t + 1) * tokens], 1, one, h[i * tokens : (i + 1) * tokens])
             for layer in range(depth):
                 of_token, of_sample, of_u = plan[2 + 3 * layer], plan[3 + 3 * layer], plan[4 + 3 * layer]
-                mean = _inputs(of_sample, rows, tasks, r)
+                mean = _rows(of_sample, _INTO, rows, tasks, r)
                 _sum_tokens(h, tokens, share, mean)
                 for i in range(tasks * samples):
                     for j in range(width, fan_sample):
                         mean[i, j] = 0
                     mean[i, width + step[begin + i // samples, r, i % samples]] = 1
-                _forward(of_token, phi, rows, own, scores, tasks, r, rate, before, zero)
-                _forward(of_sample, phi, rows, own, scores, tasks, r, rate, per_sample, zero)
+                _through(of_token, _INTO, phi, rows, own, scores, tasks, r, rate, before, zero)
+                _through(of_sample, _INTO, phi, rows, own, scores, tasks, r, rate, per_sample, zero)
                 _add_each(per_sample, tokens, one, before)
-                _silu(before, _inputs(of_u, rows, tasks, r), slopes[layer * some : (layer + 1) * some])
-                then = _inputs(plan[5 + 3 * layer], rows, tasks, r)
+                _silu(before, _rows(of_u, _INTO, rows, tasks, r), slopes[layer * some : (layer + 1) * some])
+                then = _rows(plan[5 + 3 * layer], _INTO, rows, tasks, r)
                 copy(h, then)
-                _forward(of_u, phi, rows, own, scores, tasks, r, rate, then, one)
+                _through(of_u, _INTO, phi, rows, own, scores, tasks, r, rate, then, one)
                 h = then
-            _forward(of_net, phi, rows, own, scores, tasks, r, rate, net, zero)
+            _through(of_net, _INTO, phi, rows, own, scores, tasks, r, rate, net, zero)
             for t in range(tasks):
                 b, mine = begin + t, slice(t * samples * tokens, (t + 1) * samples * tokens)
-                errors = _gradients(of_net, rows, tasks, r)[mine]
+                errors = _rows(of_net, _OUT_OF, rows, tasks, r)[mine]
                 losses[b, r] = _errors(net[mine], target[b, r], mask, gain[b, r], scale, errors) / (samples * real)
-            g = _gradients(plan[-2], rows, tasks, r)
-            _backward(of_net, phi, rows, own, scores, tasks, r, rate, g, zero)
+            g = _rows(plan[-2], _OUT_OF, rows, tasks, r)
+            _through(of_net, _OUT_OF, phi, rows, own, scores, tasks, r, rate, g, zero)
             for layer in range(depth - 1, -1, -1):
                 of_token, of_sample, of_u = plan[2 + 3 * layer], plan[3 + 3 * layer], plan[4 + 3 * layer]
-                _backward(of_u, phi, rows, own, scores, tasks, r, rate, du, zero)
-                g_token = _gradients(of_token, rows, tasks, r)
+                _through(of_u, _OUT_OF, phi, rows, own, scores, tasks, r, rate, du, zero)
+                g_token = _rows(of_token, _OUT_OF, rows, tasks, r)
                 _multiply(du, slopes[layer * some : (layer + 1) * some], g_token)
-                _sum_tokens(g_token, tokens, one, _gradients(of_sample, rows, tasks, r))
-                then = _gradients(plan[1 + 3 * layer] if layer else of_x, rows, tasks, r)
+                _sum_tokens(g_token, tokens, one, _rows(of_sample, _OUT_OF, rows, tasks, r))
+                then = _rows(plan[1 + 3 * layer] if layer else of_x, _OUT_OF, rows, tasks, r)
                 copy(g, then)
-                _backward(of_token, phi, rows, own, scores, tasks, r, rate, then, one)
-                _backward(of_sample, phi, rows, own, scores, tasks, r, rate, into_sample, zero)
+                _through(of_token, _OUT_OF, phi, rows, own, scores, tasks, r, rate, then, one)
+                _through(of_sample, _OUT_OF, phi, rows, own, scores, tasks, r, rate, into_sample, zero)
                 _add_each(into_sample, tokens, share, then)
                 g = then
-            g_told = _gradients(of_c, rows, tasks, r)
+            g_told = _rows(of_c, _OUT_OF, rows, tasks, r)
             for i in range(tasks * samples):
                 t, mine = i // samples, g[i * tokens : (i + 1) * tokens]
                 if i % samples:
@@ -235,12 +224,12 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
             if r + 1 < inner:  # nobody reads the weights of the last step: delta comes from the rows
                 for p in plan:
                     if p[_OWN]:
-                        a, e = _inputs(p, rows, tasks, r), _gradients(p, rows, tasks, r)
+                        a, e = _rows(p, _INTO, rows, tasks, r), _rows(p, _OUT_OF, rows, tasks, r)
                         for t in range(tasks):
                             mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
                             product(a[mine].T, e[mine], _weight(p, own, t), -rate, one)
         for p in plan:
-            a, e = _inputs(p, rows, inner * tasks, 0), _gradients(p, rows, inner * tasks, 0)
+            a, e = _rows(p, _INTO, rows, inner * tasks, 0), _rows(p, _OUT_OF, rows, inner * tasks, 0)
             whole = _matrix(delta, p[_PHI], p[_IN], p[_OUT])
             product(a.T, e, whole, -rate / _f32(every), one if begin else zero)
 
@@ -272,14 +261,15 @@ def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Seque
     ]
     scratch = sum(map(lines, blocks)) + max(form.rows for form in forms) ** 2
     # by NumPy: behind a parallel operation of torch its threads spin for a while, on the cores that are wanted here
-    flat = np.concatenate([value.numpy().ravel() for value in phi.values()])
+    flat = aligned(size)
+    np.concatenate([value.numpy().ravel() for value in phi.values()], out=flat)
     mask = torch.ones(n, d, dtype=torch.float32, device="cpu") if batch.mask is None else batch.mask.contiguous()
     arrays = [t.contiguous().numpy() for t in (batch.x, batch.step, batch.condition, batch.gain, batch.target)]
     losses, sizes = np.empty((b, k), _f32), np.array([width, depth, int(mask.sum()), b])
 
     def run(first: int, end: int) -> np.ndarray:
-        mine, space = [array[first:end] for array in arrays], [aligned(count) for count in (held, weights, scratch)]
-        delta = np.empty(size, _f32)
+        mine = [array[first:end] for array in arrays]
+        *space, delta = (aligned(count) for count in (held, weights, scratch, size))
         given = plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
         _run(*given, *space, losses[first:end], delta)
         return delta

@@ -235,7 +235,7 @@ class InnerBatch:
         return InnerBatch(**present)
 
     def check(self, phi: Parameters) -> None:
-        """Raise McdiError, naming the tensor, what was found and what was expected, unless the shapes and dtypes fit phi."""
+        """Raise McdiError, naming the tensor, what was found and what was expected, unless shapes, dtypes and (on a CPU) steps fit phi."""
         if self.x.ndim != 5 or 0 in self.x.shape:
             raise McdiError(
                 f"inner batch x: shape {tuple(self.x.shape)}, expected [B, K, S, N, D] with no empty dimension"
