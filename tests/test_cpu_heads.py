@@ -94,18 +94,22 @@ def test_a_version_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 20, 64), (7, 5, 30, 150)])
-def test_a_task_hears_neither_of_the_others_nor_of_the_threads(shape):
+@pytest.mark.parametrize("from_base", [False, True])
+def test_a_task_hears_neither_of_the_others_nor_of_the_threads(shape, from_base):
     start, x, labels = case(*shape)
-    before, threads = cpu_heads.head_trajectory(start, x, labels, recipe()), torch.get_num_threads()
-    alone = [
-        cpu_heads.head_trajectory(start[b : b + 1], x[:, b : b + 1], labels[b : b + 1], recipe()) for b in range(7)
-    ]
-    assert torch.equal(torch.cat(alone), before)
+    base = torch.randn(start.shape, generator=torch.Generator().manual_seed(2)), torch.full((7, 1, 1), 0.5)
+
+    def trained(rows=slice(None)):
+        given = tuple(part[rows] for part in base) if from_base else None
+        return cpu_heads.head_trajectory(start[rows], x[:, rows], labels[rows], recipe(), base=given)
+
+    before, threads = trained(), torch.get_num_threads()
+    assert torch.equal(torch.cat([trained(slice(b, b + 1)) for b in range(7)]), before)
     x[0, 3] = float("nan")
     x[0, 4] = 1e30
     try:
         torch.set_num_threads(3)
-        after = cpu_heads.head_trajectory(start, x, labels, recipe())
+        after = trained()
     finally:
         torch.set_num_threads(threads)
     rest = torch.tensor([0, 1, 2, 5, 6])
