@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import AtLeastOne, Positive
 from mcdi_fast.errors import McdiError
 from mcdi_fast.optim import adam_scalars, adam_step
-from mcdi_fast.store import load_tensors, save_tensors, show_path, user_path
+from mcdi_fast.store import digest, load_tensors, save_tensors, show_path, user_path
 
 if TYPE_CHECKING:
     from mcdi_fast.tasks.drawings import ClassImages, FewShotData
@@ -224,8 +223,7 @@ def fingerprint(data: FewShotData, config: BackboneConfig) -> str:
     """16 hex digits that change with the training images and the recipe; not with the machine, which `weights_digest` tells apart."""
     # views are of the features, not of the training
     recipe = {name: value for name, value in asdict(config).items() if name != "views"}
-    text = json.dumps([_RECIPE, data.name, data.fingerprint, recipe])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(json.dumps([_RECIPE, data.name, data.fingerprint, recipe]))
 
 
 def features_provenance(data: FewShotData, config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:
@@ -236,10 +234,7 @@ def features_provenance(data: FewShotData, config: BackboneConfig, backbone: nn.
 
 def weights_digest(backbone: nn.Module) -> str:
     """16 hex digits of the trained weights themselves: the same recipe ends elsewhere on another kind of processor."""
-    found = hashlib.sha256()
-    for tensor in backbone.state_dict().values():
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+    return digest(*backbone.state_dict().values())
 
 
 def load_backbone(provenance: dict[str, Any], cache_dir: str | Path = "runs/cache") -> nn.Sequential:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import operator
 import os
@@ -158,7 +157,7 @@ class TrajectoryBank:
         path = folder / _HEADER_FILE
         header = store.read_json(path)
         bank = cls(folder, *_parse_header(header, path))
-        bank._layout_digest = hashlib.sha256(json.dumps(header["layout"], sort_keys=True).encode()).hexdigest()[:16]
+        bank._layout_digest = store.digest(json.dumps(header["layout"], sort_keys=True))
         bank._map_shards()
         return bank
 
@@ -241,7 +240,7 @@ class TrajectoryBank:
         for shard, digest in enumerate(self._digests):
             if digest is None:
                 self._digests[shard] = _digest(self._targets[shard], self._condition[shard])
-        return hashlib.sha256(" ".join(map(str, self._digests)).encode()).hexdigest()[:16]
+        return store.digest(" ".join(map(str, self._digests)))
 
     def append(self, targets: Array, condition: Array) -> None:
         """Write one shard, atomically: after a kill it is there whole or not at all.
@@ -368,11 +367,7 @@ def _float32(name: str, value: Any) -> Tensor:
 
 def _digest(targets: Tensor, condition: Tensor) -> str:
     """16 hex digits of a shard's contents."""
-    found = hashlib.sha256()
-    for tensor in (targets, condition):
-        found.update(str(list(tensor.shape)).encode())
-        found.update(tensor.contiguous().numpy().data)
-    return found.hexdigest()[:16]
+    return store.digest(str(list(targets.shape)), targets, str(list(condition.shape)), condition)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from mcdi_fast.diffusion import Objective, Schedule, check_num_steps, diffusion_
 from mcdi_fast.errors import McdiError
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
+    digest,
     dumps,
     load_tensors,
     make_folder,
@@ -321,8 +321,7 @@ def fetch(repo_id: str, **options: Any) -> Path:
 
 def _digest(config: dict[str, Any]) -> str:
     """16 hex digits of all of config.json but the provenance: model.safetensors says which configuration it was saved with."""
-    text = json.dumps({key: value for key, value in config.items() if key != "provenance"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(json.dumps({key: value for key, value in config.items() if key != "provenance"}, sort_keys=True))
 
 
 def _describe(tensor: Tensor | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_no
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
 from mcdi_fast.ranks import ALONE, Ranks
-from mcdi_fast.store import difference, load_tensors, output_file, save_tensors, show_path
+from mcdi_fast.store import difference, digest, load_tensors, output_file, save_tensors, show_path
 
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
@@ -103,7 +102,8 @@ class MetaTrainer:
             self.normalizer, self.condition_normalizer = _fit_normalizers(bank, self.meta.normalizer_floor)
             phi = init_parameters(*sizes, self.seed)
         self.state = OuterState.start(phi, self.device)
-        self._start = None if start is None else _digest(self.state.phi, self.normalizer, self.condition_normalizer)
+        statistics = (part for one in (self.normalizer, self.condition_normalizer) for part in (one.mean, one.std))
+        self._start = None if start is None else digest(self.state.phi, *statistics)
         self._bank: dict[str, Any] = {"tasks": len(bank), "contents": bank.contents()}
         mask = bank.layout.mask
         self._mask = None if mask.all() else mask.to(torch.float32)
@@ -375,14 +375,6 @@ def _check_start(
                 f"start: a generator with another {difference(name, theirs, ours)}, as {whose}; "
                 "start from one that fits, or without"
             )
-
-
-def _digest(phi: Tensor, *normalizers: Normalizer) -> str:
-    """16 hex digits of a start."""
-    found = hashlib.sha256()
-    for tensor in (phi, *(part for one in normalizers for part in (one.mean, one.std))):
-        found.update(tensor.cpu().contiguous().numpy().data)
-    return found.hexdigest()[:16]
 
 
 def fit(

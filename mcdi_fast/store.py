@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -18,8 +19,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
@@ -243,6 +246,16 @@ def _read(path: Path, count: int) -> bytes:
         raise McdiError(
             f"cannot read {show_path(path)}: {_reason(error)}; check the path and its permissions"
         ) from error
+
+
+def digest(*parts: Tensor | np.ndarray | str) -> str:
+    """16 hex digits of tensors, arrays and text, one behind the other: the identity of what is made of them."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):  # as bytes: NumPy has no bfloat16
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found.update(part.encode() if isinstance(part, str) else part.data)
+    return found.hexdigest()[:16]
 
 
 def save_tensors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import load_tensors, make_folder, save_tensors, show_path
+from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors, show_path
 from mcdi_fast.tasks import Stage, no_stage
 from mcdi_fast.tasks.images import LabelledRows
 
@@ -64,12 +63,9 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, the architecture as it prints, and every parameter and buffer."""
-        digest = hashlib.sha256(f"{self.name}\n{self.network}".encode())
-        for name, tensor in self.network.state_dict().items():
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        state = self.network.state_dict().items()
+        parts = (part for name, t in state for part in (f"{name} {t.dtype} {list(t.shape)}", t))
+        return digest(f"{self.name}\n{self.network}", *parts)
 
 
 class ScaledImages(nn.Module):
@@ -192,10 +188,8 @@ class Fitted:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with its numbers."""
-        digest = hashlib.sha256()
-        for value in (getattr(self, field.name) for field in fields(self)):
-            digest.update(value.contiguous().numpy().data if isinstance(value, Tensor) else str(value).encode())
-        return digest.hexdigest()[:16]
+        values = (getattr(self, field.name) for field in fields(self))
+        return digest(*(value if isinstance(value, Tensor) else str(value) for value in values))
 
     def save(self, path: Path) -> None:
         """Write it. Raises McdiError as `store.save_tensors`."""

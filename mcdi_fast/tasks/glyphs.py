@@ -12,13 +12,13 @@ Every draw is `Generator.random()` and every image comes from it by ``+ - * / mi
 754 rounds the same way everywhere: no sin, no exp, no matrix product, no thread. Keep it so; a test pins a fingerprint.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mcdi_fast.backbone import BackboneConfig
 from mcdi_fast.errors import McdiError
+from mcdi_fast.store import digest
 from mcdi_fast.tasks import Setup, register
 from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_defaults, drawing_family
 from mcdi_fast.tasks.heads import HeadFamily
@@ -57,12 +57,9 @@ def load(
     splits = [
         _draw_characters(seed, split * SPLIT_STRIDE, count, drawers) for split, count in enumerate(counts.values())
     ]
-    digest = hashlib.sha256(b"glyphs")
-    for images in splits:
-        digest.update(repr(images.shape).encode())
-        digest.update(images.data)
+    fingerprint = digest("glyphs", *(part for images in splits for part in (repr(images.shape), images)))
     train, val, test = (ClassImages(images) for images in splits)
-    return FewShotData(name="glyphs", train=train, val=val, test=test, fingerprint=digest.hexdigest()[:16])
+    return FewShotData(name="glyphs", train=train, val=val, test=test, fingerprint=fingerprint)
 
 
 def _draw_characters(seed: int, first: int, count: int, drawers: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import zipfile
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import MAX_JSON_BYTES, show_path, user_path
+from mcdi_fast.store import MAX_JSON_BYTES, digest, show_path, user_path
 from mcdi_fast.tasks import Stage, no_stage
 
 PACKED = {
@@ -131,13 +130,9 @@ class LabelledRows:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with any of the contents."""
-        digest = hashlib.sha256()
-        for tensor in (self.rows, self.labels, self.domains):
-            if tensor is not None:
-                tensor = tensor.detach().cpu().contiguous()
-                digest.update(repr((tensor.dtype, list(tensor.shape))).encode() + tensor.numpy().data)
-        digest.update(repr((self.class_names, self.domain_names)).encode())
-        return digest.hexdigest()[:16]
+        tensors = [tensor for tensor in (self.rows, self.labels, self.domains) if tensor is not None]
+        parts = (part for tensor in tensors for part in (repr((tensor.dtype, list(tensor.shape))), tensor))
+        return digest(*parts, repr((self.class_names, self.domain_names)))
 
     def select(
         self, classes: Sequence[str | int] | None = None, domains: Sequence[str | int] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.optim import trajectory
 from mcdi_fast.slots import call, find
+from mcdi_fast.store import digest
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily
 from mcdi_fast.weights import WeightLayout
 
@@ -58,7 +58,7 @@ class ModuleFamily(TaskFamily):
         self._places = find(self.layout.shapes, module)
         self._initial = self.layout.pack(module).detach().float()
         self.fingerprint = fingerprint
-        self._module_weights = _digest(module)
+        self._module_weights = digest(*module.state_dict().values())
 
     def provenance(self) -> dict[str, Any]:
         """With a digest of the module's weights as they were given: a bank of another start is another bank."""
@@ -111,10 +111,3 @@ def reptile_start(
             initial = initial + (1 - step / steps) * (end.mean(0) - initial)
             bar.update()
     return initial
-
-
-def _digest(module: nn.Module) -> str:
-    found = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]

@@ -6,7 +6,6 @@ is ever extracted. Where the user has none the official zips are downloaded. Wha
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.store import show_path, user_path
+from mcdi_fast.store import digest, show_path, user_path
 from mcdi_fast.tasks import Setup, register
 from mcdi_fast.tasks.drawings import (
     SIDE,
@@ -88,22 +87,20 @@ def load(data_dir: Path | None, cache_dir: Path, splits: Path | None = None) -> 
     if splits is None:
         _check_lists(folder, members_of)
     images = _read(folder, sources, [character for members in members_of.values() for character in members])
-    digest = hashlib.sha256(b"omniglot")
-    parts = []
+    parts = {}
     for name, members in members_of.items():
         upright, images = images[: len(members)], images[len(members) :]  # [characters, drawers, 28, 28]
         turned = np.stack([np.rot90(upright, turn, axes=(2, 3)) for turn in range(TURNS)], 1)
         turned = np.ascontiguousarray(turned).reshape(-1, DRAWERS, SIDE, SIDE)
-        digest.update(name.encode() + turned.tobytes())
-        parts.append(ClassImages(turned))
-    fingerprint = digest.hexdigest()[:16]
+        parts[name] = turned
+    fingerprint = digest("omniglot", *(part for named in parts.items() for part in named))
     if splits is None and fingerprint != _FINGERPRINT:
         warnings.warn(
             f"{show_path(folder)}: these are not the official images of Omniglot (fingerprint {fingerprint}, known {_FINGERPRINT}): "
             "redrawn, cleaned or damaged? Results on them compare with no one else's",
             stacklevel=2,
         )
-    train, val, test = parts
+    train, val, test = map(ClassImages, parts.values())
     return FewShotData("omniglot", train, val, test, fingerprint)
 
 
