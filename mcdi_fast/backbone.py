@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from mcdi_fast.bounds import Range
 from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import AtLeastOne, Positive
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.optim import adam_scalars, adam_step
 from mcdi_fast.store import digest, load_tensors, save_tensors, show_path, user_path
 
@@ -312,9 +312,8 @@ def _fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise McdiError(
-            f"{show_path(path)}: does not fit this backbone ({reason}); remove it, it is made again"
+            f"{show_path(path)}: does not fit this backbone ({reason_of(error)}); remove it, it is made again"
         ) from error
 
 

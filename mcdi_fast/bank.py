@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mcdi_fast import store
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.weights import WeightLayout
 
 _HEADER_FILE = "bank.json"
@@ -169,7 +169,7 @@ class TrajectoryBank:
             }
         except OSError as error:
             raise McdiError(
-                f"cannot read {store.show_path(self.folder)}: {error.strerror}; check its permissions"
+                f"cannot read {store.show_path(self.folder)}: {reason_of(error)}; check its permissions"
             ) from error
         for number in range(self.num_shards, len(present)):
             path = self.folder / _shard_name(number)

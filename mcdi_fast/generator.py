@@ -23,7 +23,7 @@ from mcdi_fast.denoiser import (
     token_condition,
 )
 from mcdi_fast.diffusion import Objective, Schedule, check_num_steps, diffusion_tables, sampling_steps
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
     digest,
@@ -289,7 +289,7 @@ class WeightGenerator:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise McdiError(
-                f"{where}: entry {' '.join(str(error).split())[:200]} is missing or malformed; the file is damaged or from another version"
+                f"{where}: entry {reason_of(error)} is missing or malformed; the file is damaged or from another version"
             ) from error
         except McdiError as error:
             raise error if str(error).startswith(where) else McdiError(f"{show_path(folder)}: {error}") from error
@@ -313,9 +313,8 @@ def fetch(repo_id: str, **options: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(FILES), **options))
     except Exception as error:  # the library has a dozen words for no network, no access, no such thing
-        reason = " ".join(str(error).split())[:160]
         raise McdiError(
-            f"hub repository {repo_id!r:.100}: cannot be read ({reason}); check its name and the network, or give a folder"
+            f"hub repository {repo_id!r:.100}: cannot be read ({reason_of(error)}); check its name and the network, or give a folder"
         ) from error
 
 

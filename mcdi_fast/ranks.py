@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcdi_fast.backend import check_device
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 
 # A process that dies is noticed at once, by its closed connections; this is for one that hangs. The others wait this long while rank 0 trains
 # the backbone.
@@ -134,9 +134,8 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise McdiError(
-            f"rank {ranks.rank} of {size}: cannot meet the other processes ({reason}); start them by torchrun"
+            f"rank {ranks.rank} of {size}: cannot meet the other processes ({reason_of(error)}); start them by torchrun"
         ) from error
     try:
         with _stopped_by_sigterm(ranks):

@@ -17,7 +17,7 @@ from torch import Tensor
 from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
 from mcdi_fast.denoiser import FoldedDenoiser
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.generated import GeneratedWeights
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.noise import Seeds, philox_normal, seed_bits, seed_numbers
@@ -318,7 +318,7 @@ def _tensor(condition: Any, device: torch.device) -> Tensor:
         return torch.from_numpy(np.array(array, np.float32, order="C")).to(device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise McdiError(
-            f"condition: {type(condition).__name__} that makes no array of numbers ({' '.join(str(error).split())[:80]}); "
+            f"condition: {type(condition).__name__} that makes no array of numbers ({reason_of(error)}); "
             "give a tensor, an array or lists of numbers of one length"
         ) from error
 

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 
 FORMAT_VERSION = 1
 # Largest JSON (a file, or the header of a safetensors file) that is read. Our own are a few kilobytes; parsed JSON
@@ -57,17 +57,13 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise McdiError(f"{show_path(path)}: {_reason(error)}; write the folder out") from error
+        raise McdiError(f"{show_path(path)}: {reason_of(error)}; write the folder out") from error
 
 
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
-
-
-def _cannot_write(path: Path, error: BaseException) -> NoReturn:
-    advice = _WRITE_ADVICE.get(getattr(error, "errno", None) or 0, "mend that and run the same command again")
-    raise McdiError(f"cannot write {show_path(path)}: {_reason(error)}; {advice}") from error
+def _cannot_write(path: str | os.PathLike[str], error: BaseException, advice: str = "") -> NoReturn:
+    if not advice:
+        advice = _WRITE_ADVICE.get(getattr(error, "errno", None) or 0, "mend that and run the same command again")
+    raise McdiError(f"cannot write {show_path(path)}: {reason_of(error)}; {advice}") from error
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -184,9 +180,7 @@ def dumps(obj: Any, path: str | os.PathLike[str], indent: int | None = None) -> 
     try:
         return json.dumps(obj, allow_nan=False, indent=indent)
     except (ValueError, TypeError, RecursionError) as error:
-        raise McdiError(
-            f"cannot write {show_path(path)}: {_reason(error)}; expected only finite numbers, text, lists and dicts"
-        ) from error
+        _cannot_write(path, error, "expected only finite numbers, text, lists and dicts")
 
 
 def difference(name: str, found: Any, ours: Any) -> str:
@@ -204,12 +198,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises McdiError naming the file and what is wrong with it.
     """
     path = user_path(path)
-    size = _file_size(path)
-    if size > MAX_JSON_BYTES:
-        raise McdiError(
-            f"{show_path(path)}: {size} bytes, expected JSON of at most {MAX_JSON_BYTES}; is it the right file?"
-        )
-    return _loads(_read(path, size), path, "the file")
+    data = _read(path, MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise McdiError(f"{show_path(path)}: expected JSON of at most {MAX_JSON_BYTES} bytes; is it the right file?")
+    return _loads(data, path, "the file")
 
 
 def _loads(data: bytes | str, path: Path, what: str) -> Any:
@@ -219,7 +211,7 @@ def _loads(data: bytes | str, path: Path, what: str) -> Any:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise McdiError(
-            f"{show_path(path)}: {what} is not valid JSON ({_reason(error)}); it is damaged or not made by mcdi_fast"
+            f"{show_path(path)}: {what} is not valid JSON ({reason_of(error)}); it is damaged or not made by mcdi_fast"
         ) from error
 
 
@@ -227,24 +219,17 @@ def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
-def _file_size(path: Path) -> int:
+def _read(path: Path, most: int) -> bytes:
+    """The first bytes, or all where they are fewer."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise McdiError(f"cannot read {show_path(path)}: {_reason(error)}; check the path") from error
-    if not stat.S_ISREG(status.st_mode):  # a pipe would hang, /dev/zero never ends
-        raise McdiError(f"cannot read {show_path(path)}: it is no regular file; check the path")
-    return status.st_size
-
-
-def _read(path: Path, count: int) -> bytes:
-    """The first bytes."""
-    try:
+        if not stat.S_ISREG(status.st_mode):  # a pipe would hang, /dev/zero never ends
+            raise McdiError(f"cannot read {show_path(path)}: it is no regular file; check the path")
         with open(path, "rb") as file:
-            return file.read(count)
-    except OSError as error:
+            return file.read(min(most, status.st_size))
+    except (OSError, ValueError) as error:
         raise McdiError(
-            f"cannot read {show_path(path)}: {_reason(error)}; check the path and its permissions"
+            f"cannot read {show_path(path)}: {reason_of(error)}; check the path and its permissions"
         ) from error
 
 
@@ -291,15 +276,11 @@ def save_tensors(
             storages.add(tensor.untyped_storage().data_ptr())
             ready[name] = tensor
         except (RuntimeError, NotImplementedError) as error:  # sparse, meta device
-            raise McdiError(
-                f"cannot write {show_path(path)}: tensor {name!r}: {_reason(error)}; expected a dense tensor"
-            ) from error
+            _cannot_write(path, error, f"expected tensor {name!r} to be dense")
     try:
         data = safetensors.torch.save(ready, {_HEADER_KEY: header})
     except Exception as error:  # a dtype unknown to the format; the library has no one exception for it
-        raise McdiError(
-            f"cannot write {show_path(path)}: {_reason(error)}; expected dtypes that safetensors holds"
-        ) from error
+        _cannot_write(path, error, "expected dtypes that safetensors holds")
     if int.from_bytes(data[:8], "little") > MAX_JSON_BYTES:  # never write what load_tensors will not read
         raise McdiError(
             f"cannot write {show_path(path)}: names and meta exceed {MAX_JSON_BYTES} bytes; store less of them"
@@ -321,8 +302,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
             kind.
     """
     path = user_path(path)
-    size = _file_size(path)
-    length = int.from_bytes(_read(path, min(8, size)), "little")
+    length = int.from_bytes(_read(path, 8), "little")
     if length > MAX_JSON_BYTES:
         raise McdiError(
             f"{show_path(path)}: declares a header of {length} bytes, expected at most {MAX_JSON_BYTES}; "
@@ -334,7 +314,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # whatever the parser or torch finds wrong with it: no one exception
         raise McdiError(
-            f"{show_path(path)}: damaged, cut short or no safetensors file ({_reason(error)}); make or copy it again"
+            f"{show_path(path)}: damaged, cut short or no safetensors file ({reason_of(error)}); make or copy it again"
         ) from error
     if text is None:
         raise McdiError(

@@ -13,7 +13,7 @@ import torch
 from mcdi_fast import backbone as bb
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import TrainConfig
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.store import make_folder
 from mcdi_fast.tasks import Setup
 from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
@@ -76,7 +76,7 @@ def preprocess(image: Any) -> np.ndarray:
         if int(small.sum()) < 128 * small.size:  # white on black
             small = _shrunk(Image.eval(grey, lambda value: 255 - value))
     except (OSError, ValueError, SyntaxError, TypeError) as error:
-        raise McdiError(f"drawing: no image ({' '.join(str(error).split())[:80]})") from error
+        raise McdiError(f"drawing: no image ({reason_of(error)})") from error
     if int(small.sum()) == 255 * small.size:
         raise McdiError("drawing: a blank image, without ink in its colours or its alpha channel")
     return 255 - small

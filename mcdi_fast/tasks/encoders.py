@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors, show_path
 from mcdi_fast.tasks import Stage, no_stage
 from mcdi_fast.tasks.images import LabelledRows
@@ -47,9 +47,8 @@ class Encoder:
             try:
                 found = self.network(part.to(device))
             except Exception as error:  # a user's network can raise anything
-                reason = " ".join(str(error).split())[:200]
                 raise McdiError(
-                    f"encoder {self.name}: {type(error).__name__} for uint8 images {list(part.shape)} ({reason}); "
+                    f"encoder {self.name}: {type(error).__name__} for uint8 images {list(part.shape)} ({reason_of(error)}); "
                     "expected a module from uint8 [n, side, side, 3] to features [n, F]"
                 ) from error
             if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(part):
@@ -137,9 +136,8 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
         try:
             network = getattr(importlib.import_module(module), function)()
         except Exception as error:  # the user's code
-            reason = " ".join(str(error).split())[:200]
             raise McdiError(
-                f"encoder {name}: {type(error).__name__} ({reason}); expected an importable function that returns a torch module"
+                f"encoder {name}: {type(error).__name__} ({reason_of(error)}); expected an importable function that returns a torch module"
             ) from error
         if not isinstance(network, nn.Module):
             raise McdiError(f"encoder {name}: returned {type(network).__name__}, expected a torch module")

@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.store import MAX_JSON_BYTES, digest, show_path, user_path
 from mcdi_fast.tasks import Stage, no_stage
 
@@ -374,8 +374,7 @@ def _naming(path: Path) -> Iterator[None]:
             "reading images needs pillow, which is not installed; run pip install 'mcdi_fast[train]'"
         ) from error
     except Exception as error:  # zipfile, zlib, numpy, safetensors and Pillow have a dozen types for a damaged file
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise McdiError(f"{show_path(path)}: damaged ({reason}); make or copy it again") from error
+        raise McdiError(f"{show_path(path)}: damaged ({reason_of(error)}); make or copy it again") from error
 
 
 # Each reader gives the columns of a source, by the names of `_by_split`.
@@ -579,8 +578,7 @@ def _read_images(folder: Path, files: Sequence[_File], side: int, stage: Stage) 
         try:
             images[number] = _decode(files[number].path, side)
         except Exception as error:  # Pillow has many types for a damaged image
-            reason = " ".join(str(error).split())[:80] or type(error).__name__
-            return [f"{files[number].path.relative_to(folder)} ({reason})"]
+            return [f"{files[number].path.relative_to(folder)} ({reason_of(error)})"]
         return []
 
     # Pillow decodes and scales outside the interpreter's lock

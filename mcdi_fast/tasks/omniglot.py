@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.store import digest, show_path, user_path
 from mcdi_fast.tasks import Setup, register
 from mcdi_fast.tasks.drawings import (
@@ -168,9 +168,8 @@ def _download(folder: Path) -> tuple[Path, list[Path]]:
                 f"{url}: its checksum is not {md5}; the download was damaged, run the same command again"
             ) from error
         except Exception as error:  # requests has many words for no network
-            reason = " ".join(str(error).split())[:120]
             raise McdiError(
-                f"cannot download {url}: {reason}; connect to the network, or put both zips under DIR/omniglot and give --data-dir DIR"
+                f"cannot download {url}: {reason_of(error)}; connect to the network, or put both zips under DIR/omniglot and give --data-dir DIR"
             ) from error
         sources.append(folder / f"{part}.zip")
     return folder, sources
@@ -259,8 +258,7 @@ def _zip(path: Path, known: Collection[str]) -> Iterator[tuple[str, int, str, by
     except McdiError:
         raise
     except Exception as error:  # zipfile has a dozen words for damage, encryption and unknown compression
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise McdiError(f"{show_path(path)}: {reason}; it is damaged or no zip: get it again") from error
+        raise McdiError(f"{show_path(path)}: {reason_of(error)}; it is damaged or no zip: get it again") from error
 
 
 def _folder(path: Path, known: Collection[str]) -> Iterator[tuple[str, int, str, bytes]]:
@@ -297,7 +295,7 @@ def _decode(data: bytes, where: str) -> np.ndarray:
             raise McdiError(f"{where}: {file.size[0]}x{file.size[1]} pixels, expected 105x105; get it again")
         return preprocess(file)
     except (OSError, ValueError, SyntaxError) as error:
-        raise McdiError(f"{where}: no image ({' '.join(str(error).split())[:80]}); get it again") from error
+        raise McdiError(f"{where}: no image ({reason_of(error)}); get it again") from error
     except McdiError as error:
         raise error if where in str(error) else McdiError(f"{where}: {error}; get it again") from error
 
