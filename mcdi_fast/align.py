@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, needs
 from mcdi_fast.weights import WeightLayout
 
 _ROUNDS = 20  # over the hidden layers; each only raises the agreement, and two or three are usual
@@ -32,10 +32,8 @@ def align(points: Tensor, layout: WeightLayout, reference: Tensor, odd: bool = F
     Raises:
         McdiError: other shapes; a layout of something else than linear layers in a row; scipy is not installed.
     """
-    try:
+    with needs("align", "scipy", "scipy"):
         from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise McdiError("align needs scipy, which is not installed; run pip install scipy") from error
     layout.check_tokens(reference)
     if points.ndim != 4 or points.shape[2:] != reference.shape:
         raise McdiError(f"points: shape {list(points.shape)}, expected [B, k, {layout.num_tokens}, {layout.width}]")

@@ -7,17 +7,13 @@ from torch import Tensor
 
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.diffusion import diffusion_tables, sampler_coefficients, sampling_steps
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, needs
 from mcdi_fast.generator import WeightGenerator
 
-try:
+with needs("the scheduler", "diffusers", "'mcdi_fast[diffusers]'"):
     from diffusers import ConfigMixin, SchedulerMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
-except ImportError as error:
-    raise McdiError(
-        "the scheduler needs diffusers, which is not installed; run pip install 'mcdi_fast[diffusers]'"
-    ) from error
 
 
 class McdiScheduler(SchedulerMixin, ConfigMixin):

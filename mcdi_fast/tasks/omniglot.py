@@ -6,7 +6,6 @@ is ever extracted. Where the user has none the official zips are downloaded. Wha
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcdi_fast.errors import McdiError, reason_of
+from mcdi_fast.errors import McdiError, needs, reason_of
 from mcdi_fast.store import digest, show_path, user_path
 from mcdi_fast.tasks import Setup, register
 from mcdi_fast.tasks.drawings import (
@@ -81,7 +80,8 @@ def load(data_dir: Path | None, cache_dir: Path, splits: Path | None = None) -> 
     Raises:
         McdiError: naming the file: missing, truncated, not these characters, another split; no network.
     """
-    _require("PIL", "pillow")
+    with needs("omniglot", "pillow", "'mcdi_fast[train]'"):
+        import PIL  # noqa: F401
     members_of = {name: _members(text) for name, text in _SPLITS.items()} if splits is None else _own_lists(splits)
     folder, sources = _find(data_dir) or _download(user_path(cache_dir) / "omniglot")
     if splits is None:
@@ -102,15 +102,6 @@ def load(data_dir: Path | None, cache_dir: Path, splits: Path | None = None) -> 
         )
     train, val, test = map(ClassImages, parts.values())
     return FewShotData("omniglot", train, val, test, fingerprint)
-
-
-def _require(module: str, package: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise McdiError(
-            f"omniglot needs {package}, which is not installed; run pip install 'mcdi_fast[train]'"
-        ) from error
 
 
 def _members(text: str) -> list[str]:
@@ -155,8 +146,8 @@ def _holds_alphabets(folder: Path) -> bool:
 
 
 def _download(folder: Path) -> tuple[Path, list[Path]]:
-    _require("pooch", "pooch to download it")
-    import pooch  # only here: a machine with the data needs no network library
+    with needs("omniglot", "pooch to download it", "'mcdi_fast[train]'"):
+        import pooch  # only here: a machine with the data needs no network library
 
     sources = []
     for part, md5 in _PARTS.items():
