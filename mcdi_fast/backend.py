@@ -156,12 +156,9 @@ def _unsupported(index: int) -> str:
         return ""  # compiled ahead of time for gfx942 alone; the compiler itself refuses what a chip cannot do
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_CUDA:
-        return f"cuda:{index} ({name}) has compute capability {_dotted(capability)}, expected at least {_dotted(OLDEST_CUDA)}"
+        found, oldest = (f"{major}.{minor}" for major, minor in (capability, OLDEST_CUDA))
+        return f"cuda:{index} ({name}) has compute capability {found}, expected at least {oldest}"
     return ""
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
 
 
 def check_precision(precision: str) -> None:

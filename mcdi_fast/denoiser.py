@@ -60,11 +60,10 @@ def parameter_shapes(
         "condition_width": condition_width,
         "num_steps": num_steps,
         "width": width,
+        "depth": depth,
     }.items():
         if value < 1:
             raise McdiError(f"denoiser {name} = {value}: expected at least 1")
-    if depth < 1:
-        raise McdiError(f"denoiser depth = {depth}: expected at least 1 residual block")
     shapes = {"in.token": (token_width, width), "in.condition": (condition_width, width)}
     for layer in range(depth):
         shapes[f"block{layer}.token"] = (width, width)
@@ -119,12 +118,6 @@ def denoise(phi: Parameters, x: Tensor, step: Tensor, condition: Tensor) -> Tens
     return h @ phi["out.token"]
 
 
-def is_wide(phi: Parameters) -> bool:
-    """Whether tokens are so wide, D > 2 H, that the product of the first and the last matrix [D, D] would be larger than both."""
-    width, token_width = phi["out.token"].shape
-    return token_width > 2 * width
-
-
 class FoldedDenoiser:
     """What `ChainDenoiser` needs of phi alone: every pair of matrices with nothing but a sum between them, multiplied.
 
@@ -134,8 +127,8 @@ class FoldedDenoiser:
         net = [x u_0 … u_{L-1}] last + what c gives
 
     At the default depth of two that is half of the operations and 45 % fewer bytes of matrices a step than `denoise` takes. The work grows with the
-    square of the depth: four blocks cost as much as unfolded ones, more of them more. Where tokens are wide (`is_wide`), as one token that is a whole
-    network, `last` stays in two factors.
+    square of the depth: four blocks cost as much as unfolded ones, more of them more. Where tokens are wide, D > 2 H, as one token that is a whole
+    network, `last` stays in two factors: their product [D, D] would be larger than both.
     """
 
     @full_precision
@@ -158,7 +151,7 @@ class FoldedDenoiser:
             into_h = torch.cat([into_h, wide[f"block{layer}.out"]])
         by_token.append(condition @ wide["out.token"])
         self.condition_token, self.condition_mean = (torch.cat(parts, 1).to(dtype) for parts in (by_token, by_mean))
-        last = (into_h, wide["out.token"]) if is_wide(phi) else (into_h @ wide["out.token"],)
+        last = (into_h, wide["out.token"]) if self.token_width > 2 * width else (into_h @ wide["out.token"],)
         self.last = tuple(matrix.to(dtype) for matrix in last)  # in this order
 
     def cond_bias(self, condition: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class Schedule:
 
     def next_segment(self) -> Tensor:
         """int64 [T]: the segment a chain is in at step t, that is the first i with t < e_i (0-based)."""
-        return torch.bucketize(_range(self.num_steps), torch.tensor(self.ends, device="cpu"), right=True)
+        return torch.bucketize(
+            torch.arange(self.num_steps, device="cpu"), torch.tensor(self.ends, device="cpu"), right=True
+        )
 
 
 def make_schedule(
@@ -100,10 +102,6 @@ def make_schedule(
     return Schedule(alpha, ends, abar_segment[-1].clone(), abar_segment, carry)
 
 
-def _range(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")
-
-
 @dataclass(frozen=True)
 class Objective:
     """What training asks for at (target i, step t): `|| f_weight * f(x_t) - eps_weight * eps ||^2`, x_t = signal * theta + noise * eps.
@@ -142,7 +140,7 @@ def residual_tables(schedule: Schedule, name: str, residual: str = "scaled") -> 
     whole = 1 - schedule.abar[:-1]
     a = schedule.abar[:-1]
     if name == "local-consistency":
-        a = schedule.abar_segment[schedule.next_segment(), _range(schedule.num_steps)]
+        a = schedule.abar_segment[schedule.next_segment(), torch.arange(schedule.num_steps, device="cpu")]
     if residual == "none":
         return torch.zeros_like(whole), (whole / (1 - a)).sqrt()
     if residual == "unscaled":

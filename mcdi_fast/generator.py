@@ -75,25 +75,19 @@ class WeightGenerator:
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other: they may come from a stranger's file."""
-        d = self.diffusion
-        schedule, objective = diffusion_tables(d)
+        schedule, objective = diffusion_tables(self.diffusion)
         object.__setattr__(self, "_schedule", schedule)
         object.__setattr__(self, "_objective", objective)
-        tables = self.objective.skip.tolist(), self.objective.scale.tolist()
-        object.__setattr__(self, "_skip_and_scale", tables)
+        object.__setattr__(self, "_skip_and_scale", (objective.skip.tolist(), objective.scale.tolist()))
         object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
         sampling_steps(schedule, objective.ends, self.num_steps)
-        for name in _NORMALIZERS:
-            n = getattr(self, name)
-            if self.layout.exchangeable and bool((n.mean == n.mean[:1]).all() and (n.std == n.std[:1]).all()):
-                object.__setattr__(self, name, Normalizer(n.mean[:1], n.std[:1]))
         out = self.phi.get("out.token")
         width = out.shape[0] if out is not None and out.ndim == 2 else 1
         # shapes alone: what a file declares must not decide how much is allocated
         expected = parameter_shapes(
             self.layout.width,
             self.condition_width + self.layout.position_width,
-            d.steps,
+            schedule.num_steps,
             max(width, 1),
             max(depth_of(self.phi), 1),
         )
@@ -102,7 +96,7 @@ class WeightGenerator:
             if found is None or found.shape != expect or found.dtype != torch.float32:
                 want = "absent" if expect is None else f"{torch.float32} {list(expect)}"
                 raise McdiError(
-                    f"generator: parameter {name!r:.60} is {_describe(found)}, expected {want}; its parts belong to different generators"
+                    f"generator: parameter {name!r:.60} is {describe(found)}, expected {want}; its parts belong to different generators"
                 )
             if not found.isfinite().all():
                 raise McdiError(
@@ -191,10 +185,7 @@ class WeightGenerator:
         if all(value.device == device for value in parts):
             return self
         phi = {name: value.to(device) for name, value in self.phi.items()}
-        normalizer, condition_normalizer = (
-            Normalizer(n.mean.to(device), n.std.to(device)) for n in (self.normalizer, self.condition_normalizer)
-        )
-        return replace(self, phi=phi, normalizer=normalizer, condition_normalizer=condition_normalizer)
+        return replace(self, phi=phi, **{name: getattr(self, name).to(device) for name in _NORMALIZERS})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, each atomically.
@@ -319,5 +310,6 @@ def _digest(config: dict[str, Any]) -> str:
     return digest(json.dumps({key: value for key, value in config.items() if key != "provenance"}, sort_keys=True))
 
 
-def _describe(tensor: Tensor | None) -> str:
+def describe(tensor: Tensor | None) -> str:
+    """What a tensor is, for a message."""
     return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -106,10 +106,3 @@ def head_accuracy(head: Tensor, query: Tensor, labels: Tensor | None = None) -> 
         labels = torch.arange(query.shape[1], device=query.device).repeat_interleave(query.shape[2])
         query = query.flatten(1, 2)
     return (head_logits(head, query).argmax(-1) == labels).float().mean(1)
-
-
-def head_loss(head: Tensor, query: Tensor) -> Tensor:
-    """Mean cross-entropy of each task: [B, ways, F + 1], [B, ways, Q, F] -> [B]."""
-    label = torch.arange(query.shape[1], device=query.device).repeat_interleave(query.shape[2])
-    log_p = head_logits(head, query.flatten(1, 2)).log_softmax(-1)
-    return -log_p.gather(-1, label.expand(len(head), -1).unsqueeze(-1)).mean((1, 2))

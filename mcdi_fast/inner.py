@@ -128,21 +128,15 @@ def _vmap(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Paramete
     return {name: value.mean(0) for name, value in deltas.items()}, losses
 
 
-class _Workspace(threading.local):
-    """The fused form's rows, one set a thread."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, str], Tensor] = {}
-
-
-_workspace = _Workspace()
+_workspace = threading.local()  # the fused form's rows, one set a thread
 
 
 def _buffer(name: str, what: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised rows that stay from call to call, one set a thread: fresh ones cost page faults in every meta-step."""
-    buffer = _workspace.buffers.get((name, what))
+    buffers, key = vars(_workspace), f"{name} {what}"
+    buffer = buffers.get(key)
     if buffer is None or buffer.shape != shape or buffer.dtype != like.dtype or buffer.device != like.device:
-        buffer = _workspace.buffers[name, what] = like.new_empty(shape)
+        buffer = buffers[key] = like.new_empty(shape)
     return buffer
 
 

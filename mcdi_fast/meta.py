@@ -20,7 +20,7 @@ from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import Parameters, init_parameters, parameter_shapes, token_condition
 from mcdi_fast.diffusion import Draws, InnerBatch, diffusion_tables, draw_steps, make_inner_batch
 from mcdi_fast.errors import McdiError
-from mcdi_fast.generator import WeightGenerator
+from mcdi_fast.generator import WeightGenerator, describe
 from mcdi_fast.inner import ORACLES, inner_loop
 from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_normal
 from mcdi_fast.normalizer import Normalizer
@@ -31,9 +31,7 @@ from mcdi_fast.store import difference, digest, load_tensors, output_file, save_
 if TYPE_CHECKING:
     from mcdi_fast.kernels.meta_step import MetaStep
 
-_FIT_TASKS = (
-    4096  # tasks the normalisers are fitted on: enough for two digits of a column's deviation, and little memory
-)
+_FIT_TASKS = 4096  # for the normalisers: enough for two digits of a column's deviation, and little memory
 _RECIPE = 5  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 _SHOW_EVERY = 20  # outer steps between losses in the progress bar: reading one waits for the device
@@ -88,10 +86,9 @@ class MetaTrainer:
                 f"segments k = {self.diffusion.segments}, but the bank {show_path(bank.folder)} holds {bank.num_segments} "
                 "local targets a task; set k to that"
             )
-        d = self.diffusion
-        self.schedule, self.objective = diffusion_tables(d)
+        _, self.objective = diffusion_tables(self.diffusion)
         condition_width = bank.condition_width + bank.layout.position_width
-        sizes = (bank.layout.width, condition_width, d.steps, self.denoiser.width, self.denoiser.depth)
+        sizes = (bank.layout.width, condition_width, self.diffusion.steps, self.denoiser.width, self.denoiser.depth)
         self._shapes = parameter_shapes(*sizes)
         if start is not None:
             _check_start(start, bank, self.diffusion, self.denoiser)
@@ -305,9 +302,8 @@ class MetaTrainer:
         for name, value in vars(self.state).items():
             tensor = tensors.get(name)
             if tensor is None or tensor.shape != value.shape or tensor.dtype != value.dtype:
-                what = "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise McdiError(
-                    f"{show_path(path)}: {name} is {what}, expected {value.dtype} {list(value.shape)}; it is damaged"
+                    f"{show_path(path)}: {name} is {describe(tensor)}, expected {describe(value)}; it is damaged"
                 )
         for name, value in vars(self.state).items():
             value.copy_(tensors[name])

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mcdi_fast.errors import McdiError
 
-PER_BLOCK = 8  # normals a call of Philox: four words of 64 bits, two uniforms each
 _CHUNK = 2**15  # normals at a time: what box_muller makes on its way stays in the cache
 
 # for box_muller: typed, as compiled code takes a bare number for one of 64 bits

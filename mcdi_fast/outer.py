@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcdi_fast.config import MetaConfig
 from mcdi_fast.denoiser import Parameters
-from mcdi_fast.optim import ADAM_BETAS, adam_step
+from mcdi_fast.optim import adam_scalars, adam_step
 
 
 class OuterScalars(NamedTuple):
@@ -34,9 +34,7 @@ def outer_scalars(meta: MetaConfig, step: int) -> OuterScalars:
     mix = 1 - (min(meta.ema, count / (10 + count)) if meta.ema else 0.0)
     if meta.outer == "reptile":
         return OuterScalars(rate, 1.0, 1.0, mix)
-    return OuterScalars(
-        rate / (1 - ADAM_BETAS[0] ** count), (1 - ADAM_BETAS[1] ** count) ** 0.5, -1 / meta.inner_lr, mix
-    )
+    return OuterScalars(*adam_scalars(count, rate), -1 / meta.inner_lr, mix)
 
 
 @dataclass(frozen=True)

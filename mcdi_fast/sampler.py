@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, Backend, numba_module, resolve
 from mcdi_fast.denoiser import FoldedDenoiser
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError, reason_of
@@ -23,7 +23,6 @@ from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.noise import Seeds, philox_normal, seed_bits, seed_numbers
 
 if TYPE_CHECKING:
-    from mcdi_fast.cpu_chain import PackedChain
     from mcdi_fast.kernels.chain_weights import ChainWeights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -32,11 +31,6 @@ CHUNK = 512  # tasks of a chain by torch on a CPU: their rows stay in its caches
 ONE_THREAD_ROWS = 64
 """Tokens of all tasks up to which a chain by torch runs on one thread of a CPU, whatever torch is set to. Beside busy processes a second thread is
 waited for in each of its hundred small products: on two cores one head took 12 ms on one thread and more than a second on two."""
-
-
-def _packed_chain() -> type[PackedChain] | None:
-    module = numba_module("cpu_chain")
-    return module.PackedChain if module else None
 
 
 def _outside_compiled_code(method: _Method) -> _Method:
@@ -99,10 +93,8 @@ class Sampler:
         Raises:
             McdiError: an unknown or absent device; an implementation that cannot run there; as `from_pretrained`.
         """
-        self.device = check_device(device)
-        check_precision(precision)
-        self.impl, self.precision = impl, precision
-        resolve(impl, self.device)
+        backend = Backend.at_door(device, impl, precision)
+        self.device, self.impl, self.precision = backend.device, impl, precision
         if not isinstance(generator, WeightGenerator):
             generator = WeightGenerator.from_pretrained(generator)
         self.generator = generator.to(self.device)
@@ -118,12 +110,10 @@ class Sampler:
             self.generator.condition_width,
             self.generator.any_number_of_tokens,
         )
-        wide = None
-        if layout.width > MAX_WIDTH:
-            wide = f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
-        kernels = self._kernels = resolve(impl, self.device, wide) == "triton"
-        self._compiled = self.device.type == "cpu" and requested(impl) == "auto"
-        if kernels:
+        wide = f"its chain holds tokens of width {MAX_WIDTH} at most, here {layout.width}"
+        self._kernels = resolve(impl, self.device, wide if layout.width > MAX_WIDTH else None) == "triton"
+        self._compiled = self.device.type == "cpu" and backend.compiled
+        if self._kernels:
             self._kernel_weights()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,8 +163,9 @@ class Sampler:
         tasks, num_tokens, _ = condition.shape
         if len(seeds) != tasks:
             raise McdiError(f"seeds: {len(seeds)}, expected {tasks}, one a task")
-        if self._compiled and eta_noise == 0 and callback is None and _packed_chain() is not None:
-            packed = self._packed_as(lambda: _packed_chain()(self.generator, self._mask))  # type: ignore[misc]
+        compiled = numba_module("cpu_chain") if self._compiled and eta_noise == 0 and callback is None else None
+        if compiled:
+            packed = self._packed_as(lambda: compiled.PackedChain(self.generator, self._mask))
             tokens = packed.sample(seeds, condition, *self._table(num_steps))
         else:
             tokens = self.generator.normalizer.denormalize(

@@ -118,7 +118,9 @@ class Threads:
                 write_json(self._record, self._stages)  # before it holds: a kill must not forget it
             times = ", ".join(f"{1000 * value:.0f} ms on {count}" for count, value in seconds.items())
             behind = f" from step {step} on" if step else ""
-            self._say(f"{self._stage}: {_threads(best)} instead of {before}{behind} (a piece of it takes {times})")
+            self._say(
+                f"{self._stage}: {best} {'thread' if best == 1 else 'threads'} instead of {before}{behind} (a piece of it takes {times})"
+            )
         torch.set_num_threads(best)
         self._watch()
 
@@ -162,10 +164,6 @@ def work_like_a_step() -> None:
     for _ in range(12):
         x = torch.bmm(x, weight).mul_(1 / 256)
         torch.nn.functional.silu(x).add_(x)
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _read(path: Path) -> dict[str, list[list[int]]]:
