@@ -95,7 +95,7 @@ def conv4() -> nn.Sequential:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is multiplied in hardware (on such a CPU autocast trains 2.9 times faster, elsewhere slower)."""
+    """Whether bfloat16 is multiplied in hardware (on such a CPU autocast is 2.5 to 2.9 times faster, elsewhere slower)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -282,7 +282,7 @@ def extract_features(
     progress: Callable[[int], None] | None = None,
     views: int = 1,
 ) -> Tensor:
-    """Features of every image: float32 [classes, images_per_class, 64], where the backbone is.
+    """Features of every image: float32 [classes, images_per_class, 64], where the backbone is. By bfloat16 where that is native.
 
     Args:
         augment_seed: of an augmented copy of each image instead. progress: called with the number of images that are done.
@@ -299,7 +299,8 @@ def extract_features(
         for view in range(views):
             seen = x if view == 0 and augment_seed is None else augment(x, generator)
             parts = seen.to(memory_format=torch.channels_last).split(_PART)
-            total = total + torch.cat([network(part) for part in parts])
+            with torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
+                total = total + torch.cat([network(part) for part in parts])
         out.append(total / views)
         if progress:
             progress(len(x))

@@ -9,7 +9,8 @@ from mcdi_fast.backbone import Muon, augment, conv4, episode_loss, extract_featu
 from mcdi_fast.tasks import glyphs
 
 
-def test_features_of_several_views_are_their_mean():
+def test_features_of_several_views_are_their_mean(monkeypatch):
+    monkeypatch.setattr(backbone, "native_bfloat16", lambda device: False)
     images = glyphs.load(3, 1, 1, drawers=4).train
     torch.manual_seed(0)
     network = conv4().eval()
@@ -30,6 +31,23 @@ def test_features_of_several_views_are_their_mean():
         (extract_features(network, images, augment_seed=5, views=2), features(*drawn(5, 2))),
     ]:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_in_bfloat16_are_as_near_as_autocast_s(monkeypatch):
+    """float32 tensors, no further from float64 than the network under autocast."""
+    monkeypatch.setattr(backbone, "native_bfloat16", lambda device: True)
+    images = glyphs.load(3, 1, 1, drawers=4).train
+    torch.manual_seed(0)
+    network = conv4().eval()
+    x = to_float(torch.from_numpy(images.images))
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = network(x).double()
+    found = extract_features(network, images)
+    assert found.dtype == torch.float32
+    error, allowed = (found.flatten(0, 1) - exact).norm(), (coarse - exact).norm()
+    assert 0 < error < 1.5 * allowed < 0.1 * exact.norm()
 
 
 def test_training_features_are_those_of_the_plain_network(monkeypatch):
