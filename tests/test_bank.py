@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,19 +18,10 @@ from torch import nn
 import mcdi_fast.bank
 from mcdi_fast import store
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.errors import McdiError
 from mcdi_fast.weights import WeightLayout
 
 LAYOUT = WeightLayout.from_module(nn.Linear(4, 3))  # N = 3, D = 5
 K, C = 2, 7
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def tasks(count, seed=0, layout=LAYOUT, k=K, c=C):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,18 +20,9 @@ from mcdi_fast.diffusion import (
     sampler_coefficients,
     sampling_steps,
 )
-from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import task_loss
 
 SIZES = [(20, 3), (6, 3), (7, 3), (10, 4), (5, 5), (20, 1), (1, 1), (50, 7)]  # T / k an integer and not
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def draws(*shape, seed=0, scale=1.0):

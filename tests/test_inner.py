@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mcdi_fast.denoiser import denoise, init_parameters
 from mcdi_fast.diffusion import InnerBatch
-from mcdi_fast.errors import McdiError
 from mcdi_fast.inner import inner_loop, stacked_is_cheaper, task_loss
 
 SHAPES = [  # tasks, inner steps, samples, tokens, token width, condition width, steps, width, depth
@@ -215,14 +215,6 @@ def test_the_crossover_only_chooses_between_the_two_forms():
     assert not stacked_is_cheaper(square, 1, 1000)  # no earlier rows
 
 
-def error_of(phi, batch, *args):
-    with pytest.raises(McdiError) as caught:
-        inner_loop(phi, batch, 0.1, *args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize("impl", ["auto", "torch", "vmap", "reference"])
 def test_what_does_not_fit_is_named(impl):
     b, k, s, n, d, c = shape = (2, 3, 4, 5, 6, 7)
@@ -240,29 +232,31 @@ def test_what_does_not_fit_is_named(impl):
             if name == "x" and axis < 4:  # x says what the other shapes should be
                 continue
             wrong = getattr(batch, name).narrow(axis, 0, full[axis] - 1)
-            message = error_of(phi, replace(batch, **{name: wrong}), impl)
+            message = error_of(inner_loop, phi, replace(batch, **{name: wrong}), 0.1, impl)
             assert message.startswith(f"inner batch {name}: shape {tuple(wrong.shape)}")
             assert f"expected {full}" in message
         wrong = getattr(batch, name)[0]
-        assert f"inner batch {name}: shape {tuple(wrong.shape)}" in error_of(phi, replace(batch, **{name: wrong}), impl)
+        assert f"inner batch {name}: shape {tuple(wrong.shape)}" in error_of(
+            inner_loop, phi, replace(batch, **{name: wrong}), 0.1, impl
+        )
         wrong = getattr(batch, name).to(torch.int32 if name == "step" else torch.float64)
-        message = error_of(phi, replace(batch, **{name: wrong}), impl)
+        message = error_of(inner_loop, phi, replace(batch, **{name: wrong}), 0.1, impl)
         assert message.startswith(f"inner batch {name}: {wrong.dtype} on cpu, expected")
         wrong = getattr(batch, name).to("meta")
-        message = error_of(phi, replace(batch, **{name: wrong}), impl)
+        message = error_of(inner_loop, phi, replace(batch, **{name: wrong}), 0.1, impl)
         assert message.startswith(f"inner batch {name}: {wrong.dtype} on meta, expected {wrong.dtype} on cpu")
     for axis in range(3):  # fewer tasks, inner steps or samples in x alone: the next tensor disagrees
-        message = error_of(phi, replace(batch, x=batch.x.narrow(axis, 0, 1)), impl)
+        message = error_of(inner_loop, phi, replace(batch, x=batch.x.narrow(axis, 0, 1)), 0.1, impl)
         assert message.startswith("inner batch step: shape")
     for axis in range(5):
         empty = batch.x.narrow(axis, 0, 0)
-        message = error_of(phi, replace(batch, x=empty), impl)
+        message = error_of(inner_loop, phi, replace(batch, x=empty), 0.1, impl)
         assert message.startswith(f"inner batch x: shape {tuple(empty.shape)}")
         assert "[B, K, S, N, D]" in message
     for wrong, said in ((-1, "-1 to"), (99, "to 99")):
         step = batch.step.clone()
         step[-1, -1, -1] = wrong
-        message = error_of(phi, replace(batch, step=step), impl)
+        message = error_of(inner_loop, phi, replace(batch, step=step), 0.1, impl)
         assert message.startswith("inner batch step: ")
         assert said in message
         assert "expected 0 to" in message
@@ -270,7 +264,7 @@ def test_what_does_not_fit_is_named(impl):
 
 def test_unknown_implementation():
     phi, batch = random_case(SHAPES[0], torch.float32)
-    message = error_of(phi, batch, "quick")
+    message = error_of(inner_loop, phi, batch, 0.1, "quick")
     assert "'quick'" in message
     for name in ("torch", "vmap", "reference"):
         assert name in message

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 
 from mcdi_fast import store
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
-from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.sampler import Sampler
@@ -66,14 +66,6 @@ def test_positions_tell_tokens_apart(tmp_path):
         errors[exchangeable] = float((tokens - place).square().mean().sqrt() / place.std(0).mean())
     assert errors[False] < 0.4
     assert errors[True] > 0.7
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def same(one, two):

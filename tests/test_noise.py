@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcdi_fast.errors import McdiError
 from mcdi_fast.noise import philox_normal, seed_bits
 
 MASK = 2**64 - 1
@@ -130,11 +130,7 @@ def test_seeds_and_streams_differ_in_every_bit():
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, math.nan, "7", None])
 def test_bad_seeds(seed):
-    with pytest.raises(McdiError) as caught:
-        philox_normal([0, seed], 4)
-    message = str(caught.value)
-    assert f"seed {seed}" in message
-    assert "\n" not in message
+    assert f"seed {seed}" in error_of(philox_normal, [0, seed], 4)
 
 
 def test_streams_of_64_bits():

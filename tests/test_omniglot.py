@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 
@@ -135,11 +136,7 @@ def fingerprint_of(folder):
 
 def error_of(folder, name=None):
     """The one-line error of loading `folder`; it names the file."""
-    with pytest.raises(McdiError) as caught:
-        omniglot.load(folder.parent, folder / "no-cache")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.isprintable()
+    message = helpers.error_of(omniglot.load, folder.parent, folder / "no-cache")
     if name:
         assert str(folder / name) in message
     assert not (folder / "no-cache").exists()

@@ -4,23 +4,16 @@ import json
 
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 
-from mcdi_fast import GeneratedWeights, McdiError, WeightLayout
+from mcdi_fast import GeneratedWeights, WeightLayout
 from mcdi_fast.peft_files import adapter_name, adapter_state_dict, save_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*save_embedding_layers", "ignore:.*invalid shape", "ignore:.*torch.vmap cannot"
 )
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 class Mixed(nn.Module):

@@ -4,22 +4,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import error_of
 
 from mcdi_fast.config import PrepareConfig
-from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_gradient, head_trajectory
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
 from mcdi_fast.prepare import check_segments
 
 B, WAYS, ROWS, WIDTH = 4, 3, 12, 6
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def config(**changes):

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 
 from mcdi_fast import sampler as sampler_module
@@ -12,7 +13,6 @@ from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.denoiser import init_parameters
 from mcdi_fast.diffusion import chain_table, diffusion_tables, draw_steps, sample_chain, sampling_steps
-from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_layout
 from mcdi_fast.meta import fit
@@ -43,14 +43,6 @@ def make(module, objective="local-consistency", rows=None, seed=0):
 def conditions(generator, count, seed=5):
     shape = (count, generator.layout.num_tokens, C)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def path_of(generator, condition, seeds, **options):

@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,14 +12,6 @@ from mcdi_fast.diffusion import OBJECTIVES, consistency_loss, diffusion_tables, 
 from mcdi_fast.errors import McdiError
 
 SIZES = [(20, 3), (20, 1), (6, 3), (7, 3), (10, 4), (5, 5), (1, 1), (50, 7)]
-
-
-def error_of(call, *args):
-    with pytest.raises(McdiError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def product(alpha, start, end):

@@ -7,22 +7,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from mcdi_fast import GeneratedWeights, McdiError, WeightLayout
+from mcdi_fast import GeneratedWeights, WeightLayout
 from mcdi_fast.tasks.modules import ModuleFamily
 
 TASKS = 3
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def generated(module, tasks=TASKS, **options):

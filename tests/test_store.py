@@ -7,6 +7,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,15 +24,6 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
-
-
-def error_of(call, *args):
-    """The one-line message of the McdiError that the call raises."""
-    with pytest.raises(McdiError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def same_bits(a, b):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,14 +30,6 @@ from mcdi_fast.tasks.waves import WaveFamily, WaveOptions
 from mcdi_fast.weights import WeightLayout
 
 FEW = PrepareConfig(steps=10, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- episodes ---

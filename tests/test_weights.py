@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -69,14 +70,6 @@ MODULES = {
     "lstm": (lambda: nn.LSTM(3, 2), (8, 3 + 2 + 1 + 1), None),
     "attention": (lambda: nn.MultiheadAttention(4, 2), (12 + 4, 5), None),
 }
-
-
-def error_of(call, *args, **options):
-    with pytest.raises(McdiError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def random_parameters(module):
