@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 FEATURE_WIDTH = 64
 _RECIPE = 2  # raise when the code below trains another network from the same configuration
-
-
 _PART = 80  # images that go through together: 16 MB a tensor, memory that is used again; of 64 MB or more every tensor is fresh pages
 
 
@@ -250,16 +248,21 @@ def load_backbone(provenance: dict[str, Any], cache_dir: str | Path = "runs/cach
     if not isinstance(name, str) or not isinstance(digest, str):
         raise McdiError("provenance: names no backbone; this generator was not made from drawings by the command")
     path = user_path(cache_dir) / "backbones" / f"{name}.safetensors"
-    tensors, _ = load_tensors(path, "backbone")
-    network = conv4()
-    with _fitting(path):
-        network.load_state_dict(tensors)
+    network = _loaded(path)
     found = weights_digest(network)
     if found != digest:
         raise McdiError(
             f"{show_path(path)}: weights {found}, the generator knows {digest}; the same recipe trains others on another kind of processor: "
             "copy the file from where the generator was made"
         )
+    return network
+
+
+def _loaded(path: Path) -> nn.Sequential:
+    tensors, _ = load_tensors(path, "backbone")
+    network = conv4()
+    with _fitting(path):
+        network.load_state_dict(tensors)
     return network.eval()
 
 
@@ -340,13 +343,9 @@ def train_backbone(
     device = torch.device(device)
     name = fingerprint(data, config)
     final, partial = folder / f"{name}.safetensors", folder / f"{name}.partial.safetensors"
-    backbone = conv4()
     if final.exists():
-        tensors, _ = load_tensors(final, "backbone")
-        with _fitting(final):
-            backbone.load_state_dict(tensors)
-        return backbone.eval().to(device)
-
+        return _loaded(final).to(device)
+    backbone = conv4()
     images = torch.from_numpy(data.train.images).to(device)
     classes, images_per_class = images.shape[:2]
     ways, per_class = min(config.ways, classes), min(config.images_per_class, images_per_class)

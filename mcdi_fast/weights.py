@@ -96,9 +96,7 @@ class WeightLayout:
                     raise McdiError(f"layout: parameter {name!r} stands twice, expected once; make the layout again")
                 names.add(name)
         for name in names:
-            parts = name.split(".")
-            for end in range(1, len(parts)):
-                prefix = ".".join(parts[:end])
+            for prefix in _prefixes(name)[:-1]:
                 if prefix in names:
                     raise McdiError(
                         f"layout: {prefix!r} and {name!r} overlap (a parameter holds no other); make the layout again"
@@ -523,21 +521,20 @@ def _selector(names: list[str], select: Callable[[str], bool] | Sequence[str] | 
         return select
     if isinstance(select, str):
         raise McdiError(f"select: {select!r} is text, expected a list of names; write [{select!r}]")
-    items = list(select)
-
-    def prefixes(name: str) -> set[str]:
-        parts = name.split(".")
-        return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-
-    known = set().union(*map(prefixes, names)) if names else set()
-    unknown = [item for item in items if not isinstance(item, str) or item not in known]
+    chosen, known = list(select), {prefix for name in names for prefix in _prefixes(name)}
+    unknown = [item for item in chosen if not isinstance(item, str) or item not in known]
     if unknown:
         raise McdiError(
             f"select: {unknown[0]!r} matches no parameter, expected a name or module of {listed(names)}; "
             "correct the name"
         )
-    chosen = set(items)
-    return lambda name: not chosen.isdisjoint(prefixes(name))
+    return lambda name: not set(chosen).isdisjoint(_prefixes(name))
+
+
+def _prefixes(name: str) -> list[str]:
+    """The dotted names of what a parameter is in, from the outside, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _moved(tensor: Tensor, source: int, target: int, lead: tuple[int, ...]) -> Tensor:

@@ -204,20 +204,22 @@ def test_padding_without_noise_stays_zero_in_an_inner_batch():
     assert not batch.target[..., 1, 2:].any()
 
 
-def test_steps_are_drawn_uniformly_before_the_end():
+@pytest.mark.parametrize("window", ["whole", "segment"])
+def test_steps_are_drawn_uniformly(window):
     schedule = make_schedule(20, 3)
     for name in OBJECTIVES:
-        objective = make_objective(schedule, name)
+        objective = make_objective(schedule, name, window)
         segment = torch.tensor([i for i in objective.targets for _ in range(20)])
         step = draw_steps(objective, segment, 50, 20, torch.Generator().manual_seed(0))
         assert step.dtype == torch.int64
         assert step.shape == (len(segment), 50, 20)
         for i in objective.targets:
-            end = int(objective.ends[i])
+            first, end = int(objective.starts[i]), int(objective.ends[i])
             count = step[segment == i].flatten().bincount(minlength=end)
             assert len(count) == end
-            expected = 20_000 / end
-            assert ((count - expected).abs() < 6 * math.sqrt(expected)).all()  # six deviations
+            assert not count[:first].any()
+            expected = 20_000 / (end - first)
+            assert ((count[first:] - expected).abs() < 6 * math.sqrt(expected)).all()  # six deviations
     again = draw_steps(objective, segment, 50, 20, torch.Generator().manual_seed(0))
     assert torch.equal(step, again)
 
@@ -346,34 +348,14 @@ def test_chain_errors():
     chain()
 
 
-def test_steps_of_a_targets_own_segment():
-    objective = make_objective(make_schedule(20, 3), "local-consistency", "segment")
-    segment = torch.arange(3).repeat(40)
-    step = draw_steps(objective, segment, 30, 20, torch.Generator().manual_seed(0))
-    for i, (first, end) in enumerate([(0, 7), (7, 13), (13, 20)]):
-        count = step[segment == i].flatten().bincount(minlength=20)
-        assert count.nonzero().flatten().tolist() == list(range(first, end))
-        expected = 24_000 / (end - first)
-        assert ((count[first:end] - expected).abs() < 6 * math.sqrt(expected)).all()
-
-
 @pytest.mark.parametrize("num_steps", [None, 3, 5, 11])
 def test_a_scaled_chain_hits_every_target_and_goes_on_scaled(num_steps):
     """Theorem 1's chain with f for the next target: exact from any start, so from a scaled target too."""
     schedule = make_schedule(20, 3, carry_scaled=True)
-    theta, nearest = torch.randn(3, 2, 4, dtype=torch.float64), schedule.next_segment()
-
-    def f(x, t):
-        i = int(nearest[t])
-        a = schedule.abar_segment[i, t]
-        return (1 - schedule.abar[t]).sqrt() * (x - a.sqrt() * theta[i]) / (1 - a)
-
-    seen = {}
-    start = torch.randn(2, 4, dtype=torch.float64)
-    last = sample_chain(f, start, schedule, num_steps=num_steps, callback=lambda t, x: seen.setdefault(t, x))
+    theta = draws(3, 2, 4, seed=1)
+    seen = path_of(exact_f(schedule, theta), draws(2, 4), schedule, num_steps=num_steps)
     for i, end in enumerate(schedule.ends):
         torch.testing.assert_close(seen[end] / schedule.carry[end], theta[i], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(last, theta[-1], rtol=1e-9, atol=1e-9)
     # what it goes on with has the signal that training shows at that step
     for i, end in enumerate(schedule.ends[:-1]):
         torch.testing.assert_close(seen[end], schedule.abar_segment[i + 1, end].sqrt() * theta[i])

@@ -120,22 +120,19 @@ class DigitFamily(ModuleFamily):
         count, ways, shots = support.shape[:3]
         body = nn.Sequential(*list(self.module.children())[:-1])
         names = dict(body.named_parameters())
-        weights = {name: tensor for name, tensor in self.layout.unpack(self._initial).items() if name in names}
+        initial = self.layout.unpack(self._initial)
+        weights = {name: tensor for name, tensor in initial.items() if name in names}
         with torch.no_grad():
             features = functional_call(body, weights, (support.flatten(0, 2),)).view(count, ways * shots, -1)
         rows = F.pad(features, (0, 1), value=1.0)
         label = features.new_ones(count, ways * shots, 1)
         label[:, shots:] = -1
-        penalty = (
-            _PENALTY * features.square().sum(-1).mean(1)[:, None, None] * torch.eye(ways * shots, dtype=features.dtype)
-        )
-        ridge = (
-            rows.mT @ torch.linalg.solve(rows @ rows.mT + penalty, label)
-        ).mT  # [B, 1, F + 1], above 0 for the first class
+        eye = torch.eye(ways * shots, dtype=features.dtype)
+        penalty = _PENALTY * features.square().sum(-1).mean(1)[:, None, None] * eye
+        # [B, 1, F + 1], above 0 for the first class
+        ridge = (rows.mT @ torch.linalg.solve(rows @ rows.mT + penalty, label)).mT
         last = _GAIN * torch.cat([ridge, -ridge], 1)  # [B, 2, F + 1]
-        start = {
-            name: tensor.expand(count, *tensor.shape) for name, tensor in self.layout.unpack(self._initial).items()
-        }
+        start = {name: tensor.expand(count, *tensor.shape) for name, tensor in initial.items()}
         *_, weight, bias = start
         base = self.layout.pack_batch(start | {weight: last[..., :-1], bias: last[..., -1]})
         told = F.normalize(ridge, dim=2), F.normalize(features.mean(1, keepdim=True), dim=2)
@@ -167,9 +164,8 @@ class DigitFamily(ModuleFamily):
         """Replace the start by a meta-learned one."""
 
         def data(start: int, count: int) -> Data:
-            return self._draw("train", start, count, 2**31).train | {
-                "base": torch.zeros(count, 1, 1, dtype=torch.float32)
-            }
+            base = torch.zeros(count, 1, 1, dtype=torch.float32)
+            return self._draw("train", start, count, 2**31).train | {"base": base}
 
         self._initial = reptile_start(
             self._initial, self.gradient, data, _START_LR, _START_TASKS, self.options.start_steps, setup

@@ -134,13 +134,8 @@ def drawing_family(data: FewShotData, options: DrawingOptions, setup: Setup) -> 
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
         **bb.features_provenance(data, config, network),
-        "task": _plain(options),
+        # what makes other tasks or other targets: the backbone has its fingerprint, queries are evaluation
+        "task": {name: getattr(options, name) for name in ("ways", "shots", "support_loss_weight", "augmentation")},
     }
     splits = {name: ClassRows.of_grid(grid) for name, grid in grids.items()}
     return HeadFamily(splits, options, provenance, setup.device)
-
-
-def _plain(options: HeadOptions) -> dict[str, Any]:
-    """Options that make other tasks or other targets; the backbone has its fingerprint, queries are evaluation."""
-    names = ("ways", "shots", "support_loss_weight", "augmentation")
-    return {name: getattr(options, name) for name in names}

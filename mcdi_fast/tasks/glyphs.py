@@ -20,10 +20,9 @@ from mcdi_fast.backbone import BackboneConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import digest
 from mcdi_fast.tasks import Setup, register
-from mcdi_fast.tasks.drawings import ClassImages, DrawingOptions, FewShotData, drawing_defaults, drawing_family
+from mcdi_fast.tasks.drawings import SIDE, ClassImages, DrawingOptions, FewShotData, drawing_defaults, drawing_family
 from mcdi_fast.tasks.heads import HeadFamily
 
-SIDE = 28
 ALPHABET = 20  # characters that share a pool of strokes and a group of drawers
 POOL = 9  # strokes in it
 MAX_STROKES = 5

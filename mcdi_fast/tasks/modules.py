@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,10 +85,6 @@ class ModuleFamily(TaskFamily):
         return self._initial + super().start(count, config, generator)
 
 
-def _ignoring_step(gradient: Callable[[Tensor, Data], Tensor], data: Data, theta: Tensor, step: int) -> Tensor:
-    return gradient(theta, data)
-
-
 def reptile_start(
     initial: Tensor,
     gradient: Callable[[Tensor, Data], Tensor],
@@ -104,10 +99,13 @@ def reptile_start(
     gradient: of each task's loss, [B, N, D] -> [B, N, D]. data: of tasks `start` to `start + count - 1`. tasks: an outer step. steps: outer ones.
     """
     recipe = PrepareConfig(steps=10, learning_rate=learning_rate, rho=0.0, weight_decay=0.0)
+
+    def trained(start: Tensor, data: Data) -> Tensor:
+        return trajectory(start, lambda theta, _: gradient(theta, data), recipe, 1)[:, -1]
+
     with setup.stage("start", steps, "steps") as bar:
         for step in range(steps):
-            slope = partial(_ignoring_step, gradient, data(step * tasks, tasks))
-            end = trajectory(initial.expand(tasks, -1, -1), slope, recipe, 1)[:, -1]
+            end = trained(initial.expand(tasks, -1, -1), data(step * tasks, tasks))
             initial = initial + (1 - step / steps) * (end.mean(0) - initial)
             bar.update()
     return initial

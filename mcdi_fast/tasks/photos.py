@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mcdi_fast import heads
-from mcdi_fast.backend import Backend
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
@@ -125,16 +124,9 @@ class PhotoFamily(HeadFamily):
         """By hand."""
         return data["trust"] * super().gradient(theta, data)
 
-    def trajectories(
-        self,
-        data: Data,
-        config: PrepareConfig,
-        segments: int,
-        generator: torch.Generator,
-        backend: Backend = Backend(),  # noqa: B008 (a constant)
-    ) -> Tensor:
+    def trajectories(self, data: Data, *others: Any, **more: Any) -> Tensor:
         """Adam + SAM on the difference, whose decay pulls towards the base."""
-        found = super().trajectories(data, config, segments, generator, backend)
+        found = super().trajectories(data, *others, **more)
         return found * data["flip"].unsqueeze(1) if "flip" in data else found
 
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:

@@ -65,12 +65,8 @@ class ClassPrior(Fitted):
         apart = centres - mean
         offset = apart.T @ apart / max(len(apart) - 1, 1)
         if across:
-            label, counts, domains, centres = (
-                features.labels,
-                features.counts,
-                torch.zeros(features.num_classes).long(),
-                mean[None],
-            )
+            label, counts = features.labels, features.counts
+            domains, centres = torch.zeros(features.num_classes).long(), mean[None]
             means = _means(x, label)
         inside, outside = x - means[label], means - centres[domains]
         within = inside.T @ inside / (len(x) - len(means))
@@ -107,9 +103,8 @@ class ClassPrior(Fitted):
         """
         ways, shots = support.shape[1:3]
         z = self._latent(support)
-        known = self.offset / (
-            self.offset + (self.between + 1 / shots) / ways
-        )  # of the domain's offset, by its posterior mean
+        # of the domain's offset, by its posterior mean
+        known = self.offset / (self.offset + (self.between + 1 / shots) / ways)
         share = known + (1 - known) * self.distance(support)[:, None]
         centre = (share * z.mean((1, 2))).unsqueeze(1)
         # posterior mean of a class, as a share of what its support shows
