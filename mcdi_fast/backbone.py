@@ -152,12 +152,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(n, *shape).uniform_(low, high, generator=generator)
 
-    angle, shear, scale, shift = (
-        uniform(-0.17, 0.17),
-        uniform(-0.15, 0.15),
-        uniform(0.88, 1.14, 2),
-        uniform(-0.12, 0.12, 2),
-    )
+    angle, shear = uniform(-0.17, 0.17), uniform(-0.15, 0.15)
+    scale, shift = uniform(0.88, 1.14, 2), uniform(-0.12, 0.12, 2)
     cos, sin = angle.cos(), angle.sin()
     theta = torch.stack([cos * scale[:, 0], shear - sin, shift[:, 0], sin, cos * scale[:, 1], shift[:, 1]], 1)
     grid = F.affine_grid(theta.view(n, 2, 3).to(images.device), list(images.shape), align_corners=False)

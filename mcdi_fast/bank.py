@@ -390,11 +390,7 @@ def _parse_header(header: Any, path: Path) -> tuple[WeightLayout, int, int, dict
     where = store.show_path(path)
     if not isinstance(header, dict) or header.get("kind") != _BANK_KIND:
         raise McdiError(f"{where}: not the header of a trajectory bank; give the folder of a bank")
-    if header.get("format") not in _FORMATS:
-        raise McdiError(
-            f"{where}: made by format {header.get('format')!r:.40}, this mcdi_fast reads {' and '.join(map(str, _FORMATS))}; "
-            "use the version that made it, or make it again"
-        )
+    store.check_format(path, header.get("format"), *_FORMATS)
     for key in ("num_segments", "condition_width"):
         value = header.get(key)
         if type(value) is not int or not 1 <= value < 2**31:

@@ -14,18 +14,12 @@ from torch import Tensor
 
 from mcdi_fast.bounds import check
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig
-from mcdi_fast.denoiser import (
-    ChainDenoiser,
-    FoldedDenoiser,
-    Parameters,
-    depth_of,
-    parameter_shapes,
-    token_condition,
-)
+from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, Parameters, depth_of, parameter_shapes, token_condition
 from mcdi_fast.diffusion import Objective, Schedule, check_num_steps, diffusion_tables, sampling_steps
 from mcdi_fast.errors import McdiError, needs, reason_of
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.store import (
+    check_format,
     digest,
     dumps,
     load_tensors,
@@ -238,10 +232,7 @@ class WeightGenerator:
             raise McdiError(
                 f"{where}: not the configuration of a weight generator; give the folder that save_pretrained wrote"
             )
-        if type(config.get("format")) is not int or config["format"] not in (1, FORMAT):
-            raise McdiError(
-                f"{where}: made by format {config.get('format')!r:.40}, this mcdi_fast reads 1 and {FORMAT}; use the version that made it"
-            )
+        check_format(folder / "config.json", config.get("format"), 1, FORMAT)
         tensors, meta = load_tensors(folder / "model.safetensors", _KIND)
         for name in [f"{normalizer}.{part}" for normalizer in _NORMALIZERS for part in ("mean", "std")]:
             if name not in tensors:

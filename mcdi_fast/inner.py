@@ -39,11 +39,7 @@ class Form(NamedTuple):
 
 @full_precision
 def inner_loop(
-    phi: Parameters,
-    batch: InnerBatch,
-    inner_lr: float,
-    impl: str = "auto",
-    stacked: bool | None = None,
+    phi: Parameters, batch: InnerBatch, inner_lr: float, impl: str = "auto", stacked: bool | None = None
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given, in `torch.autocast` too.
 
@@ -158,11 +154,8 @@ class _LowRankLinear:
         self._flat_inputs, self._flat_gradients = (
             rows.flatten(1, 2).unbind() for rows in (self.all_inputs, self.all_gradients)
         )
-        self._inputs_t, self._gradients_t, self._weight_t = (
-            self.all_inputs.mT.unbind(),
-            self.all_gradients.mT.unbind(),
-            weight.T,
-        )
+        self._inputs_t, self._gradients_t = self.all_inputs.mT.unbind(), self.all_gradients.mT.unbind()
+        self._weight_t = weight.T
 
     def forward(self, r: int, add_to: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """`inputs[r]` times the task's weights, [B, rows, out], plus `add_to`; written to `out` where given."""

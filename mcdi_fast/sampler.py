@@ -168,9 +168,8 @@ class Sampler:
             packed = self._packed_as(lambda: compiled.PackedChain(self.generator, self._mask))
             tokens = packed.sample(seeds, condition, *self._table(num_steps))
         else:
-            tokens = self.generator.normalizer.denormalize(
-                self._chain(condition, seeds, num_steps, eta_noise, callback)
-            )
+            normal = self._chain(condition, seeds, num_steps, eta_noise, callback)
+            tokens = self.generator.normalizer.denormalize(normal)
         if self.device.type == "cpu":
             _check_finite(
                 tokens,
@@ -219,12 +218,8 @@ class Sampler:
         shape, condition = condition.shape, condition.float()
         if condition.ndim in (1, 2):
             condition = condition[None, None] if condition.ndim == 1 else condition.unsqueeze(1)
-        if (
-            condition.ndim != 3
-            or condition.shape[2] != width
-            or not condition.numel()
-            or not (free or condition.shape[1] in (1, tokens))
-        ):
+        fits = condition.ndim == 3 and condition.shape[2] == width and condition.numel()
+        if not fits or not (free or condition.shape[1] in (1, tokens)):
             many = f"any N, such as {tokens}" if free else tokens
             raise McdiError(
                 f"condition: shape {list(shape)}, expected [B, {many}, {width}], [B, {width}] or, for one task, [{width}], with B >= 1"
@@ -267,9 +262,8 @@ class Sampler:
         shape = condition.shape[1], self.generator.layout.width
         x = normal_noise(bits.to(self.device, non_blocking=True), shape, 0, self._mask)
         told = self.generator.network_condition(condition)
-        return run_chain(
-            self._kernel_weights(), x, told, *self._table(num_steps), self._mask, out=x, precision=self.precision
-        )  # fmt: skip
+        weights, table = self._kernel_weights(), self._table(num_steps)
+        return run_chain(weights, x, told, *table, self._mask, out=x, precision=self.precision)
 
     def _chain_by_steps(
         self,
@@ -361,12 +355,8 @@ class StaticSampler:
     def __getstate__(self) -> dict[str, Any]:
         """Copies: sent to another process, this one's memory would move, and both would write to it."""
         weights = GeneratedWeights(self.weights.layout, self.weights.tokens.clone())
-        return vars(self) | {
-            "condition": self.condition.clone(),
-            "seeds": self.seeds.clone(),
-            "weights": weights,
-            "_graph": None,
-        }
+        inputs = {"condition": self.condition.clone(), "seeds": self.seeds.clone()}
+        return vars(self) | inputs | {"weights": weights, "_graph": None}
 
     @_outside_compiled_code
     @torch.no_grad()
@@ -374,9 +364,8 @@ class StaticSampler:
         """Fill `weights` from `condition` and `seeds`. Raises as `Sampler.sample`."""
         sampler, device = self._sampler, self._sampler.device
         kernels = device.type == "cuda" and len(self.condition[0]) <= 64 and resolve(sampler.impl, device) == "triton"
-        if (
-            not kernels or torch.cuda.is_current_stream_capturing()
-        ):  # a graph of the caller's holds the launches themselves
+        # a graph of the caller's holds the launches themselves
+        if not kernels or torch.cuda.is_current_stream_capturing():
             self._fill()
         elif self._graph is not None and self._graph[0] is sampler.generator.folded():
             self._graph[1]()

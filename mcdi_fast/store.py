@@ -233,6 +233,15 @@ def _read(path: Path, most: int) -> bytes:
         ) from error
 
 
+def check_format(path: Path, found: Any, *known: int) -> None:
+    """Raise McdiError, naming both, unless the format of a file is one of those that are read."""
+    if type(found) is not int or found not in known:
+        raise McdiError(
+            f"{show_path(path)}: made by format {found!r:.40}, this mcdi_fast reads {' and '.join(map(str, known))}; "
+            "use the version that made it, or make it again"
+        )
+
+
 def digest(*parts: Tensor | np.ndarray | str) -> str:
     """16 hex digits of tensors, arrays and text, one behind the other: the identity of what is made of them."""
     found = hashlib.sha256()
@@ -323,11 +332,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     ours = _loads(text, path, "its mcdi_fast header")
     if not isinstance(ours, dict) or not isinstance(ours.get("meta"), dict):
         raise McdiError(f"{show_path(path)}: its mcdi_fast header is no dict with a meta; the file is damaged")
-    if ours.get("format") != FORMAT_VERSION:
-        raise McdiError(
-            f"{show_path(path)}: made by format {ours.get('format')!r:.40}, this mcdi_fast reads {FORMAT_VERSION}; "
-            "use the version that made it, or make it again"
-        )
+    check_format(path, ours.get("format"), FORMAT_VERSION)
     if ours.get("kind") != kind:
         raise McdiError(
             f"{show_path(path)}: holds {ours.get('kind')!r:.60}, expected {kind!r}; give the path of a {kind} file"

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from helpers import error_of
 
-from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks.images import PACKED, LabelledRows, check_class_splits, join, load
 
 Image = pytest.importorskip("PIL.Image")
@@ -84,20 +83,19 @@ def test_join_takes_classes_of_one_name_as_one():
     assert whole.class_names == ("c", "b", "a")
     assert whole.counts.tolist() == [2, 2, 3]
     assert whole.select(classes=["a"]).rows.flatten().tolist() == [3, 1, 5]
-    with pytest.raises(McdiError, match="one shape"):
-        join([data, data.with_rows(torch.zeros(6, 2))])
+    assert "one shape" in error_of(join, [data, data.with_rows(torch.zeros(6, 2))])
 
 
 def test_a_class_in_two_splits_is_named():
     data = ragged()
     check_class_splits({"train": data.select(classes=["a"]), "test": data.select(classes=["b", "c"])}, "data")
-    with pytest.raises(McdiError, match=r"1 classes are in two splits: b \(train, test\)"):
-        check_class_splits({"train": data.select(classes=["a", "b"]), "test": data.select(classes=["b", "c"])}, "data")
+    both = {"train": data.select(classes=["a", "b"]), "test": data.select(classes=["b", "c"])}
+    assert "1 classes are in two splits: b (train, test)" in error_of(check_class_splits, both, "data")
 
 
 def test_too_few_rows_of_a_class_are_named_and_counted():
-    with pytest.raises(McdiError, match=r"2 of 3 classes have fewer than 3 rows: b \(1\), c \(2\)"):
-        ragged().check_counts(3, "data")
+    message = error_of(ragged().check_counts, 3, "data")
+    assert "2 of 3 classes have fewer than 3 rows: b (1), c (2)" in message
     ragged().check_counts(1, "data")
 
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import error_of
 
-from mcdi_fast.errors import McdiError
 from mcdi_fast.heads import head_accuracy, prototype_head
 from mcdi_fast.tasks.images import LabelledRows
 from mcdi_fast.tasks.prior import ClassPrior, choose_penalty, informed_head, ridge_head, unit_head
@@ -144,8 +144,7 @@ def test_a_prior_travels_in_a_file(tmp_path):
     assert torch.equal(again.head(support), prior.head(support))
     damaged = dataclasses.replace(prior, between=-prior.between)
     damaged.save(tmp_path / "prior.safetensors")
-    with pytest.raises(McdiError, match="holds no class-prior"):
-        ClassPrior.load(tmp_path / "prior.safetensors")
+    assert "holds no class-prior" in error_of(ClassPrior.load, tmp_path / "prior.safetensors")
 
 
 def test_priors_that_cannot_be():
@@ -155,8 +154,7 @@ def test_priors_that_cannot_be():
         (labelled(x[:, :1]), "fewer than 2 rows"),
         (labelled(torch.ones(4, 3, WIDTH)), "features do not differ"),
     ):
-        with pytest.raises(McdiError, match=message):
-            ClassPrior.fit(data)
+        assert message in error_of(ClassPrior.fit, data)
 
 
 def test_domains_share_an_offset():

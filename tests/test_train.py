@@ -6,16 +6,13 @@ import re
 import shutil
 
 import pytest
-import torch
 
 from mcdi_fast import backbone, prepare, store, train
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.cli import open_run
-from mcdi_fast.config import PrepareConfig
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer
 from mcdi_fast.tasks import find_family, glyphs
-from mcdi_fast.tasks.heads import ClassRows, HeadFamily, HeadOptions
 
 SMALL = (
     "--task.backbone.steps 4 --task.backbone.ways 8 --task.backbone.images-per-class 3 --task.backbone.checkpoint-every 2 --prepare.tasks 30 "
@@ -305,12 +302,3 @@ def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 2.0}\n{"step": 30, "lo')
     assert [m["step"] for m in train.Metrics(path, 10).lines] == [10]
     assert path.read_text() == '{"step": 10, "loss": 1.0}\n'
-
-
-def test_bank_is_deterministic(tmp_path):
-    features = torch.randn(2, 12, 20, 8, generator=torch.Generator().manual_seed(0))
-    family = HeadFamily({"train": ClassRows.of_grid(features)}, HeadOptions())
-    recipe = PrepareConfig(tasks=25, steps=6)
-    banks = [prepare.prepare_bank(tmp_path / str(i), family, recipe, 3, seed=0) for i in range(2)]
-    index = torch.arange(25)
-    assert torch.equal(banks[0].gather(index)[0], banks[1].gather(index)[0])

@@ -55,17 +55,9 @@ _SPLITS = {
 # Under the data folder: ours, torchvision's and learn2learn's, the official repository's, those of other few-shot code; then without "omniglot",
 # for who gives the folder itself.
 _PLACES = (
-    *(
-        "omniglot",
-        "omniglot-py",
-        "omniglot/omniglot-py",
-        "omniglot/python",
-        "omniglot/data",
-        "omniglot/raw",
-        "omniglot/processed",
-    ),
-    *(".", "python", "data", "raw", "processed"),
-)
+    "omniglot omniglot-py omniglot/omniglot-py omniglot/python omniglot/data omniglot/raw omniglot/processed "
+    ". python data raw processed"
+).split()
 _MEMBER = re.compile(r"(?:.*/)?([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
 _MAX_PNG = 100_000  # bytes, packed or unpacked; the real ones are some hundred
 
