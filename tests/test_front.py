@@ -34,6 +34,16 @@ def test_rows_are_paired_and_the_quickest_that_is_level_is_bold():
     assert front.front_of(low) == low[:1]
 
 
+def test_a_picture_where_fewer_outer_steps_are_better():
+    cells = [cell(4, seed, [0.8, 0.9], 0.1) for seed in (0, 1)]
+    for one in cells:
+        one["points"] = [one["points"][0] | {"outer": 2, "scores": [0.9, 0.9]}, *one["points"]]
+    rows = front.rows_of(cells, ACCURACY)
+    assert [row["level"] for row in rows] == [True, False]
+    record = {"rows": rows, "metric": ACCURACY._asdict(), "seeds": [0, 1], "outer_steps": 8}
+    assert front.plot(record).startswith(b"\x89PNG")
+
+
 def test_the_command(tmp_path, capsys):
     """All sizes and seeds, once each; a further seed adds its own cells; sizes that contradict each other are refused first."""
     options = (

@@ -154,7 +154,9 @@ def test_the_comparison_on_tiny_sets(folder, tmp_path):
         evaluate=replace(config.evaluate, tasks=6, validation_tasks=4),
     )
     setup = Setup(cache_dir=folder / "cache")
-    parts = [one_part(config, 0, objective, tmp_path, setup) for objective in ("local-consistency", "vanilla")]
+    parts = [
+        one_part(config, 0, objective, tmp_path / "bank", setup, {}) for objective in ("local-consistency", "vanilla")
+    ]
     assert {"Mc-Di", "base", "bank-mean", "LoRA by gradient", "ridge, sentence features"} <= set(parts[0]["rows"])
     rows = record_of(parts)
     assert rows["Mc-Di"]["mc_di_minus_this"] == 0
@@ -168,6 +170,41 @@ def test_a_left_out_set_is_in_the_test_tasks_alone(folder):
     family = glue(options(folder, left_out=left), Setup(cache_dir=folder / "cache"))
     assert family.names("test") == (left,)
     assert left not in family.names("train") + family.names("val")
+
+
+def test_new_classes(folder, tmp_path):
+    """Tasks of classes that training has not seen; a class keeps its head, wherever it is; too few rows are one clear line."""
+    word = {
+        "text": [f"word{i % 24} sun" + " ice" * (i // 24) for i in range(24 * 12)],
+        "label": [i % 24 for i in range(24 * 12)],
+    }
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps({"train": word, "test": word}))
+    given = {"sets": (str(path),), "ways": 3, "new_classes": True, "support": 6, "queries": 9, "train_rows": 15}
+    setup = Setup(cache_dir=tmp_path)
+    family = glue(options(folder, **given), setup)
+    check_family(family)
+    assert family.layout.num_tokens == 2 * 2 + 3
+    rows = {
+        split: {int(row) for one in family.classes[str(path), split] for row in one}
+        for split in ("train", "val", "test")
+    }
+    assert [len(family.classes[str(path), split]) for split in rows] == [16, 3, 5]
+    assert sum(map(len, rows.values())) == len(set().union(*rows.values())) == 24 * 12
+    tasks = family.tasks("test", 0, 4, 0)
+    for task in range(4):
+        support, query, train = (set(data["row"][task].tolist()) for data in (tasks.support, tasks.query, tasks.train))
+        assert support | query | train <= rows["test"]
+        assert not (support | train) & query
+    support = family.draw("test", 0, 1, 0)[0]
+    base, condition = family.base(torch.cat([support, support.roll(1, 1)]))
+    for found in (base, condition):
+        assert torch.allclose(found[0, :-3], found[1, :-3], atol=1e-5)
+        assert torch.allclose(found[0, -3:], found[1, -3:].roll(-1, 0), atol=1e-4)
+    other = glue(options(folder, **given, left_out=str(folder / "intents.json")), setup)
+    assert len(other.classes[str(folder / "intents.json"), "test"]) == 16
+    with pytest.raises(McdiError, match="an example of each class"):
+        glue(options(folder, **given | {"support": 2}), setup)
 
 
 def test_intents(folder):

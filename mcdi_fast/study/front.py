@@ -316,8 +316,8 @@ def plot(record: dict[str, Any]) -> bytes:
     ax.plot([row["ms"] for row in line], [row["mean"] for row in line], "o-", ms=4)
     first = []
     if len(record["seeds"]) > 1:  # one seed's interval is wider than what counts as level
-        first = [knee_of(rows)]
-        ax.plot(first[0]["ms"], first[0]["mean"], "o", ms=9, mfc="none", color="C1")
+        first = [row for row in rows if row["level"]][:1]  # none where fewer outer steps are better
+        ax.plot([row["ms"] for row in first], [row["mean"] for row in first], "o", ms=9, mfc="none", color="C1")
     ax.set(
         xscale="log",
         xlabel="one sample on one thread, ms",

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -44,68 +44,153 @@ from mcdi_fast.report import git_sha, machine, table
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import make_folder, read_json, write_json
 from mcdi_fast.tasks import Setup, TaskBatch, find_family
-from mcdi_fast.tasks.lora import LoraFamily, LoraOptions, rows_by_class
-from mcdi_fast.tasks.prior import ridge_head
+from mcdi_fast.tasks.images import LabelledRows
+from mcdi_fast.tasks.lora import LoraFamily, LoraOptions, head_by_adam, rows_by_class
+from mcdi_fast.tasks.prior import ClassPrior, informed_head, ridge_head
 
+_KNOWN, _INTENTS = "known data sets", "new intents, 5-way 1-shot"
+
+
+def _intents(ways: int) -> dict[str, Any]:
+    rows = {"support": ways, "queries": 15 * ways, "train_rows": 99 * ways}
+    return {"sets": ("clinc150",), "new_classes": True, "ways": ways, **rows}
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    _KNOWN: ({}, _KNOWN),
+    **{f"left out: {name}": ({"left_out": name}, _KNOWN) for name in ("mr", "snli", "mrpc")},
+    _INTENTS: (_intents(5), _INTENTS),
+    "new intents, 10-way 1-shot": (_intents(10), _INTENTS),
+}
+"""Options of the family by setting, and the setting whose validation tasks choose for it what takes long to choose."""
+_INTENT_TRAJECTORIES = 1000
 _SEEDS = range(5)
-PARTS = (
-    *((None, seed, objective) for seed in _SEEDS for objective in ("local-consistency", "vanilla", "naive-local")),
-    *((name, seed, "local-consistency") for seed in _SEEDS for name in ("mr", "snli", "mrpc")),
+PARTS = tuple(
+    (setting, seed, objective)
+    for seed in _SEEDS
+    for setting in SETTINGS
+    for objective in ("local-consistency", *(() if setting.startswith("left out") else ("vanilla", "naive-local")))
 )
-"""Data set left out, seed, objective."""
-_KNOWN = "known data sets"
+"""Setting, seed, objective."""
 _TASKS, _VALIDATION, _GRADIENT_VALIDATION = 120, 80, 40
-_PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_RATES, _STEPS = (0.0001, 0.0003, 0.001, 0.003, 0.01), (30, 90, 270)
+_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_RATES, _STEPS, _RANKS = (0.0001, 0.0003, 0.001, 0.003, 0.01), (30, 90, 270), (1, 4, 16)
 _BASE_RATES = (0.0001, 0.0003, 0.001)
+_HEAD_RATES, _HEAD_STEPS, _HEAD_DECAYS = (0.003, 0.01, 0.03, 0.1, 0.3), (10, 30, 100), (0.0, 0.001, 0.01, 0.1)
 
 Score = Callable[[TaskBatch], Tensor]
 """A method: tasks -> share that is right, [B]."""
 
 
-def ridge_scores(features: Tensor, penalty: float, tasks: TaskBatch) -> Tensor:
+def ridge_scores(features: Tensor, tasks: TaskBatch, penalty: float) -> Tensor:
     """Of ridge heads on given features of rows."""
     x = features[rows_by_class(tasks.support)]
     centre = x.mean((1, 2), keepdim=True)
     scale = (x - centre).square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt()
     head = ridge_head((x - centre) / scale, penalty)
     y = (features[tasks.query["row"]] - centre[:, 0]) / scale[:, 0]
-    return (head_logits(head, y).argmax(-1) == tasks.query["label"]).float().mean(1)
+    return _right(head, y, tasks)
 
 
-def sentence_head(family: LoraFamily, validation: TaskBatch) -> tuple[Score, dict[str, Any]]:
+def _right(head: Tensor, x: Tensor, tasks: TaskBatch) -> Tensor:
+    return (head_logits(head, x).argmax(-1) == tasks.query["label"]).float().mean(1)
+
+
+def prior_head(family: LoraFamily) -> Score:
+    """The class prior's head on sentence features, in closed form; fitted on the classes of training."""
+    classes = [rows for name in family.names("train") for rows in family.classes[name, "train"]]
+    label = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(rows) for rows in classes]))
+    prior = ClassPrior.fit(LabelledRows.of(torch.cat([family.apart[rows] for rows in classes]), label))
+
+    def score(tasks: TaskBatch) -> Tensor:
+        head = informed_head(prior, family.apart[rows_by_class(tasks.support)])
+        return _right(head, family.apart[tasks.query["row"]], tasks)
+
+    return score
+
+
+def sentence_ridge(family: LoraFamily, validation: TaskBatch) -> tuple[Score, dict[str, Any]]:
     """Ridge on the frozen encoder's sentence features alone, its penalty chosen."""
-    tried = {penalty: float(ridge_scores(family.apart, penalty, validation).mean()) for penalty in _PENALTIES}
-    best = max(tried, key=lambda penalty: tried[penalty])
-    return partial(ridge_scores, family.apart, best), {"penalty": best}
+    best = best_of({"penalty": _PENALTIES}, lambda penalty: ridge_scores(family.apart, validation, penalty))
+    return partial(ridge_scores, family.apart, **best), best
 
 
-def gradients(family: LoraFamily, validation: TaskBatch, known: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Adam on the support: from peft's beginning with a ridge head on frozen features, and from the base.
+def best_of(options: Mapping[str, Sequence[Any]], score: Callable[..., Tensor]) -> dict[str, Any]:
+    """The options whose mean score is highest. score takes them by name."""
+    every = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    return max(every, key=lambda one: float(score(**one).mean()))
 
-    known: rows of a part that has chosen steps and rate; otherwise they are chosen, which takes longer than all the rest.
+
+def frozen_family(config: TrainConfig[LoraOptions], setup: Setup, rank: int) -> LoraFamily:
+    """The same texts and tasks from the frozen model: peft's beginning, and a ridge head on frozen features."""
+    family = find_family("glue").family(replace(config.task, rank=rank, start_steps=0), setup)
+    assert isinstance(family, LoraFamily)
+    return family
+
+
+def seen_by(family: LoraFamily, tasks: TaskBatch) -> TaskBatch:
+    """The same rows with the family's own base and condition."""
+    base, condition = family.base(rows_by_class(tasks.support))
+    return TaskBatch(condition, *(data | {"base": base} for data in (tasks.support, tasks.query, tasks.train)))
+
+
+class Method(NamedTuple):
+    """How tasks, as the family sees them, get weights; and the options that were chosen."""
+
+    family: LoraFamily
+    adapt: Callable[[TaskBatch], Tensor]
+    chosen: dict[str, Any]
+
+
+def methods_on_frozen(
+    config: TrainConfig[LoraOptions], setup: Setup, validation: TaskBatch, known: dict[str, Any]
+) -> dict[str, Method]:
+    """Heads on the frozen encoder, and LoRA and head by gradient from there (peft's beginning, a ridge head).
+
+    known: rows of a part that has chosen options; otherwise they are chosen, which takes longer than all the rest.
     """
-    beginning = family.baselines()["ridge"]
+    family = cache(partial(frozen_family, config, setup))
+    rank, some = config.task.rank, validation[:_GRADIENT_VALIDATION]
 
-    def plain(steps: int, lr: float, tasks: TaskBatch) -> Tensor:
-        first = beginning(tasks)
-        data = tasks.support | {"base": tasks.support["base"] + first}
-        rest = TaskBatch(tasks.condition, data, data, data)
-        return first + finetune(family, rest, steps, lr, 0.0, Backend())
+    def lora(tasks: TaskBatch, rank: int, steps: int, lr: float) -> Tensor:
+        return finetune(family(rank), tasks, steps, lr, 0.0, Backend())
 
-    def based(steps: int, lr: float, tasks: TaskBatch) -> Tensor:
+    def ridge(tasks: TaskBatch, rank: int, penalty: float) -> Tensor:
+        return family(rank).on_frozen(partial(ridge_head, penalty=penalty), tasks)
+
+    def head(tasks: TaskBatch, rank: int, **options: Any) -> Tensor:
+        return family(rank).on_frozen(partial(head_by_adam, **options), tasks)
+
+    heads = {"rank": (rank,), "steps": _HEAD_STEPS, "lr": _HEAD_RATES, "decay": _HEAD_DECAYS}
+    made = {}
+    for name, adapt, options, judges in (
+        ("ridge", ridge, {"rank": (rank,), "penalty": _PENALTIES}, validation),
+        ("head-finetune", head, heads, validation),
+        ("LoRA by gradient", lora, {"rank": _RANKS, "steps": _STEPS, "lr": _RATES}, some),
+    ):
+
+        def score(rank: int, adapt: Any = adapt, judges: TaskBatch = judges, **options: Any) -> Tensor:
+            tasks = seen_by(family(rank), judges)
+            return family(rank).scores(adapt(tasks, rank=rank, **options), tasks.query)
+
+        best = {key: known[name][key] for key in options} if name in known else best_of(options, score)
+        made[name] = Method(family(best["rank"]), partial(adapt, **best), best)
+    return made
+
+
+def from_base(family: LoraFamily, validation: TaskBatch, known: dict[str, Any]) -> Method:
+    """Adam from the base."""
+
+    def adapt(tasks: TaskBatch, steps: int, lr: float) -> Tensor:
         return finetune(family, tasks, steps, lr, 0.0, Backend())
 
-    made = {}
-    for name, adapt, rates in (("LoRA by gradient", plain, _RATES), ("Adam from the base", based, _BASE_RATES)):
-        if name in known:
-            best = known[name]["steps"], known[name]["lr"]
-        else:
-            some = validation[:_GRADIENT_VALIDATION]
-            every = list(itertools.product(_STEPS, rates))
-            best = max(every, key=lambda one, adapt=adapt: float(family.scores(adapt(*one, some), some.query).mean()))  # type: ignore[misc]
-        made[name] = partial(adapt, *best), {"steps": best[0], "lr": best[1]}
-    return made
+    def score(**options: Any) -> Tensor:
+        tasks = validation[:_GRADIENT_VALIDATION]
+        return family.scores(adapt(tasks, **options), tasks.query)
+
+    options, name = {"steps": _STEPS, "lr": _BASE_RATES}, "Adam from the base"
+    best = {key: known[name][key] for key in options} if name in known else best_of(options, score)
+    return Method(family, partial(adapt, **best), best)
 
 
 def one_part(
@@ -114,14 +199,13 @@ def one_part(
     objective: Any,
     folder: Path,
     setup: Setup,
-    known: dict[str, Any] | None = None,
+    known: dict[str, Any],
 ) -> dict[str, Any]:
-    """Scores of all test tasks by method. folder: of banks. known: of `gradients`."""
+    """Scores of all test tasks by method. folder: of the bank. known: of `methods_on_frozen`."""
     task = config.task
     family = find_family("glue").family(task, setup)
     assert isinstance(family, LoraFamily)
-    segments, where = config.diffusion.segments, folder / f"bank-{task.left_out}-{seed}"
-    bank = prepare_bank(where, family, config.prepare, segments, seed, meta=family.provenance())
+    bank = prepare_bank(folder, family, config.prepare, config.diffusion.segments, seed, meta=family.provenance())
     test = family.tasks("test", 0, config.evaluate.tasks, TEST_SEED + seed)
     validation = family.tasks("val", 0, config.evaluate.validation_tasks, VALIDATION_SEED + seed)
     timing = seed == 0 and task.left_out is None
@@ -135,9 +219,11 @@ def one_part(
         rows[name] = {"scores": [round(float(score), 4) for score in scores], **chosen}
 
     def keep_weights(name: str, adapt: Callable[[TaskBatch], Tensor], **chosen: Any) -> None:
-        if timing:
-            chosen["ms"] = round(latency_ms(adapt, test), 3)
-        keep(name, family.scores(adapt(test), test.query), **chosen)
+        keep_method(name, Method(family, adapt, chosen), test)
+
+    def keep_method(name: str, method: Method, tasks: TaskBatch) -> None:
+        ms = {"ms": round(latency_ms(method.adapt, tasks), 3)} if timing else {}
+        keep(name, method.family.scores(method.adapt(tasks), tasks.query), **ms, **method.chosen)
 
     count = choose_steps(family, sampler, validation, seed, 0.0)
     keep_weights(title, partial(generate, sampler, first_seed=seed, num_steps=count), steps=count, training_s=seconds)
@@ -149,10 +235,13 @@ def one_part(
     if title == "Mc-Di":
         for name, adapt in (family.baselines() | bank_methods(bank, sampler)).items():
             keep_weights(name, adapt)
-        score, found = sentence_head(family, validation)
+        score, found = sentence_ridge(family, validation)
         keep("ridge, sentence features", score(test), **found)
-        for name, (adapt, found) in gradients(family, validation, known or {}).items():
-            keep_weights(name, adapt, **found)
+        if task.new_classes:
+            keep("class prior, sentence features", prior_head(family)(test))
+        keep_method("Adam from the base", from_base(family, validation, known), test)
+        for name, method in methods_on_frozen(config, setup, validation, known).items():
+            keep_method(name, method, seen_by(method.family, test))
         if timing:
             ceiling = trained_targets(family, test, config.prepare, 1, seed, Backend())[:, -1]
             keep("trained-target", family.scores(ceiling, test.query))
@@ -217,13 +306,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = find_family("glue").config()
     config = replace(config, evaluate=replace(config.evaluate, tasks=_TASKS, validation_tasks=_VALIDATION))
     parts: dict[str, list[dict[str, Any]]] = {}
-    for left_out, seed, objective in PARTS:
-        path = folder / f"{left_out}-seed{seed}-{objective}.json"
+    for setting, seed, objective in PARTS:
+        short = setting.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+        path = folder / f"{short}-seed{seed}-{objective}.json"
         if not path.exists():
-            here = replace(config, task=replace(config.task, left_out=left_out))
-            first = parts[_KNOWN][0]["rows"] if parts else {}
-            write_json(path, one_part(here, seed, objective, folder, setup, first))
-        parts.setdefault(f"left out: {left_out}" if left_out else _KNOWN, []).append(read_json(path))
+            options, chooser = SETTINGS[setting]
+            here = replace(config, task=replace(config.task, **options))
+            if here.task.new_classes:
+                here = replace(here, prepare=replace(here.prepare, tasks=_INTENT_TRAJECTORIES))
+            first = parts[chooser][0]["rows"] if chooser in parts else {}
+            write_json(path, one_part(here, seed, objective, folder / f"bank-{short}-{seed}", setup, first))
+        parts.setdefault(setting, []).append(read_json(path))
         settings = {key: parts[_KNOWN][0][key] for key in ("task", "prepare", "meta")}
         rows = {name: record_of(some) for name, some in parts.items()}
         write_json(out / "glue-64.json", {"machine": machine(), "git": git_sha(), "settings": settings, "rows": rows})

@@ -1,4 +1,4 @@
-"""LoRA of a language model: rank components for query and value of the last layer, and a head. A task is some examples of two classes.
+"""LoRA of a language model: rank components for query and value of the last layer, and a head. A task is some examples of a few classes.
 
 What is generated is the difference from a base: LoRA matrices that training tasks have learnt together, so that a head in closed form is good
 for all of them, and that head for the task's own examples.
@@ -32,7 +32,16 @@ from mcdi_fast.optim import trajectory
 from mcdi_fast.store import load_tensors, make_folder, save_tensors
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
 from mcdi_fast.tasks.prior import ridge_head
-from mcdi_fast.tasks.text import MINILM, Read, Texts, load_texts, load_transformer, read, sentence_features
+from mcdi_fast.tasks.text import (
+    MINILM,
+    Read,
+    Texts,
+    load_texts,
+    load_transformer,
+    read,
+    sentence_features,
+    split_classes,
+)
 from mcdi_fast.weights import WeightLayout
 
 _SPLITS = ("train", "val", "test")
@@ -41,6 +50,7 @@ _TASKS = 16  # trained at a time: their activations stay small
 # of the head in closed form: what logits are multiplied by, and the penalty in units of a feature's mean square norm
 _GAIN, _RIDGE = 5.0, 10.0
 _START_LR, _HEAD_LR = 0.003, 0.02  # Adam's, for the common matrices and for the logarithms of gain and penalty
+_START_TASKS = 8  # at least, for a step of the common matrices
 _OWN_SEED = 2**31  # of the tasks of start and components: no run has it
 _COMPONENTS, _COMPONENT_TASKS = 16, 256  # of the mean embedding, and the training tasks that they are found on
 
@@ -55,8 +65,12 @@ class LoraOptions:
     """Data sets: those of text/text_tasks.zip with classes, mrpc, cola, sst2, and .json files of your own (docs/lora.md)."""
     left_out: str | None = None
     """A data set that makes the test tasks and that training does not see. By default test tasks are new examples of `sets`."""
-    support: Annotated[int, Range(ge=4)] = 64
-    """Labelled examples of a task, half of each class."""
+    ways: Annotated[int, Range(ge=2)] = 2
+    """Classes of a task."""
+    new_classes: bool = False
+    """Test tasks are of classes that training does not see: two thirds of each data set's classes train, a fifth tests. All rows are read."""
+    support: Annotated[int, Range(ge=2)] = 64
+    """Labelled examples of a task, as many of each class."""
     queries: Annotated[int, Range(ge=2)] = 100
     """Examples that score it, likewise."""
     train_rows: AtLeastOne = 1000
@@ -76,17 +90,17 @@ class LoraOptions:
 class TextClassifier(nn.Module):
     """A transformer's first token, what the frozen one says of the sentences alone, and a linear head on both: what PEFT wraps."""
 
-    def __init__(self, encoder: Any):
+    def __init__(self, encoder: Any, ways: int = 2):
         """encoder: of transformers."""
         super().__init__()
-        self.encoder, self.classifier = encoder, nn.Linear(2 * encoder.config.hidden_size, 2)
+        self.encoder, self.classifier = encoder, nn.Linear(2 * encoder.config.hidden_size, ways)
 
     def forward(self, apart: Tensor, **inputs: Tensor) -> Tensor:
-        """apart [n, H]: `text.sentence_features`. inputs: of the tokenizer, pairs read together -> logits [n, 2]."""
+        """apart [n, H]: `text.sentence_features`. inputs: of the tokenizer, pairs read together -> logits [n, ways]."""
         return self.classifier(torch.cat([self.encoder(**inputs).last_hidden_state[:, 0], apart], 1))
 
 
-def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value")) -> Any:
+def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value"), ways: int = 2) -> Any:
     """The classifier with LoRA in the last layer's attention, as a `PeftModel`; A of a fixed seed, B and head 0.
 
     Raises:
@@ -109,7 +123,7 @@ def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = peft.get_peft_model(TextClassifier(encoder), config)
+        model = peft.get_peft_model(TextClassifier(encoder, ways), config)
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             nn.init.zeros_(parameter)
@@ -117,8 +131,8 @@ def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value
 
 
 def rows_by_class(data: Data) -> Tensor:
-    """Rows [B, 2, K] of a task's data."""
-    return data["row"].unflatten(1, (-1, 2)).mT
+    """Rows [B, ways, K] of a task's data."""
+    return data["row"].unflatten(1, (-1, int(data["label"].max()) + 1)).mT
 
 
 class LoraFamily(TaskFamily):
@@ -141,7 +155,7 @@ class LoraFamily(TaskFamily):
         Raises:
             McdiError: a set with too few examples of its classes, named.
         """
-        self.options, self.model = options, adapted(encoder, options.rank, options.modules)
+        self.options, self.model = options, adapted(encoder, options.rank, options.modules, options.ways)
         self.layout = WeightLayout.lora(self.model)
         self.frozen = self.layout.pack(self.model).detach().float()  # as peft begins
         self.common, self.gain, self.penalty = self.frozen, torch.tensor(_GAIN), torch.tensor(_RIDGE)
@@ -152,17 +166,17 @@ class LoraFamily(TaskFamily):
         self._length = torch.cat([part.length for _, _, part, _, _ in parts])
         self.apart = torch.cat([apart for _, _, _, apart, _ in parts])
         self._first, self._longest = self._length.cumsum(0) - self._length, int(self._length.max())
-        self._classes: dict[tuple[str, str], list[np.ndarray]] = {}
-        start, half = 0, options.support // 2 + options.queries // 2
+        self.classes: dict[tuple[str, str], list[np.ndarray]] = {}
+        start, needed = 0, options.support // options.ways + options.queries // options.ways
         for name, split, _, _, label in parts:
             rows = [start + (label == c).nonzero()[:, 0].numpy() for c in label.unique()]
-            least = half if split != "train" or name != options.left_out else 1
-            self._classes[name, split] = [one for one in rows if len(one) >= least]
+            least = needed if split != "train" or name != options.left_out else 1
+            self.classes[name, split] = [one for one in rows if len(one) >= least]
             start += len(label)
-            if len(self._classes[name, split]) < 2:
+            if len(self.classes[name, split]) < options.ways:
                 raise McdiError(
-                    f"{split} of {name}: fewer than 2 classes with {half} examples, "
-                    "expected half of --task.support + --task.queries; ask for fewer, or raise --task.rows"
+                    f"{split} of {name}: fewer than --task.ways {options.ways} classes with {needed} examples, "
+                    "expected a class's share of --task.support + --task.queries; ask for fewer, or raise --task.rows"
                 )
         digest = hashlib.sha256(str(asdict(options)).encode())
         for tensor in (self._pooled, self._length, self.apart, *(label for *_, label in parts)):
@@ -189,21 +203,25 @@ class LoraFamily(TaskFamily):
         return names[number % len(names)]
 
     def draw(self, split: str, start: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [B, 2, R] of the support, of the query, and further training examples of the set: two classes of a data set in any order."""
+        """Rows [B, ways, R] of the support, of the query, and further training examples: classes of a data set in any order."""
         o, drawn = self.options, []
         for number in range(start, start + count):
             rng = np.random.default_rng(np.random.SeedSequence((_SPLITS.index(split), seed, number)))
             name = self.set_of(split, number)
-            classes = self._classes[name, split]
-            order = rng.permutation(len(classes))[:2]
+            classes = self.classes[name, split]
+            order = rng.permutation(len(classes))[: o.ways]
             picked = [rng.permutation(classes[c]) for c in order]
-            half = o.support // 2
-            rest = [one[half:] if split == "train" else rng.permutation(self._classes[name, "train"][c])
-                    for one, c in zip(picked, order, strict=True)]  # fmt: skip
-            queries = [one[half : half + o.queries // 2] for one in picked]
+            shots, asked = o.support // o.ways, o.queries // o.ways
+            if split == "train":
+                rest = [one[shots:] for one in picked]
+            elif o.new_classes:
+                rest = [one[shots + asked :] if len(one) > shots + asked else one[:shots] for one in picked]
+            else:
+                rest = [rng.permutation(self.classes[name, "train"][c]) for c in order]
+            queries = [one[shots : shots + asked] for one in picked]
             # with replacement where a class is small: every task of a batch has as many rows
-            further = [np.resize(one, o.train_rows // 2) for one in rest]
-            parts = [one[:half] for one in picked], queries, further
+            further = [np.resize(one, o.train_rows // o.ways) for one in rest]
+            parts = [one[:shots] for one in picked], queries, further
             drawn.append([np.stack(part) for part in parts])
         support, query, more = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
         return support, query, more
@@ -214,19 +232,20 @@ class LoraFamily(TaskFamily):
         base, condition = self.base(support)
 
         def data(*parts: Tensor) -> Data:
-            """[B, 2, R] -> the classes in turn, so that any stretch of rows has as many of each."""
+            """[B, ways, R] -> the classes in turn, so that any stretch of rows has as many of each."""
             rows = torch.cat(parts, -1)
-            label = torch.arange(2).expand(*rows.shape[::2], 2)
+            label = torch.arange(rows.shape[1]).expand_as(rows.mT)
             return {"row": rows.mT.flatten(1), "label": label.flatten(1), "base": base}
 
         return TaskBatch(condition, data(support), data(query), data(support, more))
 
     @torch.no_grad()
     def base(self, support: Tensor) -> tuple[Tensor, Tensor]:
-        """Base [B, N, D] and condition [B, N, P + 2H] of tasks with the support rows [B, 2, K]."""
+        """Base [B, N, D] and condition [B, N, P + 2H] of tasks with the support rows [B, ways, K]."""
         head = self.ridge(support, self.common)
         seen = ((self._pooled[support].mean((1, 2)) - self.centre) @ self.axes).unsqueeze(1)  # [B, 1, P]
-        apart = F.pad((head - head.flip(1))[..., :-1], (0, 0, self.layout.num_tokens - 2, 0))
+        others = (head.sum(1, keepdim=True) - head) / (head.shape[1] - 1)
+        apart = F.pad((head - others)[..., :-1], (0, 0, self.layout.num_tokens - head.shape[1], 0))
         return self.common + self.head_tokens(head), torch.cat([seen.expand(-1, apart.shape[1], -1), apart], -1)
 
     def save(self, folder: Path) -> None:
@@ -242,7 +261,8 @@ class LoraFamily(TaskFamily):
         """
         path = make_folder(setup.cache_dir / "text") / f"start-{self.fingerprint}.safetensors"
         if not path.exists():
-            count, steps = len(self.names("train")), self.options.start_steps
+            names, steps = len(self.names("train")), self.options.start_steps
+            count = names * math.ceil(_START_TASKS / names)
             parts = [self.frozen.clone(), self.gain.log(), self.penalty.log()]
             common, *logs = (part.requires_grad_() for part in parts)
             adam = torch.optim.Adam([{"params": [common], "lr": _START_LR}, {"params": logs, "lr": _HEAD_LR}])
@@ -253,7 +273,7 @@ class LoraFamily(TaskFamily):
                     head = self._centred(support, common, partial(self._head, *(log.exp() for log in logs)))
                     x = self.features(query.flatten(1), common.expand(count, -1, -1))
                     logits = torch.baddbmm(head[..., -1].unsqueeze(1), x, head[..., :-1].mT)
-                    label = torch.arange(2).repeat_interleave(query.shape[2]).expand(count, -1)
+                    label = torch.arange(query.shape[1]).repeat_interleave(query.shape[2]).expand(count, -1)
                     adam.zero_grad()
                     F.cross_entropy(logits.mT, label).backward()
                     adam.step()
@@ -315,7 +335,7 @@ class LoraFamily(TaskFamily):
         }
 
     def logits(self, theta: Tensor, data: Data, longest: int | None = None) -> Tensor:
-        """[B, N, D] without the base -> [B, R, 2]."""
+        """[B, N, D] without the base -> [B, R, ways]."""
         weights = theta + data["base"]
         weight, bias = list(self.layout.unpack(weights).values())[-2:]
         return torch.baddbmm(bias.unsqueeze(1), self.features(data["row"], weights, longest), weight.mT)
@@ -374,12 +394,12 @@ class LoraFamily(TaskFamily):
     # ------------------------------------------------------------------ heads
 
     def head_tokens(self, head: Tensor) -> Tensor:
-        """A head [B, 2, 2H + 1] in its place: [B, N, D], 0 elsewhere."""
+        """A head [B, ways, 2H + 1] in its place: [B, N, D], 0 elsewhere."""
         n, width = self.layout.num_tokens, self.layout.width
-        return F.pad(head, (0, width - head.shape[-1], n - 2, 0))
+        return F.pad(head, (0, width - head.shape[-1], n - head.shape[1], 0))
 
     def _centred(self, support: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """A head on features centred, each half of them scaled to mean square norm 1, as one on the features: rows [B, 2, K] -> [B, 2, 2H + 1].
+        """A head on features centred, each half of them scaled to mean square norm 1, as one on the features: rows [B, ways, K] -> [B, ways, 2H + 1].
 
         weights: [N, D], whose features they are.
         """
@@ -399,42 +419,36 @@ class LoraFamily(TaskFamily):
 
     @torch.no_grad()
     def ridge(self, support: Tensor, weights: Tensor) -> Tensor:
-        """Ridge regression on features of the weights [N, D]: rows [B, 2, K] -> [B, 2, 2H + 1]."""
+        """Ridge regression on features of the weights [N, D]: rows [B, ways, K] -> [B, ways, 2H + 1]."""
         return self._centred(support, weights, partial(self._head, self.gain, self.penalty))
+
+    def on_frozen(self, head: Callable[[Tensor], Tensor], tasks: TaskBatch) -> Tensor:
+        """Weights of heads on the frozen encoder, [B, N, D]. head: support features [B, ways, K, 2H], centred and scaled -> [B, ways, 2H + 1]."""
+        made = self._centred(rows_by_class(tasks.support), self.frozen, head)
+        return self.frozen + self.head_tokens(made) - tasks.support["base"]
 
     def baselines(self) -> dict[str, Callable[[TaskBatch], Tensor]]:
         """The base alone; ridge regression, the nearest class mean and a head by Adam, all on the frozen encoder."""
-
-        def with_frozen(tasks: TaskBatch, head: Tensor) -> Tensor:
-            return self.frozen + self.head_tokens(head) - tasks.support["base"]
-
-        def ridge(tasks: TaskBatch) -> Tensor:
-            return self._centred(
-                rows_by_class(tasks.support),
-                self.frozen,
-                partial(self._head, torch.tensor(_GAIN), torch.tensor(_RIDGE)),
-            )
-
-        def logistic(tasks: TaskBatch) -> Tensor:
-            x = F.pad(self.features(tasks.support["row"]), (0, 1), value=1.0)
-            y = F.one_hot(tasks.support["label"], 2).float()
-            first = ridge(tasks)
-
-            def slope(step: Tensor, _: int) -> Tensor:
-                p = (x @ (step + first).mT).softmax(-1) - y
-                return (p.mT @ x / x.shape[1]).add_(step, alpha=0.01)
-
-            recipe = PrepareConfig(steps=60, learning_rate=0.01, rho=0.0, start_std=0.0)
-            return first + trajectory(torch.zeros_like(first), slope, recipe, 1)[:, -1]
-
+        ridge = partial(self._head, torch.tensor(_GAIN), torch.tensor(_RIDGE))
         return {
             "base": lambda tasks: torch.zeros_like(tasks.support["base"]),
-            "ridge": lambda tasks: with_frozen(tasks, ridge(tasks)),
-            "nearest-prototype": lambda tasks: with_frozen(
-                tasks, self._centred(rows_by_class(tasks.support), self.frozen, prototype_head)
-            ),
-            "head-finetune": lambda tasks: with_frozen(tasks, logistic(tasks)),
+            "ridge": partial(self.on_frozen, ridge),
+            "nearest-prototype": partial(self.on_frozen, prototype_head),
+            "head-finetune": partial(self.on_frozen, head_by_adam),
         }
+
+
+def head_by_adam(x: Tensor, steps: int = 60, lr: float = 0.01, decay: float = 0.01) -> Tensor:
+    """Logistic regression by Adam from zero: support features [B, ways, K, F] -> [B, ways, F + 1]."""
+    ways, shots = x.shape[1:3]
+    x = F.pad(x.flatten(1, 2), (0, 1), value=1.0)
+    y = torch.eye(ways).repeat_interleave(shots, 0)
+
+    def slope(head: Tensor, _: int) -> Tensor:
+        return (((x @ head.mT).softmax(-1) - y).mT @ x / len(y)).add_(head, alpha=decay)
+
+    recipe = PrepareConfig(steps=steps, learning_rate=lr, rho=0.0, start_std=0.0)
+    return trajectory(x.new_zeros(len(x), ways, x.shape[2]), slope, recipe, 1)[:, -1]
 
 
 def _defaults(config: TrainConfig) -> TrainConfig:
@@ -448,6 +462,20 @@ def _defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
+def some_of(texts: Texts, rows: list[int]) -> Texts:
+    """Some rows."""
+    return Texts(*(None if column is None else [column[i] for i in rows] for column in texts))  # type: ignore[arg-type]
+
+
+def by_classes(texts: Texts, left_out: bool) -> dict[str, Texts]:
+    """The family's splits with classes of their own: all for test, of a data set left out."""
+    classes = {"test": list(range(max(texts.label) + 1))} if left_out else split_classes(max(texts.label) + 1)
+    return {
+        split: some_of(texts, [i for i, label in enumerate(texts.label) if label in some])
+        for split, some in classes.items()
+    }
+
+
 def chosen(texts: dict[str, Texts], rows: int) -> dict[str, Texts]:
     """What is read of a data set, by the family's splits."""
     made = {}
@@ -456,13 +484,18 @@ def chosen(texts: dict[str, Texts], rows: int) -> dict[str, Texts]:
         cut = min(rows, 2 * len(order) // 3)
         whole = {"train": order[:cut], "val": order[cut : cut + rows // 2]}
         for split, some in (whole if source == "train" else {"test": order[: rows // 2]}).items():
-            made[split] = Texts(*(None if column is None else [column[i] for i in some] for column in part))  # type: ignore[arg-type]
+            made[split] = some_of(part, some)
     return made
 
 
 @register(_defaults)
 def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
-    """LoRA and head of a transformer, for labelled examples of known data sets or of one that was left out."""
+    """LoRA and head of a transformer, for labelled examples of known data sets or of one that was left out, or for new classes."""
+    if min(options.support, options.queries, options.train_rows) < options.ways:
+        raise McdiError(
+            f"--task.support {options.support}, --task.queries {options.queries}, --task.train-rows {options.train_rows}: "
+            f"expected at least --task.ways {options.ways}, an example of each class"
+        )
     tokenizer, net = load_transformer(options.model)
     names = tuple(dict.fromkeys((*options.sets, *([options.left_out] if options.left_out else []))))
     if names == (options.left_out,):
@@ -473,7 +506,12 @@ def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
     with setup.stage("features", len(names), "sets") as bar:
         for name, texts in loaded.items():
             made[name] = {}
-            for split, some in chosen(texts, options.rows).items():
+            parts = (
+                by_classes(texts["train"], name == options.left_out)
+                if options.new_classes
+                else chosen(texts, options.rows)
+            )
+            for split, some in parts.items():
                 found = read(tokenizer, net, some, options.max_tokens, setup.cache_dir)
                 given = tokenizer, net, some, options.max_tokens, setup.cache_dir
                 apart = found.pooled if some.second is None else sentence_features(*given)

@@ -164,6 +164,13 @@ def sentence_features(tokenizer: Any, net: Any, texts: Texts, max_tokens: int, c
 # ---------------------------------------------------------------------- few-shot intents
 
 
+def split_classes(count: int) -> dict[str, list[int]]:
+    """Classes for training (two thirds), validation and test."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    train, val = 2 * count // 3, 4 * count // 5
+    return {"train": order[:train], "val": order[train:val], "test": order[val:]}
+
+
 @dataclass(frozen=True)
 class IntentOptions(PhotoOptions):
     """A few-shot task of what people want."""
@@ -191,11 +198,7 @@ def intents(options: IntentOptions, setup: Setup) -> PhotoFamily:
             rows = read(tokenizer, net, texts, options.max_tokens, setup.cache_dir, whole=False).pooled
             data.append(LabelledRows.of(rows, torch.tensor(texts.label)))
             bar.update()
-    order = torch.randperm(data[0].num_classes, generator=torch.Generator().manual_seed(0)).tolist()
-    train, val = 2 * len(order) // 3, 4 * len(order) // 5
-    parts = {split: data[0].select(chosen) for split, chosen in (
-        ("train", order[:train]), ("val", order[train:val]), ("test", order[val:]),
-    )}  # fmt: skip
+    parts = {split: data[0].select(some) for split, some in split_classes(data[0].num_classes).items()}
     if options.target is not None:
         # the source's own new intents stay a split, for comparisons
         parts |= {options.source: parts["test"], "test": data[1]}
