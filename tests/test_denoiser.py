@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import error_of
 
-from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, depth_of, init_parameters
+from mcdi_fast.denoiser import ChainDenoiser, FoldedDenoiser, denoise, init_parameters
 
 D, C, T, H, L = 6, 3, 5, 8, 2
 
@@ -127,11 +127,6 @@ def test_initial_parameters():
     for name, value in phi.items():  # the same draw
         assert double[name].dtype == torch.float64
         assert torch.equal(double[name].float(), value)
-
-
-def test_depth_of():
-    for depth in (1, 2, 5):
-        assert depth_of(init_parameters(D, C, T, H, depth, 0)) == depth
 
 
 @pytest.mark.parametrize(

@@ -55,26 +55,6 @@ def test_the_sampler_loads_its_five_dependencies_and_no_other(tmp_path):
     assert third_party == set()
 
 
-def test_the_sampler_works_where_nothing_else_is_installed(tmp_path):
-    code = f"""
-for name in {HEAVY!r}:
-    sys.modules[name] = None  # "import name" raises ImportError
-import torch
-from torch import nn
-from mcdi_fast import DiffusionConfig, Sampler, WeightGenerator, WeightLayout
-from mcdi_fast.denoiser import init_parameters
-from mcdi_fast.normalizer import Normalizer
-layout = WeightLayout.from_module(nn.Linear(4, 3), exchangeable=True)
-one = Normalizer(torch.zeros(1, 5), torch.ones(1, 5)), Normalizer(torch.zeros(1, 2), torch.ones(1, 2))
-generator = WeightGenerator(init_parameters(5, 2, 20, 8, 1, 0), layout, *one, DiffusionConfig())
-generator.save_pretrained("generator")
-weights = Sampler(WeightGenerator.from_pretrained("generator")).sample(torch.zeros(2, 2), [0, 1])
-weights.load_into(nn.Linear(4, 3), 0)
-print(json.dumps(list(weights.tokens.shape)))
-"""
-    assert run(code, "-P", cwd=tmp_path) == [2, 3, 5]
-
-
 def closure(names):
     """Distributions that these need on this machine, extras aside."""
     found, todo = {}, list(names)

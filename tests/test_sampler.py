@@ -231,28 +231,6 @@ def test_eta_noise_errors(eta_noise):
     )
 
 
-@pytest.mark.parametrize("module", [PLAIN, PADDED])
-def test_the_weights_work_in_a_module(module):
-    generator = make(module)
-    weights = Sampler(generator).sample(conditions(generator, 3), range(3))
-    x = torch.randn(3, 7, 4)
-    together = weights.functional_call(module, x)
-    fresh = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) if module is PADDED else nn.Linear(4, 3)
-    for task in range(3):
-        weights.load_into(fresh, task)
-        torch.testing.assert_close(fresh(x[task]), together[task], rtol=1e-5, atol=1e-5)
-        fresh.load_state_dict(weights.state_dict(task))
-
-
-def test_a_saved_generator_samples_the_same_bits(tmp_path):
-    generator = make(PADDED)
-    generator.save_pretrained(tmp_path)
-    condition = conditions(generator, 5)
-    one = Sampler(generator).sample(condition, range(5), eta_noise=1.0)
-    two = Sampler(WeightGenerator.from_pretrained(tmp_path)).sample(condition, range(5), eta_noise=1.0)
-    assert torch.equal(one.tokens, two.tokens)
-
-
 def test_weights_that_are_not_finite_are_no_result():
     generator = make(PLAIN)
     huge = {name: value * 1e30 for name, value in generator.phi.items()}
