@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mcdi_fast.bounds import Range
-from mcdi_fast.checkpoint import optimizer_tensors, restore_optimizer
 from mcdi_fast.config import AtLeastOne, Positive
 from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.optim import adam_scalars, adam_step
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from mcdi_fast.tasks.drawings import ClassImages, FewShotData
 
 FEATURE_WIDTH = 64
+_STATE = "optimizer."
 _RECIPE = 2  # raise when the code below trains another network from the same configuration
 _PART = 80  # images that go through together: 16 MB a tensor, memory that is used again; of 64 MB or more every tensor is fresh pages
 
@@ -131,6 +131,19 @@ class Muon(torch.optim.Optimizer):
             state["step"] += 1
             scalars = adam_scalars(int(state["step"]), others["lr"])
             adam_step(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *scalars)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors of a checkpoint, named `optimizer.<index>.<name>`."""
+        state = self.state_dict()["state"]
+        return {f"{_STATE}{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take what is the optimizer's out of `tensors` and load it; rates stay as constructed."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key in [key for key in tensors if key.startswith(_STATE)]:
+            index, name = key.removeprefix(_STATE).split(".", 1)
+            state.setdefault(int(index), {})[name] = tensors.pop(key).clone()
+        self.load_state_dict({"state": state, "param_groups": self.state_dict()["param_groups"]})
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -366,13 +379,13 @@ def train_backbone(
         with _fitting(partial):
             first = int(meta["step"])
             generator.set_state(tensors.pop("generator"))
-            restore_optimizer(optimizer, tensors)
+            optimizer.restore(tensors)
             backbone.load_state_dict(tensors)
     if on_start:
         on_start(first)
 
     def save() -> None:
-        tensors = {**backbone.state_dict(), **optimizer_tensors(optimizer), "generator": generator.get_state()}
+        tensors = {**backbone.state_dict(), **optimizer.tensors(), "generator": generator.get_state()}
         save_tensors(partial, tensors, {"step": step}, "backbone-checkpoint")
 
     backbone.train()

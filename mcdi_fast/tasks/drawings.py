@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -108,12 +109,15 @@ def drawing_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
-def drawing_family(data: FewShotData, options: DrawingOptions, setup: Setup) -> HeadFamily:
-    """Train or load the backbone, take features once, and make heads on them.
+def drawing_family(load: Callable[[], FewShotData], options: DrawingOptions, setup: Setup) -> HeadFamily:
+    """Load the images, train or load the backbone, take features once, and make heads on them.
 
     Raises:
         McdiError: tasks that cannot be drawn from the data; a backbone that cannot be trained or loaded.
     """
+    with setup.stage("data", 1, "set") as bar:
+        data = load()
+        bar.update()
     for split in ("train", "val", "test"):  # before minutes of training
         part = getattr(data, split)
         counts = torch.full((part.num_classes,), part.images_per_class)

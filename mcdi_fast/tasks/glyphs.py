@@ -230,7 +230,4 @@ class GlyphOptions(DrawingOptions):
 @register(drawing_defaults)
 def glyphs(options: GlyphOptions, setup: Setup) -> HeadFamily:
     """Built in, drawn by rule: needs no data, and its whole run takes minutes."""
-    with setup.stage("data", 1, "set") as bar:
-        data = load()
-        bar.update()
-    return drawing_family(data, options, setup)
+    return drawing_family(load, options, setup)

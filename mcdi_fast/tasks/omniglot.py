@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,11 +164,9 @@ def _check_lists(folder: Path, splits: dict[str, list[str]]) -> None:
     for name, members in splits.items():
         path = folder / "splits" / f"{name}.txt"
         try:
-            data = path.read_bytes() if path.stat().st_size < 2**20 else b"too long"
+            found = _listed(path)
         except OSError:  # most people have none
             continue
-        # with the four rotations of each character, or without
-        found = {"/".join(line.split("/")[:2]) for line in data.decode("utf-8", errors="replace").split()}
         if found != set(members):
             other = sorted(found ^ set(members))
             raise McdiError(
@@ -183,10 +182,9 @@ def _own_lists(folder: Path) -> dict[str, list[str]]:
     for name in _SPLITS:
         path = user_path(folder) / f"{name}.txt"
         try:
-            lines = path.read_text(encoding="utf-8").split() if path.stat().st_size < 2**20 else []
+            found[name] = sorted(_listed(path))
         except (OSError, ValueError) as error:
             raise McdiError(f"{show_path(path)}: cannot be read ({error}); expected a character a line") from error
-        found[name] = sorted({"/".join(line.split("/")[:2]) for line in lines})
         for character in found[name]:
             if not re.fullmatch(r"[^/]+/character\d\d", character):
                 raise McdiError(f"{show_path(path)}: {character!r:.60}, expected ALPHABET/characterNN")
@@ -198,6 +196,12 @@ def _own_lists(folder: Path) -> dict[str, list[str]]:
         if not found[name]:
             raise McdiError(f"{show_path(path)}: no character, expected one ALPHABET/characterNN a line")
     return found
+
+
+def _listed(path: Path) -> set[str]:
+    """The characters of a list, with the four rotations of each or without."""
+    data = path.read_bytes() if path.stat().st_size < 2**20 else b"too long"
+    return {"/".join(line.split("/")[:2]) for line in data.decode("utf-8", errors="replace").split()}
 
 
 def _read(folder: Path, sources: list[Path], characters: list[str]) -> np.ndarray:
@@ -294,7 +298,4 @@ class OmniglotOptions(DrawingOptions):
 @register(drawing_defaults)
 def omniglot(options: OmniglotOptions, setup: Setup) -> HeadFamily:
     """Real drawings: found under --data-dir or MCDI_DATA_DIR, else downloaded."""
-    with setup.stage("data", 1, "set") as bar:
-        data = load(setup.data_dir, setup.cache_dir, options.splits)
-        bar.update()
-    return drawing_family(data, options, setup)
+    return drawing_family(partial(load, setup.data_dir, setup.cache_dir, options.splits), options, setup)
