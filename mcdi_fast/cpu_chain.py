@@ -1,9 +1,10 @@
 """Chains on a CPU in compiled code (numba, the extra `cpu`): the steps of `denoiser.ChainDenoiser`, a share of the tasks a thread.
 
-Products are torch's own sgemm (cpu_core.py), and all of a task stays in a core's cache from its noise to its weights. Tasks come
-one after the other and do not meet: each one's result is the same to the bit whatever the others and the threads are. But where a
-task has one row, or its matrices do not fit the cache, it would only wait for them. Such tasks share products of 64 rows, which
-round as their number has it.
+Products are torch's own sgemm (cpu_core.py), and all of a task stays in a core's cache from its noise to its weights. Tasks share
+products of up to `_ROWS` rows, but do not meet: each one's result is the same to the bit whatever the others and the threads are. For a BLAS
+gives a row the same bits in a product of any number of rows from two on; one row alone is another routine, so none is left alone.
+`rows_alike` tries that for the very sizes. Where it does not hold tasks come one after the other, if their matrices fit the cache; if
+they do not, results depend on the batch to rounding.
 
 The first call on a machine compiles, for five seconds; numba keeps the result beside this file or in the user's cache. Change this
 file with cpu_core.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
@@ -11,6 +12,7 @@ file with cpu_core.py and cpu_noise.py, whose functions it compiles in: what is 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 _f32 = np.float32
 _IN_CACHE = 300_000  # numbers of the matrices of a step up to which a core's second-level cache holds them, 1.2 MB
-_ROWS = 64  # of tasks together: 32 take 1.1 times as long, 128 as long
+_ROWS = 80  # of tasks together: 600 heads of width 256 in 20 steps take 44 ms of one thread; one by one 53, by 40 rows 47, by 160 47
 _WORTH = 10_000_000  # multiplications that a share must have to be worth a thread: two heads in twenty steps
 
 
@@ -119,15 +121,17 @@ def _sample(
     into_h, last = into_h[:, :h], last[:, :d]
     for first in range(0, len(weights), together):
         tasks = min(together, len(weights) - first)
-        rows = tasks * tokens
+        some, rows = max(tasks, 2), max(tasks * tokens, 2)
         condition, scratch = take(memory, rows, told)
         bias, scratch = take(scratch, rows, units + d)
         columns, scratch = take(scratch, rows, d + units)  # x, then the u of each block
         net, scratch = take(scratch, rows, d)
         narrow, scratch = take(scratch, rows, h)
-        mean, scratch = take(scratch, tasks, max(d + units, told))
-        shared, scratch = take(scratch, tasks, units)
-        own, scratch = take(scratch, tasks, h)
+        mean, scratch = take(scratch, some, max(d + units, told))
+        shared, scratch = take(scratch, some, units)
+        own, scratch = take(scratch, some, h)
+        if tasks == 1:  # a second row, so that there are two
+            mean[1], condition[-1], columns[-1] = 0, 0, 0
         for b in range(tasks):
             at = b * tokens
             _normalise(given[first + b], position, of_condition, condition[at : at + tokens])
@@ -139,7 +143,7 @@ def _sample(
                     row[j] = drawn[j] * m[j]
         product(condition, by_token, bias, 1, 0)
         if tokens > 1:
-            _mean(condition, 0, told, mean)
+            _mean(condition, 0, told, mean[:tasks])
             product(mean[:, :told], by_mean, shared, 1, 0)
             for i in range(rows):
                 row, of_task = bias[i], shared[i // tokens]
@@ -151,12 +155,12 @@ def _sample(
                 product(columns[:, :width], hidden[at : at + width], columns[:, width : width + h], 1, 0)
                 at += width
                 if tokens > 1:
-                    _mean(columns, before, width, mean)
+                    _mean(columns, before, width, mean[:tasks])
                     product(mean[:, :width], hidden[at : at + width], own, 1, 0)
                     at += width
                 else:
                     own[:] = 0
-                _silu(columns, width, bias, layer * h, own, step_rows[layer, steps[s]])
+                _silu(columns, width, bias, layer * h, own[: rows // tokens], step_rows[layer, steps[s]])
                 before, width = width, width + h
             if len(into_h):
                 product(columns, into_h, narrow, 1, 0)
@@ -164,11 +168,34 @@ def _sample(
             else:
                 product(columns, last, net, 1, 0)
             _advance(columns, net, bias, units, mask, tokens, coefficients[s])
-        for i in range(rows):
+        for i in range(tasks * tokens):
             row, done, alike = columns[i], weights[first + i // tokens, i % tokens], i % tokens % of_weights.shape[1]
             middle, deviation = of_weights[0, alike], of_weights[1, alike]
             for j in range(d):
                 done[j] = row[j] * deviation[j] + middle[j]
+
+
+@compiled
+def _differ(a, b, out, step, whole):
+    """Whether a row of a b has other bits in a product of fewer rows: of step, 2 step and so on. a [R, k], b [k, n], out and whole [R, n]."""
+    product(a, b, whole, 1, 0)
+    for count in range(max(step, 2), len(a), step):
+        product(a[:count], b, out[:count], 1, 0)
+        for i in range(count):
+            for j in range(out.shape[1]):
+                if out[i, j] != whole[i, j]:
+                    return True
+    return False
+
+
+@lru_cache(maxsize=256)
+def rows_alike(k: int, n: int, step: int, rows: int) -> bool:
+    """Whether a row times a [k, n] matrix has the same bits in products of any multiple of step rows, from two up to so many: tried."""
+    random = np.random.default_rng(0)
+    a, b = aligned(rows * (k + n)).reshape(rows, k + n), aligned(k * lines(n)).reshape(k, lines(n))
+    a[:], b[:] = random.standard_normal(a.shape), random.standard_normal(b.shape)
+    out, whole = np.empty((2, rows, n), _f32)
+    return not _differ(a[:, :k], b[:, :n], out, step, whole)
 
 
 def _by_lines(matrices: list[Tensor]) -> np.ndarray:
@@ -220,11 +247,22 @@ class PackedChain:
         if tokens not in self._plans:
             matrices = self._matrices_of(tokens == 1)
             a_step = sum(matrix.size for matrix in matrices[2:])
-            alone = tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE
             told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
             columns = depth * h + d
             sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
-            together = 1 if alone else max(1, _ROWS // tokens)
+            together = max(1, _ROWS // tokens)
+            if tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE:
+                inputs = [d + layer * h for layer in range(depth)]
+                of_rows = (
+                    (told, depth * h + d),
+                    *((k, h) for k in inputs),
+                    (columns, h if len(matrices[3]) else d),
+                    (h, d),
+                )
+                of_means = (told, depth * h), *((k, h) for k in inputs)
+                alike = all(rows_alike(*one, tokens, together * tokens) for one in of_rows)
+                if not (alike and all(rows_alike(*one, 1, together) for one in of_means)):
+                    together = 1
             self._plans[tokens] = matrices, together, tokens * a_step, sum(map(lines, sizes))
         return self._plans[tokens]
 
@@ -245,7 +283,7 @@ class PackedChain:
         constants = *self._given, *matrices, self._step_rows, steps.numpy(), coefficients.numpy()
 
         def some(first: int, end: int) -> None:
-            many = min(together, end - first)
+            many = max(2, min(together, end - first))
             memory = aligned(many * scratch + SCRATCH)
             _sample(keys[first:end], given[first:end], *constants, many, memory, weights[first:end])
 

@@ -142,8 +142,8 @@ class Sampler:
                 tensor on the sampler's device, a NumPy array or lists; it is taken to float32. Where tokens are exchangeable
                 (`layout.exchangeable`) N is free: a generator of five classes writes heads of ten for a condition [B, 10, C].
             seeds: B integers in [0, 2^64), or an int64 tensor of their bits; one integer for one task. A sample depends on its own seed and
-                condition, not on the batch around it (its noise to the bit; the result to rounding, because matrix products of other
-                sizes round differently).
+                condition, not on the batch around it: to the bit in compiled code on a CPU (the extra `cpu`), elsewhere its noise to the bit and
+                the result to rounding, because matrix products of other sizes round differently.
             num_steps: of the chain, from one a segment to T; `generator.num_steps` by default.
             eta_noise: 0 noise-free (default: the chain Theorem 1 is about, and the more accurate one), 1 full noise.
             callback: callback(t, x_t), normalised x_t [B, N, D], before each step, and (T, x_T).

@@ -129,9 +129,15 @@ def set_threads(monkeypatch, count):
     monkeypatch.setattr(cpu_chain, "_WORTH", 0)  # as many shares as there are threads
 
 
-@pytest.mark.parametrize("d", [11, 65, 70])  # the last: wide
-def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads(d, poisoned, monkeypatch):
-    phi, schedule = parameters(d, 3, 6, 32, 2), make_schedule(6, 3)
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(("d", "depth"), [(11, 2), (65, 1), (70, 2)])  # the last: wide
+def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads(
+    d, depth, alike, poisoned, monkeypatch
+):
+    """Together or, where a BLAS does not round rows alike in any number, one by one."""
+    if not alike:
+        monkeypatch.setattr(cpu_chain, "rows_alike", lambda *shape: False)
+    phi, schedule = parameters(d, 3, 6, 32, depth), make_schedule(6, 3)
     seeds, condition = list(range(41)), torch.randn(41, 5, 3)
     whole = run(phi, schedule, seeds, condition)
     for threads in (1, 2, 3, 5):
@@ -139,6 +145,28 @@ def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads
         for rows in ([40], [3, 4], list(range(40, -1, -1)), [7] * 5, list(range(41))):
             found = run(phi, schedule, [seeds[row] for row in rows], condition[rows])
             assert torch.equal(found, whole[rows])
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_tasks_of_one_row_and_those_of_large_matrices_too(tokens, poisoned, monkeypatch):
+    """Where rows are alike: these are together wherever they are not."""
+    sizes = (3, 118), (3, 48), (70, 24), (94, 24), (118, 24), (118, 70), (24, 70)  # of the condition's matrices and a step's
+    if not all(cpu_chain.rows_alike(k, n, step, 80) for k, n in sizes for step in {1, tokens}):
+        pytest.skip("this BLAS rounds a row as the number of rows has it")
+    monkeypatch.setattr(cpu_chain, "_IN_CACHE", 0)
+    phi, schedule = parameters(70, 3, 6, 24, 2), make_schedule(6, 3)
+    seeds, condition = list(range(200)), torch.randn(200, tokens, 3)
+    whole = run(phi, schedule, seeds, condition)
+    for rows in ([199], [3, 4], list(range(99)), list(range(199, -1, -1))):
+        assert torch.equal(run(phi, schedule, [seeds[row] for row in rows], condition[rows]), whole[rows])
+
+
+def test_rows_that_differ_are_found():
+    a, b = np.ones((4, 3), np.float32), np.ones((3, 2), np.float32)
+    out, whole = np.empty((2, 4, 2), np.float32)
+    assert not cpu_chain._differ(a, b, out, 1, whole)
+    a[1] = np.nan  # is not even like itself
+    assert cpu_chain._differ(a, b, out, 1, whole)
 
 
 def rounding(phi, schedule, seeds, condition):
