@@ -48,15 +48,8 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_generator(cls, generator: WeightGenerator) -> McdiScheduler:
         """The scheduler of a generator's chain."""
-        d = generator.diffusion
-        return cls(
-            num_train_timesteps=d.steps,
-            segments=d.segments,
-            beta_start=d.beta_start,
-            beta_end=d.beta_end,
-            objective=d.objective,
-            carry=d.carry,
-        )
+        d, names = generator.diffusion, ("segments", "beta_start", "beta_end", "objective", "carry")
+        return cls(num_train_timesteps=d.steps, **{name: getattr(d, name) for name in names})
 
     def set_timesteps(
         self,

@@ -84,29 +84,20 @@ class WeightLayout:
 
     def __post_init__(self) -> None:
         """Check everything: a layout may come from a stranger's file."""
-        if not self.entries:
-            raise McdiError("layout: no entry, expected at least one; select at least one parameter")
-        if type(self.exchangeable) is not bool:
-            raise McdiError(f"layout: exchangeable is {self.exchangeable!r:.40}, expected True or False")
+        _expect(self.entries, "no entry, expected at least one parameter")
+        _expect(type(self.exchangeable) is bool, f"exchangeable is {self.exchangeable!r:.40}, expected True or False")
         names: set[str] = set()
         for entry in self.entries:
             _check_entry(entry)
             for name in entry.names:
-                if name in names:
-                    raise McdiError(f"layout: parameter {name!r} stands twice, expected once; make the layout again")
+                _expect(name not in names, f"parameter {name!r} stands twice, expected once")
                 names.add(name)
         for name in names:
             for prefix in _prefixes(name)[:-1]:
-                if prefix in names:
-                    raise McdiError(
-                        f"layout: {prefix!r} and {name!r} overlap (a parameter holds no other); make the layout again"
-                    )
-        if self.num_tokens * max(self.width, self.position_width) > MAX_ELEMENTS:
-            raise McdiError(
-                f"layout: {self.num_tokens} tokens of width {self.width}, with positions of width {self.position_width}, expected "
-                f"{MAX_ELEMENTS} numbers at most; "
-                "select fewer parameters"
-            )
+                _expect(prefix not in names, f"{prefix!r} and {name!r} overlap (a parameter holds no other)")
+        n, d, p = self.num_tokens, self.width, self.position_width
+        sizes = f"{n} tokens of width {d} and positions of width {p}, expected {MAX_ELEMENTS} numbers at most"
+        _expect(n * max(d, p) <= MAX_ELEMENTS, f"{sizes}: select fewer parameters")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the positions: another process makes its own."""
@@ -433,36 +424,28 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_ELEMENTS  # bool is an int
 
 
+def _expect(holds: object, what: str) -> None:
+    if not holds:
+        raise McdiError(f"layout: {what}; make the layout again")
+
+
 def _check_entry(entry: LayoutEntry) -> None:
-    if not _is_size(entry.rows):
-        raise McdiError(
-            f"layout: rows {entry.rows!r:.40}, expected an integer from 1 to {MAX_ELEMENTS}; make the layout again"
-        )
-    if not entry.names or not len(entry.names) == len(entry.shapes) == len(entry.axes):
-        raise McdiError(
-            f"layout: {len(entry.names)} names, {len(entry.shapes)} shapes and {len(entry.axes)} axes in one entry, expected as "
-            "many; make it again"
-        )
+    _expect(_is_size(entry.rows), f"rows {entry.rows!r:.40}, expected an integer from 1 to {MAX_ELEMENTS}")
+    names, shapes, axes = len(entry.names), len(entry.shapes), len(entry.axes)
+    counts = f"{names} names, {shapes} shapes and {axes} axes"
+    _expect(names and names == shapes == axes, f"{counts} in one entry, expected as many")
     for name, shape, axis in zip(entry.names, entry.shapes, entry.axes, strict=True):
-        if not isinstance(name, str) or len(name) > 1000 or not all(name.split(".")):
-            raise McdiError(
-                f"layout: {name!r:.80} is no parameter name, expected dotted text of at most 1000 letters; make it again"
-            )
+        is_name = isinstance(name, str) and len(name) <= 1000 and all(name.split("."))
+        _expect(is_name, f"{name!r:.80} is no parameter name, expected dotted text of at most 1000 letters")
         # The number of dimensions is bounded so that the product below stays small enough to compute.
-        if len(shape) > 64 or not all(_is_size(size) for size in shape) or math.prod(shape) > MAX_ELEMENTS:
-            raise McdiError(
-                f"layout: {name!r} has shape {list(shape)!r:.80}, expected sizes from 1 and "
-                f"at most {MAX_ELEMENTS} elements; make the layout again"
-            )
-        if type(axis) is not int or not 0 <= axis < max(len(shape), 1):
-            raise McdiError(
-                f"layout: {name!r} has axis {axis!r:.40}, expected a dimension of {list(shape)!r:.80}; make it again"
-            )
-        if (entry.rows > 1 or axis) and (not shape or shape[axis] != entry.rows):
-            raise McdiError(
-                f"layout: {name!r} has shape {list(shape)!r:.80}, expected dimension {axis} to be "
-                f"{entry.rows} (its entry's rows); make the layout again"
-            )
+        fits = len(shape) <= 64 and all(_is_size(size) for size in shape) and math.prod(shape) <= MAX_ELEMENTS
+        what = f"{name!r} has shape {list(shape)!r:.80}"
+        _expect(fits, f"{what}, expected sizes from 1 and at most {MAX_ELEMENTS} elements")
+        is_axis = type(axis) is int and 0 <= axis < max(len(shape), 1)
+        _expect(is_axis, f"{what} and axis {axis!r:.40}, expected one of its dimensions")
+        whole = entry.rows == 1 and axis == 0
+        of_rows = f"expected dimension {axis} to be {entry.rows} (its entry's rows)"
+        _expect(whole or (shape and shape[axis] == entry.rows), f"{what}, {of_rows}")
 
 
 def _selected(module: nn.Module, select: Any, buffers: bool) -> dict[str, tuple[int, ...]]:

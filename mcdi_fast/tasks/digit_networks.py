@@ -27,7 +27,7 @@ from mcdi_fast.errors import McdiError
 from mcdi_fast.optim import trajectory
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, register
 from mcdi_fast.tasks.images import LabelledRows, load
-from mcdi_fast.tasks.modules import ModuleFamily, Net, reptile_start
+from mcdi_fast.tasks.modules import ModuleFamily, Net
 
 SIDE = 16  # of an image as the network sees it
 _QUERIES = 15  # images of a class that score a network (protocol)
@@ -167,9 +167,7 @@ class DigitFamily(ModuleFamily):
             base = torch.zeros(count, 1, 1, dtype=torch.float32)
             return self._draw("train", start, count, 2**31).train | {"base": base}
 
-        self._initial = reptile_start(
-            self._initial, self.gradient, data, _START_LR, _START_TASKS, self.options.start_steps, setup
-        )
+        self._reptile(data, _START_LR, _START_TASKS, self.options.start_steps, setup)
 
 
 def _cross_entropy(net: Net, data: dict[str, Tensor]) -> Tensor:

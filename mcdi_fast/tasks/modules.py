@@ -84,28 +84,21 @@ class ModuleFamily(TaskFamily):
         """The module's own weights, plus Gaussian noise of `start_std`."""
         return self._initial + super().start(count, config, generator)
 
+    def _reptile(
+        self, data: Callable[[int, int], Data], learning_rate: float, tasks: int, steps: int, setup: Setup
+    ) -> None:
+        """Meta-learn the start: Reptile (Nichol et al., 2018), all tasks of an outer step at once, ten steps of Adam each.
 
-def reptile_start(
-    initial: Tensor,
-    gradient: Callable[[Tensor, Data], Tensor],
-    data: Callable[[int, int], Data],
-    learning_rate: float,
-    tasks: int,
-    steps: int,
-    setup: Setup,
-) -> Tensor:
-    """A meta-learned start [N, D], from `initial`: Reptile (Nichol et al., 2018), all tasks of an outer step at once, ten steps of Adam each.
+        data: of tasks `start` to `start + count - 1`. tasks: an outer step. steps: outer ones.
+        """
+        recipe, initial = PrepareConfig(steps=10, learning_rate=learning_rate, rho=0.0, weight_decay=0.0), self._initial
 
-    gradient: of each task's loss, [B, N, D] -> [B, N, D]. data: of tasks `start` to `start + count - 1`. tasks: an outer step. steps: outer ones.
-    """
-    recipe = PrepareConfig(steps=10, learning_rate=learning_rate, rho=0.0, weight_decay=0.0)
+        def trained(start: Tensor, data: Data) -> Tensor:
+            return trajectory(start, lambda theta, _: self.gradient(theta, data), recipe, 1)[:, -1]
 
-    def trained(start: Tensor, data: Data) -> Tensor:
-        return trajectory(start, lambda theta, _: gradient(theta, data), recipe, 1)[:, -1]
-
-    with setup.stage("start", steps, "steps") as bar:
-        for step in range(steps):
-            end = trained(initial.expand(tasks, -1, -1), data(step * tasks, tasks))
-            initial = initial + (1 - step / steps) * (end.mean(0) - initial)
-            bar.update()
-    return initial
+        with setup.stage("start", steps, "steps") as bar:
+            for step in range(steps):
+                end = trained(initial.expand(tasks, -1, -1), data(step * tasks, tasks))
+                initial = initial + (1 - step / steps) * (end.mean(0) - initial)
+                bar.update()
+        self._initial = initial

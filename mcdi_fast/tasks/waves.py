@@ -20,7 +20,7 @@ from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, NotNegative, PrepareConfig, TrainConfig
 from mcdi_fast.figures import new_figure, png
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, register
-from mcdi_fast.tasks.modules import ModuleFamily, reptile_start
+from mcdi_fast.tasks.modules import ModuleFamily
 
 LOW, HIGH = -5.0, 5.0  # of x (protocol)
 QUERY = 100  # points that score a network; evenly spaced points that a target is trained on
@@ -216,9 +216,7 @@ class WaveFamily(ModuleFamily):
         def data(start: int, count: int) -> Data:
             return draw(self.options, "train", start, count, _OWN_SEED)[2]
 
-        self._initial = reptile_start(
-            self._initial, self.gradient, data, _START_LR, _START_TASKS, self.options.start_steps, setup
-        )
+        self._reptile(data, _START_LR, _START_TASKS, self.options.start_steps, setup)
 
 
 def _mse(net: object, data: Data) -> Tensor:
