@@ -234,11 +234,9 @@ class MetaTrainer:
         else:
             draws = self.draws(step)
             bad = (~losses.isfinite()).any(1).nonzero().flatten().tolist()
-            who = (
-                f"task {int(draws.task[bad[0]])} of the bank, target {int(draws.segment[bad[0]]) + 1}"
-                if bad
-                else "task unknown"
-            )
+            who = "task unknown"
+            if bad:
+                who = f"task {int(draws.task[bad[0]])} of the bank, target {int(draws.segment[bad[0]]) + 1}"
             where = f"at outer step {step}, {who}"
         kept = "there is no checkpoint yet" if self.ranks.is_main else "rank 0 names the last good checkpoint"
         if self._saved:

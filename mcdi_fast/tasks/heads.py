@@ -97,23 +97,20 @@ def train_heads(
     features: Tensor,
     labels: Tensor,
     config: PrepareConfig,
-    segments: int = 1,
-    pick: Tensor | None = None,
-    sample_weight: Tensor | None = None,
     base: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """`heads.head_trajectory` in one launch of a kernel, or on a CPU by compiled code, where there is one for what is asked; else by torch."""
-    given: Any = {"config": config, "segments": segments, "pick": pick, "sample_weight": sample_weight}
+    """`heads.head_trajectory`, with its options, in one launch of a kernel, or on a CPU by compiled code, where there is one; else by torch."""
     if backend.kernels and base is None:
         from mcdi_fast.kernels import head_trajectory as fused
 
         if fused.fits(start.shape[1]):
-            return fused.head_trajectory(start, features, labels, precision=backend.precision, **given)
+            return fused.head_trajectory(start, features, labels, config, precision=backend.precision, **options)
     elif backend.compiled and start.device.type == "cpu":
         compiled = numba_module("cpu_heads")
-        if compiled and compiled.fits(start, features, labels, pick):
-            return compiled.head_trajectory(start, features, labels, base=base, **given)
-    return heads.head_trajectory(start, features, labels, base=base, **given, **optimizer_steps(backend))
+        if compiled and compiled.fits(start, features, labels, options.get("pick")):
+            return compiled.head_trajectory(start, features, labels, config, base=base, **options)
+    return heads.head_trajectory(start, features, labels, config, base=base, **options, **optimizer_steps(backend))
 
 
 class HeadFamily(TaskFamily):
@@ -253,7 +250,8 @@ class HeadFamily(TaskFamily):
             pick = torch.randint(len(x), (config.steps, *rows.shape), generator=generator).int().to(rows.device)
         weight = data["weight"][0] if "weight" in data else None
         label, base = data["label"].contiguous(), self.base_of_heads(data)
-        return train_heads(backend, start, x, label, config, segments, pick, weight, base)
+        options = {"segments": segments, "pick": pick, "sample_weight": weight}
+        return train_heads(backend, start, x, label, config, base, **options)
 
     def _versions(self, rows: Tensor) -> Tensor:
         """Features of rows [B, R] in all their versions: [A, B, R, F]; only training images have more than one."""
