@@ -199,11 +199,7 @@ def evaluate(
         theta = generate(sampler, test, seed, num_steps=count, eta_noise=config.eta_noise)
         error = (generator.normalizer.normalize(theta) - last).square().mean((1, 2)).sqrt()
         curve.append(
-            {
-                "steps": count,
-                **shown(family.scores(theta, test.query)),
-                "weight_error": float(error.double().mean()),
-            }
+            {"steps": count, **shown(family.scores(theta, test.query)), "weight_error": float(error.double().mean())}
         )
 
     on_stage("chains")

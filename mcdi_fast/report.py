@@ -78,9 +78,9 @@ def _title(name: str) -> str:
     return f"{name} ({OBJECTIVE_TITLES[name]})" if name in OBJECTIVE_TITLES else name
 
 
-def _axis(result: dict[str, Any]) -> str:
-    metric = result["metric"]
-    return f"{metric['name']}, {metric['unit']}" if metric["unit"] else metric["name"]
+def axis_label(metric: dict[str, Any]) -> str:
+    """Name and unit."""
+    return f"{metric['name']}, {metric['unit']}".rstrip(", ")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -100,7 +100,7 @@ def milliseconds(method: dict[str, Any]) -> str:
 
 
 def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
-    config, methods, axis = result["config"], result["methods"], _axis(result)
+    config, methods, axis = result["config"], result["methods"], axis_label(result["metric"])
     options = ", ".join(f"{k} {v}" for k, v in (config["task"] or {}).items() if not isinstance(v, dict))
     better = "higher" if result["metric"]["higher_is_better"] else "lower"
     lines = [
@@ -172,7 +172,7 @@ def _plot_learning(metrics: Sequence[dict[str, Any]], result: dict[str, Any]) ->
     points = [(m["step"], m["validation"]) for m in metrics if "validation" in m]
     if points:
         right.plot(*zip(*points, strict=True), "o-", ms=3)
-    right.set(xlabel="outer step", ylabel=f"{_axis(result)}, validation tasks")
+    right.set(xlabel="outer step", ylabel=axis_label(result["metric"]) + ", validation tasks")
     return png(figure)
 
 
@@ -189,7 +189,7 @@ def _plot_methods(result: dict[str, Any]) -> bytes:
     ax.set(
         yticks=range(len(names)),
         yticklabels=[_title(n) for n in names],
-        xlabel=_axis(result),
+        xlabel=axis_label(result["metric"]),
         ylim=(-0.5, len(names) - 0.3),
     )
     ax.margins(x=0.2)
@@ -202,7 +202,7 @@ def _plot_steps(result: dict[str, Any]) -> bytes:
     curve = result["sampling_steps"]
     steps = [p["steps"] for p in curve]
     left.errorbar(steps, [p["mean"] for p in curve], [p["ci95"] for p in curve], fmt="o-", ms=3, capsize=3)
-    left.set(xlabel="sampling steps", ylabel=_axis(result))
+    left.set(xlabel="sampling steps", ylabel=axis_label(result["metric"]))
     right.plot(steps, [p["weight_error"] for p in curve], "o-", ms=3)
     right.set(xlabel="sampling steps", ylabel="RMS error to the trained target, normalised", ylim=(0, None))
     return png(figure)

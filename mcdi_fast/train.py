@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -265,13 +265,17 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-    return run_command(lambda: train(parse(_kind, "mcdi_fast.train", arguments), choose_threads=True))
+    return run_command(lambda: train(parse(kind_of(TrainConfig), "mcdi_fast.train", arguments), choose_threads=True))
 
 
-def _kind(dataset: str) -> tuple[Any, TrainConfig]:
-    """What the command line is parsed as, and its defaults, for a `--dataset`."""
-    entry = find_family(dataset)
-    return TrainConfig[entry.options], entry.config()  # type: ignore[name-defined]
+def kind_of(form: Any) -> Callable[[str], tuple[Any, Any]]:
+    """What a command line is parsed as, and its defaults, by `--dataset`. form: `TrainConfig` or one that adds to it."""
+
+    def kind(dataset: str) -> tuple[Any, Any]:
+        entry = find_family(dataset)
+        return form[entry.options], form(**vars(entry.config()))
+
+    return kind
 
 
 if __name__ == "__main__":

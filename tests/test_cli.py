@@ -159,7 +159,7 @@ class Outer:
 def test_home_in_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--run-dir=~/run", "--data-dir=~", "--cache-dir", "~/cache"]
-    config = parse(train._kind, "mcdi_fast.train", options)
+    config = parse(train.kind_of(train.TrainConfig), "mcdi_fast.train", options)
     assert (config.run_dir, config.data_dir, config.cache_dir) == (tmp_path / "run", tmp_path, tmp_path / "cache")
     nested = parse(lambda _: (Outer, Outer()), "x", ["--inner.index", "~/b"])
     assert nested == Outer(inner=Inner(tmp_path / "b"))

@@ -277,7 +277,7 @@ def test_the_command_chooses_and_the_library_does_not(machine, monkeypatch, tmp_
     kept = json.loads((tmp_path / "run" / "threads.json").read_text())
     assert kept == {name: [[0, 1]] for name in ("data", "trajectories", "meta-training", "evaluation")}
     assert torch.get_num_threads() == 3
-    config = train.parse(train._kind, "x", [*options[:-1], str(tmp_path / "other")])
+    config = train.parse(train.kind_of(train.TrainConfig), "x", [*options[:-1], str(tmp_path / "other")])
     train.train(config)
     assert len(measured) == 4
     assert not (tmp_path / "other" / "threads.json").exists()

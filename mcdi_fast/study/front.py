@@ -32,25 +32,14 @@ from mcdi_fast.figures import new_figure, png
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer, fit
 from mcdi_fast.prepare import prepare_bank
-from mcdi_fast.report import git_sha, machine, number, table
+from mcdi_fast.report import axis_label, git_sha, machine, number, table
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import atomic_write, make_folder, read_json, write_json
 from mcdi_fast.tasks import Metric, Setup, TaskBatch, TaskFamily, find_family
-from mcdi_fast.train import check_config
+from mcdi_fast.train import check_config, kind_of
 
-_FREE = (
-    "run_dir",
-    "out",
-    "data_dir",
-    "cache_dir",
-    "seeds",
-    "widths",
-    "depths",
-    "chains",
-    "segments",
-    "trajectories",
-    "trajectory_steps",
-)
+_SIZES = ("widths", "depths", "chains", "segments", "trajectories", "trajectory_steps")
+_FREE = ("run_dir", "out", "data_dir", "cache_dir", "seeds", *_SIZES)
 _LATENCY_TASKS, _ROUNDS = 8, 7
 _SLACK, _SLACK_ACCURACY = 0.01, 0.0005
 """A size is level with the best where it is behind, its interval included, by at most this share of the best's error (the loss, or 1 minus
@@ -287,22 +276,9 @@ def tabulated(record: dict[str, Any]) -> list[str]:
         costs = [f"{row['ms']:.3f}", f"{row['training_seconds']:.0f}", row["kilobytes"]]
         line = [*sizes, number(row["mean"]), behind, *costs]
         lines.append([f"**{cell}**" for cell in line] if row is knee else line)
-    axis = f"{metric['name']}, {metric['unit']}".rstrip(", ")
-    header = [
-        "H",
-        "L",
-        "T",
-        "k",
-        "sampling steps",
-        "outer steps",
-        axis,
-        "behind the best",
-        "one sample, ms",
-        "training, s",
-        "kB",
-    ]
+    header = f"H|L|T|k|sampling steps|outer steps|{axis_label(metric)}|behind the best|one sample, ms|training, s|kB"
     text = f"{record['dataset']}: {len(rows)} rows, {len(record['seeds'])} seeds of {record['validation_tasks']} validation tasks."
-    return [f"{text} Bold: the quickest that is level with the best.", "", *table(header, lines)]
+    return [f"{text} Bold: the quickest that is level with the best.", "", *table(header.split("|"), lines)]
 
 
 def plot(record: dict[str, Any]) -> bytes:
@@ -318,11 +294,8 @@ def plot(record: dict[str, Any]) -> bytes:
     if len(record["seeds"]) > 1:  # one seed's interval is wider than what counts as level
         first = [row for row in rows if row["level"]][:1]  # none where fewer outer steps are better
         ax.plot([row["ms"] for row in first], [row["mean"] for row in first], "o", ms=9, mfc="none", color="C1")
-    ax.set(
-        xscale="log",
-        xlabel="one sample on one thread, ms",
-        ylabel=f"{metric['name']} (validation), {metric['unit']}".rstrip(", "),
-    )
+    ylabel = f"{metric['name']} (validation), {metric['unit']}".rstrip(", ")
+    ax.set(xscale="log", xlabel="one sample on one thread, ms", ylabel=ylabel)
     ticks = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
     low, high = ax.get_xlim()
     ax.set_xticks([tick for tick in ticks if low < tick < high], minor=False)
@@ -357,15 +330,9 @@ def _label(ax: Any, rows: list[dict[str, Any]], below: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
 
-    def kind(dataset: str) -> tuple[Any, FrontConfig[Any]]:
-        entry = find_family(dataset)
-        default = entry.config()
-        return FrontConfig[entry.options], FrontConfig(**vars(default))  # type: ignore[name-defined]
-
     def run() -> None:
-        config = parse(kind, "mcdi_fast.study.front", arguments)
-        out = front(config)
-        print((out / f"{_stem(config)}.md").read_text())
+        config = parse(kind_of(FrontConfig), "mcdi_fast.study.front", arguments)
+        print((front(config) / f"{_stem(config)}.md").read_text())
 
     return run_command(run)
 

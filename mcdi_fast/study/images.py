@@ -25,9 +25,9 @@ from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
-from mcdi_fast.config import Options, PrepareConfig, TrainConfig
+from mcdi_fast.config import Options, TrainConfig
 from mcdi_fast.denoiser import Parameters, denoise, init_parameters, token_condition
-from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, generate, step_counts, trained_targets
+from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, finetune, generate, step_counts, trained_targets
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.heads import head_logits, prototype_head
 from mcdi_fast.meta import fit
@@ -40,7 +40,7 @@ from mcdi_fast.tasks import Setup, TaskBatch, TaskFamily, find_family
 from mcdi_fast.tasks.heads import HeadFamily
 from mcdi_fast.tasks.photos import PhotoFamily, transfer_family
 from mcdi_fast.tasks.prior import ridge_head
-from mcdi_fast.train import check_config
+from mcdi_fast.train import check_config, kind_of
 
 OBJECTIVES: dict[str, Any] = {"mc": "local-consistency", "mv": "vanilla", "tw": "naive-local"}
 TITLES = {
@@ -176,10 +176,8 @@ class Flow:
         adam, g = torch.optim.Adam(phi.values(), 2e-3), torch.Generator().manual_seed(seed)
         for step in range(steps):
             adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-            pick, at = (
-                torch.randint(len(x1), (_FLOW_BATCH,), generator=g),
-                torch.randint(times, (_FLOW_BATCH, 1), generator=g),
-            )
+            pick = torch.randint(len(x1), (_FLOW_BATCH,), generator=g)
+            at = torch.randint(times, (_FLOW_BATCH, 1), generator=g)
             noise, t = torch.randn(x1[pick].shape, generator=g), (at / times).unsqueeze(-1)
             x = (1 - t) * noise + t * x1[pick]
             found = cls._skip(t) * x + denoise(phi, x.unsqueeze(1), at, c[pick]).squeeze(1)
@@ -203,13 +201,11 @@ class Flow:
 
 
 def _adam(f: Families, tasks: TaskBatch, lr: float, decay: float, steps: int = 100) -> Tensor:
-    recipe = PrepareConfig(steps=steps, learning_rate=lr, rho=0.0, weight_decay=decay, start_std=0.0)
-    return f.plain.trajectories(tasks.support, recipe, 1, torch.Generator())[:, -1]
+    return finetune(f.plain, tasks, steps, lr, decay, Backend())
 
 
 def _from_prior(f: Families, tasks: TaskBatch, lr: float, decay: float) -> Tensor:
-    recipe = PrepareConfig(steps=100, learning_rate=lr, rho=0.0, weight_decay=decay, start_std=0.0)
-    return f.family.heads(f.family.trajectories(tasks.support, recipe, 1, torch.Generator())[:, -1], tasks.support)
+    return f.family.heads(finetune(f.family, tasks, 100, lr, decay, Backend()), tasks.support)
 
 
 def _correct(family: PhotoFamily, head: Tensor, tasks: TaskBatch) -> Tensor:
@@ -261,16 +257,12 @@ def _reptile(f: Families, seed: int) -> tuple[list[Any], Callable[..., Tensor]]:
 
 def _cell(folder: Path, family: PhotoFamily, config: ImagesConfig[Any], seed: int) -> dict[str, Any]:
     job = _job(config, seed)
-    bank = prepare_bank(
-        folder / "banks" / f"{_label(config)}-seed{seed}", family, job.prepare, job.diffusion.segments, seed
-    )
-    names = ["mc"] if config.baselines_only else list(OBJECTIVES)
-    generators = {
-        name: fit(
-            bank, job.meta, replace(job.diffusion, objective=OBJECTIVES[name]), job.denoiser, seed=seed, progress=False
-        )
-        for name in names
-    }
+    place = folder / "banks" / f"{_label(config)}-seed{seed}"
+    bank = prepare_bank(place, family, job.prepare, job.diffusion.segments, seed)
+    names, generators = ["mc"] if config.baselines_only else list(OBJECTIVES), {}
+    for name in names:
+        diffusion = replace(job.diffusion, objective=OBJECTIVES[name])
+        generators[name] = fit(bank, job.meta, diffusion, job.denoiser, seed=seed, progress=False)
     samplers = {name: Sampler(generator) for name, generator in generators.items()}
     validation = family.tasks("val", 0, job.evaluate.validation_tasks, VALIDATION_SEED + seed)
     chosen: dict[str, Any] = {}
@@ -420,13 +412,8 @@ def _row(cells: Sequence[dict[str, Any]], split: str, *columns: str) -> list[str
     best, having = _best(cells, split), [cell for cell in cells if split in cell["splits"]]
     distance = sum(cell["splits"][split]["distance"] for cell in having) / len(having)
     shown = [_shown(having, split, name) for name in ("mc-few", best, *columns)]
-    return [
-        f"{distance:.2f}",
-        str(len({cell["seed"] for cell in having})),
-        shown[0],
-        f"{shown[1]}, {TITLES[best]}",
-        *shown[2:],
-    ]
+    seeds = str(len({cell["seed"] for cell in having}))
+    return [f"{distance:.2f}", seeds, shown[0], f"{shown[1]}, {TITLES[best]}", *shown[2:]]
 
 
 def _setting(cells: list[dict[str, Any]]) -> list[str]:
@@ -443,10 +430,10 @@ def _setting(cells: list[dict[str, Any]]) -> list[str]:
     ]
     rows = [[TITLES[name], _shown(cells, "test", name)] for name in TITLES if name in first["test"]["mean"]]
     text += table(["method", "new classes"], rows)
-    pairs = [pair for pair in PAIRS if " - ".join(pair) in first["test"]["minus"]]
     shown = [
         [f"{TITLES[a]} minus {TITLES[b]}", "{:+.2f} ± {:.2f}".format(*pooled(cells, "test", f"{a} - {b}"))]
-        for a, b in pairs
+        for a, b in PAIRS
+        if f"{a} - {b}" in first["test"]["minus"]
     ]
     text += table(["difference", "new classes"], shown)
     lines = [[split, *_row(cells, split, "class-prior", "mv-few", "flow-few", "nearest-prototype")] for split in first]
@@ -460,15 +447,13 @@ def _domains(groups: Sequence[list[dict[str, Any]]]) -> list[str]:
     lines, columns = [], ("class-prior", "finetune-prior", "reptile", "nearest-prototype", "ceiling")
     together: dict[str, list[dict[str, Any]]] = {}
     for cells in groups:
-        lines.append([cells[0]["label"], *_row(cells, "test", *columns)])
-        together.setdefault(cells[0]["label"].replace(f"-{cells[0]['task']['held_out']}-", ", mean, "), []).extend(
-            cells
-        )
-    lines += [
-        [f"**{name}**", *_row(cells, "test", *columns)]
-        for name, cells in together.items()
-        if len({c["label"] for c in cells}) > 1
-    ]
+        label = cells[0]["label"]
+        lines.append([label, *_row(cells, "test", *columns)])
+        name = label.replace(f"-{cells[0]['task']['held_out']}-", ", mean, ")
+        together.setdefault(name, []).extend(cells)
+    for name, cells in together.items():
+        if len({cell["label"] for cell in cells}) > 1:
+            lines.append([f"**{name}**", *_row(cells, "test", *columns)])
     header = "held out|distance|seeds|Mc-Di, 3 steps|best tuned baseline|class prior|Adam from it|Reptile's head|nearest class mean|ceiling"
     tasks, budget = groups[0][0]["splits"]["test"]["tasks"], groups[0][0]["budget"]
     note = (
@@ -511,11 +496,7 @@ def _plot_distance(groups: Sequence[list[dict[str, Any]]]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-
-    def kind(dataset: str) -> tuple[Any, ImagesConfig[Any]]:
-        entry = find_family(dataset)
-        return ImagesConfig[entry.options], ImagesConfig(**vars(entry.config()))  # type: ignore[name-defined]
-
+    kind = kind_of(ImagesConfig)
     return run_command(lambda: print(images_study(parse(kind, "mcdi_fast.study.images", arguments, "tiny-imagenet"))))
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from mcdi_fast.evaluate import interval
 from mcdi_fast.figures import new_figure, png
 from mcdi_fast.report import plot_chains, table
 from mcdi_fast.store import atomic_write, make_folder
@@ -58,14 +60,9 @@ def percent(entry: Entry) -> np.ndarray:
     return 100 * np.array(entry["correct"]) / entry["queries"]
 
 
-def half_width(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean (normal approximation)."""
-    return 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
-
-
 def pooled_interval(entries: Sequence[Entry]) -> float:
     """Half of the 95 % interval over the tasks of all seeds, in percent."""
-    return half_width(np.concatenate([percent(entry) for entry in entries]))
+    return interval(torch.from_numpy(np.concatenate([percent(entry) for entry in entries])))
 
 
 def paired(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Difference | None:
@@ -75,7 +72,7 @@ def paired(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Difference | None:
     if not parts:
         return None
     every = np.concatenate(parts)
-    return Difference(float(every.mean()), half_width(every))
+    return Difference(float(every.mean()), interval(torch.from_numpy(every)))
 
 
 def mean_of(entries: Sequence[Entry], get: Callable[[Entry], Any] = lambda entry: entry["accuracy_mean"]) -> float:
@@ -294,19 +291,15 @@ def _variants(t: Table) -> list[str]:
     learn = [method for method in TITLES if method in PREPARED]
     rows = [[TITLES[method], *(accuracy(t.row(method, v), interval=False) for v in VARIANTS)] for method in learn]
     rows.append(["largest eigenvalue", *(_eigenvalue(t.row("ceiling", v)) for v in VARIANTS)])
-    minus = [[TITLES[m], *(paired(t.row("mc-di", v), t.row(m, v)) for v in VARIANTS)] for m in _OTHERS]
+    every = [[TITLES[m], *(paired(t.row("mc-di", v), t.row(m, v)) for v in VARIANTS)] for m in _OTHERS]
+    minus = [line for line in every if any(line[1:])]
     text = (
         "Accuracy in %, with the deviation over seeds. Last row: the largest eigenvalue of the Hessian of the trained heads' loss, mean over "
         "test tasks."
     )
     return [
         *_section("Preparation: SAM and augmentation", text, header, rows),
-        *_section(
-            "Mc-Di minus the other rows, by preparation",
-            "Both with the same preparation.",
-            header,
-            [line for line in minus if any(line[1:])],
-        ),
+        *_section("Mc-Di minus the other rows, by preparation", "Both with the same preparation.", header, minus),
     ]
 
 
