@@ -25,7 +25,7 @@ class PrepareConfig:
     """Stage 1, weight preparation: Adam + SAM on many training tasks."""
 
     tasks: AtLeastOne = 20000
-    """Training tasks in the bank (record: 5000 and 10 000 alike)."""
+    """Training tasks in the bank (record: 5000 and 10 000 alike; drawings take 2000, docs/choices.md)."""
     steps: AtLeastOne = 60
     """M, optimizer steps of a trajectory. A multiple of the segments k (record: 30 and 120 alike)."""
     learning_rate: Positive = 0.2

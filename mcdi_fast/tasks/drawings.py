@@ -103,7 +103,7 @@ def drawing_defaults(config: TrainConfig) -> TrainConfig:
     """The quickest sizes that are level with the best on validation characters (docs/choices.md, "What accuracy costs")."""
     return replace(
         config,
-        prepare=replace(config.prepare, tasks=5000),
+        prepare=replace(config.prepare, tasks=2000),
         denoiser=replace(config.denoiser, depth=1),
         meta=replace(config.meta, steps=500),
     )
