@@ -10,11 +10,9 @@ import numpy as np
 
 def new_figure(columns: int = 1) -> tuple[Any, Any]:
     """A figure without a display, and its axes, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * columns, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)
     for ax in np.atleast_1d(axes):
         ax.spines[["top", "right"]].set_visible(False)

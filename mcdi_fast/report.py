@@ -119,39 +119,30 @@ def _markdown(result: dict[str, Any], plots: dict[str, str]) -> str:
 
     lines += table(["method", axis, "one task, ms", "gradients at test time"], [row(n, m) for n, m in methods.items()])
     load = max(m["latency_load"] or 0.0 for m in methods.values())
-    lines.append(
-        f"One task: lower quartile of some 30 calls on one thread; {load:.1f} processes wanted one of the cores at the time."
-    )
+    timing = "One task: lower quartile of some 30 calls on one thread"
+    lines.append(f"{timing}; {load:.1f} processes wanted one of the cores at the time.")
     if any(m["latency_ms"] is None for m in methods.values()):
-        lines.append(
-            "**busy**: calls scattered, or waited for a core. The same command on an idle machine measures again."
-        )
+        busy = "calls scattered, or waited for a core. The same command on an idle machine measures again."
+        lines.append(f"**busy**: {busy}")
     lines += ["", "Paired over the same tasks:", ""]
     for name, m in methods.items():
         if "generated_minus_this" in m:
             difference, half = m["generated_minus_this"], m["generated_minus_this_ci95"]
             size = max(abs(difference), abs(half))
-            lines.append(
-                f"- generated minus {name}: {'+' * (difference >= 0)}{number(difference, size)} ± {number(half, size)}"
-            )
-    lines.append("")
-    lines += table(
-        ["sampling steps", axis, "weight error (normalised RMS)"],
-        [
-            [p["steps"], f"{number(p['mean'])} ± {number(p['ci95'], p['mean'])}", f"{p['weight_error']:.3f}"]
-            for p in result["sampling_steps"]
-        ],
-    )
+            shown = f"{'+' * (difference >= 0)}{number(difference, size)} ± {number(half, size)}"
+            lines.append(f"- generated minus {name}: {shown}")
+    curve = [
+        [p["steps"], f"{number(p['mean'])} ± {number(p['ci95'], p['mean'])}", f"{p['weight_error']:.3f}"]
+        for p in result["sampling_steps"]
+    ]
+    lines += ["", *table(["sampling steps", axis, "weight error (normalised RMS)"], curve)]
     for name, title in plots.items():
         lines += [f"## {title}", "", f"![{title}]({name})", ""]
     seconds = [[stage, f"{value:.1f}"] for stage, value in result["seconds"].items()]
     lines += ["## Where the time went", "", *table(["stage", "s"], seconds)]
     if result.get("skipped_steps"):
-        steps = config["meta"]["steps"]
-        lines += [
-            f"**{result['skipped_steps']} of the {steps} outer steps were skipped: their loss was not finite.**",
-            "",
-        ]
+        share = f"{result['skipped_steps']} of the {config['meta']['steps']} outer steps"
+        lines += [f"**{share} were skipped: their loss was not finite.**", ""]
     lines += ["A stage that an earlier, interrupted run had (partly) done counts only what this one added.", ""]
     lines += ["## Machine", "", *(f"- {key}: {value}" for key, value in result["machine"].items()), ""]
     lines += ["Every setting is in `config.json`, every number above in `report.json`.", ""]
@@ -182,16 +173,11 @@ def _plot_methods(result: dict[str, Any]) -> bytes:
     mean = [result["methods"][n]["mean"] for n in names]
     half = [result["methods"][n]["ci95"] for n in names]
     ax.errorbar(mean, range(len(names)), xerr=half, fmt="o", capsize=4)
+    above: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     for y, (m, h) in enumerate(zip(mean, half, strict=True)):
-        ax.annotate(
-            f"{number(m)} ± {number(h, m)}", (m, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8
-        )
-    ax.set(
-        yticks=range(len(names)),
-        yticklabels=[_title(n) for n in names],
-        xlabel=axis_label(result["metric"]),
-        ylim=(-0.5, len(names) - 0.3),
-    )
+        ax.annotate(f"{number(m)} ± {number(h, m)}", (m, y), **above)
+    ax.set(yticks=range(len(names)), yticklabels=[_title(n) for n in names], ylim=(-0.5, len(names) - 0.3))
+    ax.set_xlabel(axis_label(result["metric"]))
     ax.margins(x=0.2)
     ax.invert_yaxis()
     return png(figure)

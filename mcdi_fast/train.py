@@ -65,14 +65,12 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         """Keep the lines up to `step`: those behind it belong to work that was lost and is done again."""
-
         self.path = path
         self.lines: list[dict[str, Any]] = []
         if path.exists():
             for line in path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(
-                    ValueError, TypeError, KeyError
-                ):  # a line cut short by a kill is behind the checkpoint
+                # a line cut short by a kill is behind the checkpoint
+                with contextlib.suppress(ValueError, TypeError, KeyError):
                     entry = json.loads(line)
                     if entry["step"] <= step:
                         self.lines.append(entry)
@@ -194,12 +192,11 @@ def _train(
         def on_start(trainer: MetaTrainer) -> None:
             metrics.append(Metrics(folder / "metrics.jsonl", trainer.step))
             bar.update(trainer.step)
-            lr = config.meta.inner_lr
-            threads.begin(
-                "meta-training",
-                trainer.step,
-                lambda: inner_loop(trainer.phi, trainer.batch(trainer.step), lr, trainer.impl),
-            )
+
+            def work() -> None:
+                inner_loop(trainer.phi, trainer.batch(trainer.step), config.meta.inner_lr, trainer.impl)
+
+            threads.begin("meta-training", trainer.step, work)
 
         def on_step(trainer: MetaTrainer, loss: torch.Tensor) -> None:
             bar.update()

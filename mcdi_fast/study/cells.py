@@ -86,9 +86,8 @@ def _adapter(shop: Workshop, cell: Cell, chosen: dict[str, Any]) -> Adapt:
     if cell.method == "prototype":
         return lambda tasks: prototype_head(family.support_features(tasks))
     if cell.method in ("finetune", "finetune-decay"):
-        return lambda tasks: finetune(
-            family, tasks, chosen["steps"], chosen["lr"], chosen["weight_decay"], shop.backend
-        )
+        recipe = chosen["steps"], chosen["lr"], chosen["weight_decay"]
+        return lambda tasks: finetune(family, tasks, *recipe, shop.backend)
     if cell.method == "reptile-head":  # what it learned does not matter for its time
         theta = torch.zeros(family.layout.num_tokens, family.layout.width, device=shop.backend.device)
         start = Start(theta, theta, 0, chosen["lr"])
@@ -237,8 +236,8 @@ def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
             eta: _validation_accuracy(shop, cell, shop.sample(cell, generator, validation, eta_noise=eta), validation)
             for eta in (0.0, 1.0)
         }
-        chosen = {"eta_noise": max(found, key=lambda eta: (found[eta], -eta)), "validation_accuracy": found}
-        chosen["validation_accuracy"] = {str(eta): accuracy for eta, accuracy in found.items()}
+        accuracies = {str(eta): accuracy for eta, accuracy in found.items()}
+        chosen = {"eta_noise": max(found, key=lambda eta: (found[eta], -eta)), "validation_accuracy": accuracies}
     adapt = _adapter(shop, cell, chosen)
     record = _row(shop, cell, adapt, 0, **training, chosen=chosen)
     if cell.change:

@@ -182,14 +182,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its record."""
-        parts = [
-            self.setting,
-            f"seed{self.seed}",
-            self.method,
-            self.variant,
-            f"k{self.segments}" if self.segments else "",
-        ]
-        return "_".join(part for part in [*parts, self.change] if part)
+        k = f"k{self.segments}" if self.segments else ""
+        parts = (self.setting, f"seed{self.seed}", self.method, self.variant, k, self.change)
+        return "_".join(part for part in parts if part)
 
 
 def plan(config: StudyConfig) -> list[Cell]:
@@ -259,25 +254,15 @@ def train_config(config: StudyConfig, cell: Cell) -> TrainConfig[DrawingOptions]
         diffusion = replace(diffusion, objective=OBJECTIVES[cell.method])
     if cell.method == "mc-di-paper":
         diffusion = replace(diffusion, window="whole", carry="full")
-    if (
-        cell.method == "ocd"
-    ):  # plain stochastic gradients: one "inner step", which sees what the others see in all of theirs
+    if cell.method == "ocd":  # plain stochastic gradients: one "inner step" sees what the others see in all of theirs
         meta = replace(meta, inner_steps=1, samples=meta.samples * meta.inner_steps, outer="adam")
-    parts: dict[str, Any] = {
-        "task": task,
-        "prepare": prepare,
-        "diffusion": diffusion,
-        "denoiser": config.denoiser,
-        "meta": meta,
-    }
+    parts = dict[str, Any](task=task, prepare=prepare, diffusion=diffusion, denoiser=config.denoiser, meta=meta)
     for key, value in CHANGES[cell.change].items() if cell.change else ():
         if "." in key:
             part, name = key.split(".")
             old = getattr(parts[part], name)
-            new = (
-                round(old * value) if isinstance(old, int) and isinstance(value, float) else value
-            )  # a float: a factor
-            parts[part] = replace(parts[part], **{name: new})
+            is_factor = isinstance(old, int) and isinstance(value, float)
+            parts[part] = replace(parts[part], **{name: round(old * value) if is_factor else value})
     steps = -(-parts["prepare"].steps // k) * k  # every k divides its own M
     parts["prepare"] = replace(parts["prepare"], steps=steps)
     return TrainConfig(config.dataset, seed=cell.seed, device=config.device, evaluate=config.evaluate, **parts)

@@ -164,13 +164,8 @@ def load_records(out: Path, dataset: str) -> list[Table]:
             merged.append({**record, "date": f"-{path.name[:10]}" if same else "", "files": [path.name]})
     order = list(SETTINGS)
     merged.sort(key=lambda one: (order.index(one["setting"].split("-")[0]), one["setting"]))
-    return [
-        Table(
-            one["setting"],
-            one["setting"] + one["date"],
-            one["config"],
-            [{**cell, **cell["cell"]} for cell in one["cells"]],
-            one["files"],
-        )
-        for one in merged
-    ]
+    tables = []
+    for one in merged:
+        entries = [{**cell, **cell["cell"]} for cell in one["cells"]]
+        tables.append(Table(one["setting"], one["setting"] + one["date"], one["config"], entries, one["files"]))
+    return tables

@@ -141,11 +141,10 @@ def _introduction(dataset: str, tables: list[Table]) -> list[str]:
     rows = []
     for t in tables:
         c, machines, default = t.config, [e["machine"] for e in t.entries], default_settings(dataset)
-        options = {
-            name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            for name, value in c.items()
-            if value != default[name]
+        changed = {
+            name: value if isinstance(value, list) else [value] for name, value in c.items() if value != default[name]
         }
+        options = [f"`--{name.replace('_', '-')} {' '.join(map(str, values))}`" for name, values in changed.items()]
         processor = " ".join(filter(None, (machines[0]["processor"], machines[0].get("instructions"))))
         rows.append(
             [
@@ -153,7 +152,7 @@ def _introduction(dataset: str, tables: list[Table]) -> list[str]:
                 ", ".join(f"[{file[:10]}](records/{file})" for file in t.files),
                 " ".join(map(str, sorted({e["seed"] for e in t.entries}))),
                 f"{c['evaluate.tasks']} test tasks a seed, {c['prepare.tasks']} tasks in the bank, {c['meta.steps']} outer steps",
-                " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in options.items()) or "defaults",
+                " ".join(options) or "defaults",
                 t.entries[0].get("backbone_weights") or "not kept",
                 f"{processor}, {machines[0]['threads']} thread(s), torch {machines[0]['torch']}",
                 " ".join(sorted({m["git"] for m in machines})),

@@ -154,38 +154,24 @@ def one_part(seed: int, part: str, folder: Path, family: WaveFamily) -> dict[str
     if part != "gradients":
         objective: Any = part
         title, began = OBJECTIVE_TITLES[objective], time.perf_counter()
-        generator = fit(
-            bank,
-            config.meta,
-            replace(config.diffusion, objective=objective),
-            config.denoiser,
-            seed=seed,
-            progress=False,
-        )
+        diffusion = replace(config.diffusion, objective=objective)
+        generator = fit(bank, config.meta, diffusion, config.denoiser, seed=seed, progress=False)
         seconds = round(time.perf_counter() - began, 1)
         sampler = Sampler(generator)
         count = choose_steps(family, sampler, validation[10], seed, 0.0)
         for points in POINTS:
             for steps in step_counts(generator):
                 keep(f"{title}, {steps} steps", points, partial(generate, sampler, first_seed=seed, num_steps=steps))
-            keep(
-                title,
-                points,
-                partial(generate, sampler, first_seed=seed, num_steps=count),
-                steps=count,
-                training_s=seconds,
-            )
+            chosen = partial(generate, sampler, first_seed=seed, num_steps=count)
+            keep(title, points, chosen, steps=count, training_s=seconds)
         if title == "Mc-Di":
-            direct, known = regression(bank, generator, config.meta, seed), bank_methods(bank, sampler)
-            for points in POINTS:
-                keep("regressed weights", points, direct)
-                for name, adapt in known.items():
-                    keep(name, points, adapt)
-                keep(
-                    "trained-target",
-                    points,
-                    lambda t: trained_targets(family, t, config.prepare, 1, seed, Backend())[:, -1],
-                )
+            known = {
+                "regressed weights": regression(bank, generator, config.meta, seed),
+                **bank_methods(bank, sampler),
+                "trained-target": lambda t: trained_targets(family, t, config.prepare, 1, seed, Backend())[:, -1],
+            }
+            for points, (name, adapt) in itertools.product(POINTS, known.items()):
+                keep(name, points, adapt)
         return rows
     for points in POINTS:
         theirs, start = maml(min(points, 10))
@@ -257,13 +243,8 @@ def tabulated(rows: dict[str, Any]) -> list[str]:
             lines.append([name, ten["seeds"], *(cell(entry[str(points)]) for points in POINTS), paired, ms])
     steps = sorted({count for curve in curves.values() for count in curve})
     by_steps = [[name, *(curve.get(count, "") for count in steps)] for name, curve in curves.items()]
-    return [
-        *table(
-            ["method", "seeds", *(f"{points} points" for points in POINTS), "minus Mc-Di, 10 points", "one task, ms"],
-            lines,
-        ),
-        *table(["steps", *(str(count) for count in steps)], by_steps),
-    ]
+    header = ["method", "seeds", *(f"{points} points" for points in POINTS), "minus Mc-Di, 10 points", "one task, ms"]
+    return [*table(header, lines), *table(["steps", *map(str, steps)], by_steps)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

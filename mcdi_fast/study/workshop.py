@@ -126,15 +126,10 @@ class Workshop:
     def _heads(self, options: DrawingOptions, what: str, train: str) -> ChangedHeads:
         """train: the split whose images the trajectories see, "test" for the ceiling."""
         features = self.features()
-        splits = {
-            "train": features[train][: 1 + options.augmentation],
-            "val": features["val"],
-            "test": features["test"][:1],
-        }
-        provenance = bb.features_provenance(self.data, options.backbone, self.network()) | {
-            "task": asdict(options),
-            "what": what,
-        }
+        seen = features[train][: 1 + options.augmentation]
+        splits = {"train": seen, "val": features["val"], "test": features["test"][:1]}
+        provenance = bb.features_provenance(self.data, options.backbone, self.network())
+        provenance |= {"task": asdict(options), "what": what}
         rows = {name: ClassRows.of_grid(grid) for name, grid in splits.items()}
         family = ChangedHeads(rows, options, provenance, self.backend.device)
         family.what = what
