@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ from mcdi_fast.report import machine
 from mcdi_fast.sampler import Sampler, StaticSampler
 
 CHAINS = (1, 2, 600, 4096)
+NOT_IN_TORCH = ("normal_noise", "noise_batch", "inner_loop", "outer_update_")  # references that are not timed
 SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
 
 
@@ -119,9 +121,10 @@ class Run:
             self.failed = True
             self.keep(part, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
-    def cases(self) -> Iterator[tuple[str, Operation, Sizes, str | None]]:
-        """Every operation, size and precision to look at."""
-        return each(self.sizes, () if DRY else CHAINS)
+    def attempt_each(self, function: Callable[[Operation, Sizes, str | None], Any]) -> None:
+        """Attempt it with every operation, size and precision to look at."""
+        for name, *case in each(self.sizes, () if DRY else CHAINS):
+            self.attempt(name, partial(function, *case))
 
 
 def microseconds(function: Callable[[], Any]) -> float:
@@ -211,8 +214,7 @@ def accuracy(run: Run) -> None:
         exact, plain = operation.exact(inputs), operation.exact(inputs, torch.float32)
         return {"error": relative_error(operation(inputs, precision), exact), "float32": relative_error(plain, exact)}
 
-    for name, operation, sizes, precision in run.cases():
-        run.attempt(name, lambda o=operation, z=sizes, p=precision: errors(o, z, p))
+    run.attempt_each(errors)
 
 
 def repeats(run: Run) -> None:
@@ -237,8 +239,7 @@ def repeats(run: Run) -> None:
             run.failed = True
         return found
 
-    for name, operation, sizes, precision in run.cases():
-        run.attempt(name, lambda o=operation, z=sizes, p=precision: different(o, z, p))
+    run.attempt_each(different)
 
 
 @contextlib.contextmanager
@@ -248,9 +249,8 @@ def trainers(run: Run, count: int = 1, **options: Any) -> Iterator[list[MetaTrai
     layout, g = head_layout(5, 4 if DRY else 64), torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         bank = TrajectoryBank.create(Path(folder, "bank"), layout, 3, layout.width)
-        bank.append(
-            torch.randn(tasks, 3, 5, layout.width, generator=g), torch.randn(tasks, 5, layout.width, generator=g)
-        )
+        targets = torch.randn(tasks, 3, 5, layout.width, generator=g)
+        bank.append(targets, torch.randn(tasks, 5, layout.width, generator=g))
         meta = MetaConfig(steps=10**6, meta_batch=2 if DRY else 32)
         settings: Any = {"device": run.device, "impl": "triton", "denoiser": DenoiserConfig(width=width)}
         if DRY:
@@ -316,20 +316,14 @@ def timings(run: Run) -> None:
         for amount, unit, peak in ((work.bytes, 1e3, "copy GB/s"), (work.flop, 1e6, f"{precision or 'ieee'} TFLOP/s")):
             if amount and us and found.get(peak):
                 row[f"share of {peak}"] = amount / us / unit / found[peak]
-        if precision in (None, "tf32") and operation.name not in (
-            "normal_noise",
-            "noise_batch",
-            "inner_loop",
-            "outer_update_",
-        ):
+        if precision in (None, "tf32") and operation.name not in NOT_IN_TORCH:
             try:
                 row["torch us"] = microseconds(lambda: operation.reference(**inputs))
             except Exception as error:  # one that looks at a number cannot be captured
                 row["torch us"] = f"not captured: {type(error).__name__}"
         return row
 
-    for name, operation, sizes, precision in run.cases():
-        run.attempt(name, lambda o=operation, z=sizes, p=precision: row(o, z, p))
+    run.attempt_each(row)
     make = Maker(run.device)
     phi, batch = make.phi(run.sizes), inner_batch(run.sizes, make)
     fused = lambda: inner_loop(phi, batch, 0.005)  # noqa: E731
@@ -511,16 +505,8 @@ def main() -> int:
         return int(run.failed)
     results = {}
     for name in options.groups:
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--group",
-            name,
-            "--output",
-            str(folder),
-            "--device",
-            device,
-        ]
+        command = [sys.executable, str(Path(__file__).resolve()), "--group", name]
+        command += ["--output", str(folder), "--device", device]
         command += ["--dry-run"] if options.dry_run else []
         command += ["--cpu-report", str(options.cpu_report.resolve())] if options.cpu_report else []
         began = time.perf_counter()

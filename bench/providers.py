@@ -312,10 +312,8 @@ def chain(
     generator: WeightGenerator, condition: Tensor, start: Tensor, steps: int | None = None, network=denoise
 ) -> Tensor:
     """The chain as one writes it down from the paper: `denoise` for the network, in the dtype of `start`."""
-    condition, phi = (
-        generator.network_condition(condition).to(start),
-        {n: v.to(start) for n, v in generator.phi.items()},
-    )
+    condition = generator.network_condition(condition).to(start)
+    phi = {name: value.to(start) for name, value in generator.phi.items()}
     skip, scale = generator.objective.skip.tolist(), generator.objective.scale.tolist()
 
     def f(x: Tensor, t: int) -> Tensor:

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mcdi_fast.report import table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -131,8 +133,7 @@ def _number(value: float | None) -> str:
 
 def speed_table(record: Record) -> list[str]:
     """Ours in ms, the others as multiples of it: above 1 a win, below 1 a loss."""
-    out = ["| | size | ours, ms | loop | vmap | compiled | stacked | others | share of peak |"]
-    out.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for what, sizes in record.kinds().items():
         for size in sizes:
             ours = record.get(what, size, "ours")
@@ -141,15 +142,11 @@ def speed_table(record: Record) -> list[str]:
             names = [provider for kind, at, provider in record.rows if (kind, at) == (what, size)]
             cells = [_number(record.ratio(what, size, name)) for name in BASELINES]
             cells = [f"{cell} x" if cell else "" for cell in cells]
-            others = [
-                f"{name} {_number(record.ratio(what, size, name))} x"
-                for name in names
-                if name not in (*BASELINES, "ours")
-            ]
-            cells.append(", ".join(others))
+            others = [name for name in names if name not in (*BASELINES, "ours")]
+            cells.append(", ".join(f"{name} {_number(record.ratio(what, size, name))} x" for name in others))
             share = f"{100 * ours['share_of_peak']:.0f} %{' of a copy' * (ours['nearest_peak'] == 'memory')}"
-            out.append(f"| {what} | {size} | {_number(ours['median_ms'])} | " + " | ".join(cells) + f" | {share} |")
-    return out
+            rows.append([what, size, _number(ours["median_ms"]), *cells, share])
+    return table("|size|ours, ms|loop|vmap|compiled|stacked|others|share of peak".split("|"), rows)
 
 
 def target_table(record: Record) -> list[str]:
@@ -183,14 +180,8 @@ def target_table(record: Record) -> list[str]:
             line(f"{tasks} heads in 3 steps: at least {wanted:g} times {other}", ratio, wanted, " times")
     for what, fewer, more in LINEAR:
         few, many = record.per_work(what, fewer, "ours"), record.per_work(what, more, "ours")
-        cost = many / few if few and many else None
-        line(
-            f"{what}: a task of {more} costs at most {LINEAR_WITHIN:g} times one of {fewer}",
-            cost,
-            LINEAR_WITHIN,
-            " times",
-            higher=False,
-        )
+        text = f"{what}: a task of {more} costs at most {LINEAR_WITHIN:g} times one of {fewer}"
+        line(text, many / few if few and many else None, LINEAR_WITHIN, " times", higher=False)
     return out
 
 
@@ -223,7 +214,7 @@ def short(record: Record) -> str:
 
 def whole(record: Record) -> str:
     """The section of docs/performance.md: everything."""
-    out = [_head(record, "../"), "", *speed_table(record), "", *target_table(record)]
+    out = [_head(record, "../"), "", *speed_table(record), *target_table(record)]
     job = record.get("main job", "glyphs", "ours")
     if job:
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in job["stages"].items())

@@ -63,10 +63,8 @@ def test_whole_networks(benchmark, measure, provider, size):
     tasks = int(size.split()[0])
     if provider == "loop" and tasks > LOOP_TASKS:
         pytest.skip(f"timed at {LOOP_TASKS} tasks: linear in tasks")
-    family, recipe = (
-        WaveFamily(WaveOptions()),
-        PrepareConfig(steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0),
-    )
+    family = WaveFamily(WaveOptions())
+    recipe = PrepareConfig(steps=90, learning_rate=0.01, rho=0.0, weight_decay=0.0, start_std=0.0)
     data = family.tasks("train", 0, tasks, 0).train
     expected = loop_over_networks(family, {name: value[:2] for name, value in data.items()}, recipe)
     runs = {
@@ -74,9 +72,8 @@ def test_whole_networks(benchmark, measure, provider, size):
         "ours": lambda: family.trajectories(data, recipe, 1, torch.Generator(), Backend())[:, -1],
     }
     check = P.close_to(expected, 2e-2)
-    operations = (
-        3 * 2 * 2 * 32 * 100 * recipe.steps * tasks
-    )  # forward and both products of the backward, two layers of 32 x 1
+    # forward and both products of the backward, two layers of 32 x 1
+    operations = 3 * 2 * 2 * 32 * 100 * recipe.steps * tasks
     work = Work(4 * 10 * family.layout.mask.numel() * recipe.steps * tasks, operations)
     measure(
         runs[provider],

@@ -12,18 +12,10 @@ import mcdi_fast
 MORE = {
     "mcdi_fast.weights": ["LayoutEntry"],
     "mcdi_fast.normalizer": ["Normalizer"],
-    "mcdi_fast.diffusion": [
-        "Schedule",
-        "Objective",
-        "make_objective",
-        "residual_tables",
-        "noising",
-        "consistency_loss",
-        "sampling_steps",
-        "sampler_coefficients",
-        "make_inner_batch",
-        "InnerBatch",
-    ],
+    "mcdi_fast.diffusion": (
+        "Schedule Objective make_objective residual_tables noising consistency_loss sampling_steps sampler_coefficients "
+        "make_inner_batch InnerBatch"
+    ).split(),
     "mcdi_fast.inner": ["inner_loop"],
     "mcdi_fast.align": ["align"],
     "mcdi_fast.optim": ["trajectory"],

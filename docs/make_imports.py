@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +36,6 @@ def main() -> None:
         rows.setdefault(level[name], []).append(name)
     place = {name: ((i + 0.5) / len(row), n) for n, row in rows.items() for i, name in enumerate(row)}
     figure = Figure(figsize=(17, 0.72 * len(rows) + 1), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     for name, others in graph.items():
         for other in others:

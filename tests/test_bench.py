@@ -65,25 +65,14 @@ def test_operations_of_a_meta_step_by_hand():
 
 def row(what, size, provider, median, work=1, **more):
     shares = {"share_of_peak": 0.5, "nearest_peak": "arithmetic", "device": "cpu"}
-    info = {
-        "what": what,
-        "size": size,
-        "provider": provider,
-        "work": work,
-        "median_ms": median,
-        "p20_ms": median,
-        "p80_ms": median,
-    }
-    return {"extra_info": info | shares | more}
+    info = {"what": what, "size": size, "provider": provider, "work": work}
+    times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), median)
+    return {"extra_info": info | times | shares | more}
 
 
 def test_report_from_a_record(tmp_path):
     machine = {"processor": "CPU", "threads": 2, "torch": "2", "git": "abc", "device": "cpu"}
-    rows = [
-        row("meta-step", "32x16", "ours", 10.0),
-        row("meta-step", "32x16", "vmap", 25.0),
-        row("meta-step", "32x16", "loop", 50.0),
-    ]
+    rows = [row("meta-step", "32x16", name, ms) for name, ms in {"ours": 10.0, "vmap": 25.0, "loop": 50.0}.items()]
     rows += [row("preparation", "500 tasks", "ours", 100.0, 500), row("preparation", "8 tasks", "loop", 64.0, 8)]
     rows += [row("sampling", "1 tasks", name, ms) for name, ms in {"3 steps": 0.2, "fine-tuning": 10.0}.items()]
     for size, ms in {"8x16": 3.0, "128x16": 40.0}.items():
@@ -91,12 +80,8 @@ def test_report_from_a_record(tmp_path):
             row("meta-step", size, name, ms * times)
             for name, times in {"ours": 1, "vmap": 1.01, "stacked": 1.02}.items()
         ]
-    record = {
-        "format": 2,
-        "machine_info": machine,
-        "peak": {"gflop_per_s": 100.0, "gb_per_s": 10.0},
-        "benchmarks": rows,
-    }
+    peak = {"gflop_per_s": 100.0, "gb_per_s": 10.0}
+    record = {"format": 2, "machine_info": machine, "peak": peak, "benchmarks": rows}
     (tmp_path / "2026-01-02-cpu.json").write_text(json.dumps(record))
     (tmp_path / "2026-01-01-cpu.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
     (found,) = report.records(tmp_path)

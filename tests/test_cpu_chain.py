@@ -150,7 +150,15 @@ def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_tasks_of_one_row_and_those_of_large_matrices_too(tokens, poisoned, monkeypatch):
     """Where rows are alike: these are together wherever they are not."""
-    sizes = (3, 118), (3, 48), (70, 24), (94, 24), (118, 24), (118, 70), (24, 70)  # of the condition's matrices and a step's
+    sizes = (
+        (3, 118),
+        (3, 48),
+        (70, 24),
+        (94, 24),
+        (118, 24),
+        (118, 70),
+        (24, 70),
+    )  # of the condition's matrices and a step's
     if not all(cpu_chain.rows_alike(k, n, step, 80) for k, n in sizes for step in {1, tokens}):
         pytest.skip("this BLAS rounds a row as the number of rows has it")
     monkeypatch.setattr(cpu_chain, "_IN_CACHE", 0)

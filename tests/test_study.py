@@ -62,18 +62,7 @@ def _timeless(value):
 
 
 def test_every_part_and_a_second_call_changes_nothing(options, tmp_path, capsys, monkeypatch):
-    parts = [
-        "--variants",
-        "sam-augment",
-        "plain",
-        "--segment-numbers",
-        "1",
-        "3",
-        "--changes",
-        "default",
-        "M-30",
-        "no-skip",
-    ]
+    parts = "--variants sam-augment plain --segment-numbers 1 3 --changes default M-30 no-skip".split()
     assert command.main([*SMALL, *parts, *options]) == 0
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
@@ -438,13 +427,8 @@ def test_older_records_are_read_under_todays_names(tmp_path):
     path = tmp_path / "old.json"
     made = cell("mc-di")
     made["cell"]["change"] = "inner-rate-0.02"
-    config = {
-        "meta": {"inner_rate": 0.02, "steps": 7},
-        "queries": 9,
-        "backbone": {"views": 3},
-        "prepare": {"copies": 2},
-    }
-    config |= {"evaluate": {"finetune_steps": 50}}
+    config = {"meta": {"inner_rate": 0.02, "steps": 7}, "queries": 9, "backbone": {"views": 3}}
+    config |= {"prepare": {"copies": 2}, "evaluate": {"finetune_steps": 50}}
     store.write_json(path, record(config=config, cells=[made]))
     found = read_record(path)
     assert found["cells"][0]["cell"]["change"] == "inner-lr-0.02"
