@@ -121,6 +121,13 @@ def best_of(options: Mapping[str, Sequence[Any]], score: Callable[..., Tensor]) 
     return max(every, key=lambda one: float(score(**one).mean()))
 
 
+def chosen(
+    name: str, options: Mapping[str, Sequence[Any]], score: Callable[..., Tensor], known: dict[str, Any]
+) -> dict[str, Any]:
+    """Of a method: the options that its row in known has, or the best ones."""
+    return {key: known[name][key] for key in options} if name in known else best_of(options, score)
+
+
 def frozen_family(config: TrainConfig[LoraOptions], setup: Setup, rank: int) -> LoraFamily:
     """The same texts and tasks from the frozen model: peft's beginning, and a ridge head on frozen features."""
     family = find_family("glue").family(replace(config.task, rank=rank, start_steps=0), setup)
@@ -173,7 +180,7 @@ def methods_on_frozen(
             tasks = seen_by(family(rank), judges)
             return family(rank).scores(adapt(tasks, rank=rank, **options), tasks.query)
 
-        best = {key: known[name][key] for key in options} if name in known else best_of(options, score)
+        best = chosen(name, options, score, known)
         made[name] = Method(family(best["rank"]), partial(adapt, **best), best)
     return made
 
@@ -188,8 +195,7 @@ def from_base(family: LoraFamily, validation: TaskBatch, known: dict[str, Any]) 
         tasks = validation[:_GRADIENT_VALIDATION]
         return family.scores(adapt(tasks, **options), tasks.query)
 
-    options, name = {"steps": _STEPS, "lr": _BASE_RATES}, "Adam from the base"
-    best = {key: known[name][key] for key in options} if name in known else best_of(options, score)
+    best = chosen("Adam from the base", {"steps": _STEPS, "lr": _BASE_RATES}, score, known)
     return Method(family, partial(adapt, **best), best)
 
 
@@ -233,8 +239,9 @@ def one_part(
     if title == "Mv-Di":  # as published: from one level of noise, which every step adds again
         keep("OCD", family.scores(generate(sampler, test, seed, eta_noise=1.0), test.query))
     if title == "Mc-Di":
-        for name, adapt in (family.baselines() | bank_methods(bank, sampler)).items():
-            keep_weights(name, adapt)
+        fixed = family.baselines() | bank_methods(bank, sampler)
+        for name in ("base", "nearest-prototype", "bank-mean", "nearest-task"):  # the others' options are chosen below
+            keep_weights(name, fixed[name])
         score, found = sentence_ridge(family, validation)
         keep("ridge, sentence features", score(test), **found)
         if task.new_classes:
