@@ -31,8 +31,11 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 PRECISIONS = ("ieee", "tf32", "bf16")
 
 DEFAULT_PRECISION: Precision = "tf32"
-"""Of what is called from outside kernels/. Measured on Omniglot (docs/choices.md): as accurate as float32 to a hundredth of a percent, and the
-coarser bf16 likewise; of the two tensor-core precisions tf32 is the one that keeps tensors float32 and costs three digits less."""
+"""How float32 are multiplied. ieee: as float32. tf32: on a GPU as tensor cores take them, with 11 bits; compiled code on a CPU with tile units as the
+sum of two bfloat16, with 16 bits (cpu_tiles.py), elsewhere on a CPU as ieee. bf16: on a GPU with 8 bits, on a CPU as tf32. Sums are float32.
+
+The default of what is called from outside kernels/. Measured on Omniglot (docs/choices.md): as accurate as float32 to a hundredth of a percent, and
+the coarser bf16 likewise; of the two tensor-core precisions tf32 is the one that keeps tensors float32 and costs three digits less."""
 
 OLDEST_CUDA = (8, 0)  # tf32 and bf16 products; the oldest target the kernels are compiled for ahead of time
 
@@ -44,7 +47,7 @@ class Backend(NamedTuple):
     kernels: bool = False
     """Whether the Triton kernels run; torch otherwise."""
     precision: Precision = DEFAULT_PRECISION
-    """Of the kernels' products."""
+    """Of products (`DEFAULT_PRECISION`)."""
     compiled: bool = True
     """Whether code compiled by numba may run on a CPU, where it is installed."""
 

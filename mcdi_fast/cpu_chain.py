@@ -4,16 +4,17 @@ Products are torch's own sgemm (cpu_core.py), and all of a task stays in a core'
 products of up to `_ROWS` rows, but do not meet: each one's result is the same to the bit whatever the others and the threads are. For a BLAS
 gives a row the same bits in a product of any number of rows from two on; one row alone is another routine, so none is left alone.
 `rows_alike` tries that for the very sizes. Where it does not hold tasks come one after the other, if their matrices fit the cache; if
-they do not, results depend on the batch to rounding.
+they do not, results depend on the batch to rounding. Where the processor has tile units and `precision` allows for them, products are theirs
+(cpu_tiles.py), of whose rows none hears of another.
 
-The first call on a machine compiles, for five seconds; numba keeps the result beside this file or in the user's cache. Change this
-file with cpu_core.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
+The first call on a machine compiles, for some seconds; numba keeps the result beside this file or in the user's cache. Change this file with
+cpu_core.py, cpu_tiles.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, exp, lines, product, take
+from mcdi_fast import cpu_tiles
+from mcdi_fast.backend import DEFAULT_PRECISION
+from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, lines, product, take, take_lines
 from mcdi_fast.cpu_noise import SCRATCH, draw
 
 if TYPE_CHECKING:
@@ -89,6 +92,16 @@ def _advance(columns, net, bias, told, mask, tokens, coefficients):
             x[j] = keep * x[j] + m[j] * (skip * x[j] + scale * (n[j] + b[j]))
 
 
+@njit
+def _times(a, number, table, matrices, out, space):
+    """out = a times a matrix: on tile units where there is a workspace for them; then the matrices are packed."""
+    k, n, start = table[number]
+    if len(space):
+        cpu_tiles.times(a, matrices[start:], out, False, space)
+    else:
+        product(a, take_lines(matrices[start:], k, n)[0], out, 1, 0)
+
+
 @compiled
 def _sample(
     keys,
@@ -97,28 +110,24 @@ def _sample(
     mask,
     of_condition,
     of_weights,
-    by_token,
-    by_mean,
-    hidden,
-    into_h,
-    last,
+    table,
+    matrices,
     step_rows,
     steps,
     coefficients,
     together,
     memory,
+    space,
     weights,
 ):
     """weights [B, N, D] of tasks, so many together, from seeds [B] and raw conditions [B, N, C].
 
     position: [N, P] or [1, 0]. mask: [N or 1, D], 0 where a token is padded. of_condition, of_weights: mean and deviation [2, N or 1, C or D].
-    The matrices: of `PackedChain`, their rows filled up. step_rows: [L, T, H]. steps [J], coefficients [J, 3]: of `diffusion.chain_table`.
+    table, matrices: of `PackedChain`. step_rows: [L, T, H]. steps [J], coefficients [J, 3]: of `diffusion.chain_table`.
     """
     _, tokens, d = weights.shape
-    (depth, _, h), told = step_rows.shape, by_token.shape[0]
+    (depth, _, h), told = step_rows.shape, table[0, 0]
     units = depth * h
-    by_token, by_mean, hidden = by_token[:, : units + d], by_mean[:, :units], hidden[:, :h]
-    into_h, last = into_h[:, :h], last[:, :d]
     for first in range(0, len(weights), together):
         tasks = min(together, len(weights) - first)
         some, rows = max(tasks, 2), max(tasks * tokens, 2)
@@ -141,32 +150,32 @@ def _sample(
                 row, drawn, m = columns[at + i], x[i], mask[i % len(mask)]
                 for j in range(d):
                     row[j] = drawn[j] * m[j]
-        product(condition, by_token, bias, 1, 0)
+        _times(condition, 0, table, matrices, bias, space)
         if tokens > 1:
             _mean(condition, 0, told, mean[:tasks])
-            product(mean[:, :told], by_mean, shared, 1, 0)
+            _times(mean[:, :told], 1, table, matrices, shared, space)
             for i in range(rows):
                 row, of_task = bias[i], shared[i // tokens]
                 for j in range(units):
                     row[j] += of_task[j]
         for s in range(len(steps)):
-            at, before, width = 0, 0, d
+            before, width, number = 0, d, 2
             for layer in range(depth):
-                product(columns[:, :width], hidden[at : at + width], columns[:, width : width + h], 1, 0)
-                at += width
+                _times(columns[:, :width], number, table, matrices, columns[:, width : width + h], space)
+                number += 1
                 if tokens > 1:
                     _mean(columns, before, width, mean[:tasks])
-                    product(mean[:, :width], hidden[at : at + width], own, 1, 0)
-                    at += width
+                    _times(mean[:, :width], number, table, matrices, own, space)
+                    number += 1
                 else:
                     own[:] = 0
                 _silu(columns, width, bias, layer * h, own[: rows // tokens], step_rows[layer, steps[s]])
                 before, width = width, width + h
-            if len(into_h):
-                product(columns, into_h, narrow, 1, 0)
-                product(narrow, last, net, 1, 0)
+            if number + 1 < len(table):
+                _times(columns, number, table, matrices, narrow, space)
+                _times(narrow, number + 1, table, matrices, net, space)
             else:
-                product(columns, last, net, 1, 0)
+                _times(columns, number, table, matrices, net, space)
             _advance(columns, net, bias, units, mask, tokens, coefficients[s])
         for i in range(tasks * tokens):
             row, done, alike = columns[i], weights[first + i // tokens, i % tokens], i % tokens % of_weights.shape[1]
@@ -199,13 +208,26 @@ def rows_alike(k: int, n: int, step: int, rows: int) -> bool:
     return not by_threads(lambda first, end: _differ(*given), 1)[0]  # on one thread, as a share is
 
 
-def _by_lines(matrices: list[Tensor]) -> np.ndarray:
-    """Matrices of one width below each other, each row from a cache line on, with zeros behind it."""
-    rows = np.concatenate([matrix.numpy() for matrix in matrices])
-    count, width = rows.shape
-    found = aligned(count * lines(width)).reshape(count, lines(width))
-    found[:, :width], found[:, width:] = rows, 0
-    return found
+@compiled
+def _lay_out(matrix, out, space):
+    """A matrix to rows that each begin a cache line, or to panels."""
+    if len(space):
+        cpu_tiles.pack(matrix.T, 1, False, out, space)
+    else:
+        copy(matrix, take_lines(out, *matrix.shape)[0])
+
+
+class _Plan(NamedTuple):
+    table: np.ndarray
+    matrices: np.ndarray
+    together: int
+    """Tasks."""
+    work: int
+    """Multiplications of a task in a step."""
+    scratch: int
+    """float32 a task."""
+    left: int
+    """float32 of a packed factor."""
 
 
 class PackedChain:
@@ -214,57 +236,61 @@ class PackedChain:
     A view would not do: torch moves a tensor's memory when the tensor is sent to another process, and frees the old.
     """
 
-    def __init__(self, generator: WeightGenerator, mask: Tensor | None):
-        """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is."""
+    def __init__(self, generator: WeightGenerator, mask: Tensor | None, precision: str = DEFAULT_PRECISION):
+        """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is. precision: "ieee" for sgemm alone."""
         self._folded = folded = generator.folded()
         normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]
         mask = torch.ones(1, folded.token_width, dtype=torch.float32, device="cpu") if mask is None else mask
         given = generator.layout.position(), mask, *normalizers
         self._given = tuple(np.array(tensor.numpy(), order="C") for tensor in given)
         self._step_rows = np.array(torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy())
-        self._matrices: dict[bool, tuple[np.ndarray, ...]] = {}
-        self._plans: dict[int, tuple[tuple[np.ndarray, ...], int, int, int]] = {}
+        self._tiles = cpu_tiles.available and precision != "ieee"
+        self._matrices: dict[bool, tuple[np.ndarray, np.ndarray]] = {}
+        self._plans: dict[int, _Plan] = {}
 
-    def _matrices_of(self, alone: bool) -> tuple[np.ndarray, ...]:
-        """by_token, by_mean, hidden (each block's token and sample), into_h (no rows where `last` is one matrix) and last.
+    def _matrices_of(self, alone: bool) -> tuple[np.ndarray, np.ndarray]:
+        """A table of in, out and start of each matrix, and the matrices: by token and by mean, each block's token and sample, and `last`.
 
         A token that is alone is its own mean: it needs the sums of what is by token and by mean.
         """
         if alone not in self._matrices:
-            folded, (*into_h, last) = self._folded, self._folded.last
+            folded = self._folded
             by_token, by_mean = folded.condition_token, folded.condition_mean
-            pairs = zip(folded.token, folded.sample, strict=True)
+            pairs = list(zip(folded.token, folded.sample, strict=True))
             if alone:
                 by_token, by_mean = by_token + F.pad(by_mean, (0, folded.token_width)), by_mean[:0]
                 hidden = [token + sample for token, sample in pairs]
             else:
                 hidden = [matrix for pair in pairs for matrix in pair]
-            parts = [by_token], [by_mean], hidden, into_h or [hidden[0][:0]], [last]
-            self._matrices[alone] = tuple(_by_lines(part) for part in parts)
+            matrices = [matrix.contiguous().numpy() for matrix in (by_token, by_mean, *hidden, *folded.last)]
+            sizes = [cpu_tiles.packed(*m.shape) if self._tiles else len(m) * lines(m.shape[1]) for m in matrices]
+            ends = np.cumsum(sizes)
+            table = np.array([(*m.shape, end - size) for m, size, end in zip(matrices, sizes, ends, strict=True)])
+            flat, space = aligned(ends[-1]), cpu_tiles.workspace(0) if self._tiles else aligned(0)
+            for matrix, size, end in zip(matrices, sizes, ends, strict=True):
+                _lay_out(matrix, flat[end - size : end], space)
+            self._matrices[alone] = table, flat
         return self._matrices[alone]
 
-    def _plan(self, tokens: int) -> tuple[tuple[np.ndarray, ...], int, int, int]:
-        """Of tasks of so many tokens: the matrices, tasks together, multiplications of a task in a step, float32 of scratch a task."""
+    def _plan(self, tokens: int) -> _Plan:
+        """Of tasks of so many tokens."""
         if tokens not in self._plans:
-            matrices = self._matrices_of(tokens == 1)
-            a_step = sum(matrix.size for matrix in matrices[2:])
-            told, (depth, _, h), d = len(matrices[0]), self._step_rows.shape, self._folded.token_width
+            table, flat = self._matrices_of(tokens == 1)
+            fan_in, fan_out, _ = table.T
+            a_step = int((fan_in * fan_out)[2:].sum())
+            told, (depth, _, h), d = int(fan_in[0]), self._step_rows.shape, self._folded.token_width
             columns = depth * h + d
             sizes = *(tokens * n for n in (told, columns, columns, d, h)), max(columns, told), depth * h, h
             together = max(1, _ROWS // tokens)
-            if tokens > 1 and max(a_step, matrices[0].size) <= _IN_CACHE:
-                inputs = [d + layer * h for layer in range(depth)]
-                of_rows = (
-                    (told, depth * h + d),
-                    *((k, h) for k in inputs),
-                    (columns, h if len(matrices[3]) else d),
-                    (h, d),
-                )
-                of_means = (told, depth * h), *((k, h) for k in inputs)
-                alike = all(rows_alike(*one, tokens, together * tokens) for one in of_rows)
-                if not (alike and all(rows_alike(*one, 1, together) for one in of_means)):
-                    together = 1
-            self._plans[tokens] = matrices, together, tokens * a_step, sum(map(lines, sizes))
+            if not self._tiles and tokens > 1 and max(a_step, told * columns) <= _IN_CACHE:
+                shapes = [(int(k), int(n)) for k, n in zip(fan_in, fan_out, strict=True)]
+                of_means = [1, *range(3, 2 + 2 * depth, 2)]
+                for number, shape in enumerate(shapes):
+                    step = 1 if number in of_means else tokens
+                    if not rows_alike(*shape, step, together * step):
+                        together = 1
+            left = cpu_tiles.packed(together * tokens, max(fan_in)) if self._tiles else 0
+            self._plans[tokens] = _Plan(table, flat, together, tokens * a_step, sum(map(lines, sizes)), left)
         return self._plans[tokens]
 
     def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
@@ -279,14 +305,15 @@ class PackedChain:
         else:
             keys = np.array(seeds, np.uint64)
         tasks, tokens, _ = condition.shape
-        d, (matrices, together, work, scratch) = self._folded.token_width, self._plan(tokens)
+        d, plan = self._folded.token_width, self._plan(tokens)
         weights, given = aligned(tasks * tokens * d).reshape(tasks, tokens, d), condition.detach().contiguous().numpy()
-        constants = *self._given, *matrices, self._step_rows, steps.numpy(), coefficients.numpy()
+        constants = *self._given, plan.table, plan.matrices, self._step_rows, steps.numpy(), coefficients.numpy()
 
         def some(first: int, end: int) -> None:
-            many = max(2, min(together, end - first))
-            memory = aligned(many * scratch + SCRATCH)
-            _sample(keys[first:end], given[first:end], *constants, many, memory, weights[first:end])
+            many = max(2, min(plan.together, end - first))
+            memory = aligned(many * plan.scratch + SCRATCH)
+            space = cpu_tiles.workspace(plan.left) if self._tiles else aligned(0)
+            _sample(keys[first:end], given[first:end], *constants, many, memory, space, weights[first:end])
 
-        by_threads(some, tasks, 1 + _WORTH // (len(steps) * work))
+        by_threads(some, tasks, 1 + _WORTH // (len(steps) * plan.work))
         return torch.from_numpy(weights)

@@ -5,7 +5,10 @@ stays in a core's cache. By torch's operations a step is some hundreds of calls 
 map are those of inner.py: rows of the earlier steps, or a weight of the task's own. A thread takes a share of the tasks. They do not meet but in
 delta.
 
-The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py, whose functions it compiles in.
+Where the processor has tile units and `precision` allows for them, products are theirs (cpu_tiles.py); phi is packed once a call.
+
+The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py and cpu_tiles.py, whose functions it
+compiles in.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from mcdi_fast import cpu_tiles
+from mcdi_fast.backend import DEFAULT_PRECISION
 from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, lines, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
@@ -29,7 +34,7 @@ _f32 = np.float32
 _FEW_ROWS = 160
 
 # columns of a plan, a row a map; in and out, and their rows, are told apart by a side
-_IN, _OUT, _ROWS, _OWN, _PHI, _INPUTS, _GRADIENTS, _WEIGHT = range(8)
+_IN, _OUT, _ROWS, _OWN, _PHI, _INPUTS, _GRADIENTS, _WEIGHT, _PANELS = range(9)
 _INTO, _OUT_OF = range(2)  # the sides: what goes into a map, gradients of what comes out of it
 
 
@@ -40,43 +45,78 @@ def _matrix(flat, at, rows, columns):
 
 @njit
 def _rows(p, side, rows, tasks, r):
-    """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of all steps follow each other."""
+    """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of all steps follow each other, if they are kept."""
     count, width = tasks * p[_ROWS], p[_IN + side]
-    return _matrix(rows, p[_INPUTS + side] + r * count * width, count, width)
+    return _matrix(rows, p[_INPUTS + side] + (0 if p[_OWN] else r * count * width), count, width)
 
 
 @njit
-def _times(a, weight, side, out, beta):
-    """out = a weight + beta out, or with the weight transposed for gradients, which go back."""
-    if side == _INTO:
-        product(a, weight, out, _f32(1), beta)
+def _product(a, b, out, alpha, add, space):
+    """out = alpha a b (+ out), on tile units where there is a workspace for them and they are quicker."""
+    if len(space) and cpu_tiles.worth(len(a), *b.shape):
+        cpu_tiles.product(a, b, out, alpha, add, space)
     else:
-        product(a, weight.T, out, _f32(1), beta)
+        product(a, b, out, alpha, _f32(1 if add else 0))
 
 
 @njit
-def _through(p, side, phi, rows, own, scores, tasks, r, rate, out, beta):
-    """out = the rows on a side of the map in step r, times each task's weights, + beta out: what comes out, or the gradient of what went in."""
+def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out, add):
+    """out = the rows on a side of the map in step r, times each task's weights (+ out): what comes out, or the gradient of what went in."""
     now = _rows(p, side, rows, tasks, r)
-    if p[_OWN]:
+    if p[_OWN] and r:  # the first step is phi's
         for t in range(tasks):
             mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-            _times(now[mine], _weight(p, own, t), side, out[mine], beta)
+            weight = _weight(p, own, t)
+            if side == _INTO:
+                _product(now[mine], weight, out[mine], _f32(1), add, space)
+            else:
+                _product(now[mine], weight.T, out[mine], _f32(1), add, space)
         return
-    _times(now, _matrix(phi, p[_PHI], p[_IN], p[_OUT]), side, out, beta)
+    weight = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
+    if len(space):
+        cpu_tiles.times(now, panels[p[_PANELS + side] :], out, add, space)
+    elif side == _INTO:
+        product(now, weight, out, _f32(1), _f32(1 if add else 0))
+    else:
+        product(now, weight.T, out, _f32(1), _f32(1 if add else 0))
     for before in range(r):
         then, other = _rows(p, side, rows, tasks, before), _rows(p, 1 - side, rows, tasks, before)
-        _low_rank(p, scores, tasks, rate, now, then, other, out)
+        _low_rank(p, scores, space, tasks, rate, now, then, other, out)
 
 
 @njit
-def _low_rank(p, scores, tasks, rate, now, before, values, out):
+def _low_rank(p, scores, space, tasks, rate, now, before, values, out):
     """out -= rate (now before') values, of each task by itself."""
     s = _matrix(scores, 0, p[_ROWS], p[_ROWS])
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-        product(now[mine], before[mine].T, s, _f32(1), _f32(0))
-        product(s, values[mine], out[mine], -rate, _f32(1))
+        _product(now[mine], before[mine].T, s, _f32(1), False, space)
+        _product(s, values[mine], out[mine], -rate, True, space)
+
+
+@njit
+def _learn(p, phi, rows, own, space, tasks, r, rate, share, last, update, delta):
+    """The SGD step of tasks that keep a weight each; share of it is added to delta. Nobody reads the weights after the last step."""
+    a, e = _rows(p, _INTO, rows, tasks, r), _rows(p, _OUT_OF, rows, tasks, r)
+    whole = _matrix(delta, p[_PHI], p[_IN], p[_OUT])
+    step = _matrix(update, 0, p[_IN], p[_OUT])
+    for t in range(tasks):
+        mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
+        if last:
+            _product(a[mine].T, e[mine], whole, -rate * share, True, space)
+        else:
+            _product(a[mine].T, e[mine], step, -rate, False, space)
+            weight = _weight(p, own, t)
+            _add_step(weight if r else _matrix(phi, p[_PHI], p[_IN], p[_OUT]), step, share, weight, whole)
+
+
+@njit(**FAST)
+def _add_step(before, step, share, weight, delta):
+    for i in range(len(step)):
+        b, s, w, d = before[i], step[i], weight[i], delta[i]
+        for j in range(len(s)):
+            w[j] = b[j] + s[j]
+            d[j] += share * s[j]
 
 
 @njit
@@ -129,7 +169,7 @@ def _silu(before, out, slope):
             d[j] = share + o[j] * (_f32(1) - share)
 
 
-@njit(**FAST)
+@njit(**(FAST | {"fastmath": {"contract", "reassoc"}}))  # so that the sum fills vector registers
 def _errors(net, target, mask, gain, scale, out):
     """out = the gradient of the loss with respect to net [S N, D]; returns the sum of squared errors. target [S, N, D], mask [N, D], gain [S]."""
     total = np.float64(0)
@@ -147,13 +187,39 @@ def _errors(net, target, mask, gain, scale, out):
 
 
 @compiled
-def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, rows, own, scratch, losses, delta):
+def _run(
+    plan,
+    phi,
+    x,
+    step,
+    condition,
+    gain,
+    target,
+    mask,
+    sizes,
+    rate,
+    chunk,
+    rows,
+    own,
+    scratch,
+    panels,
+    space,
+    losses,
+    delta,
+):
     """losses [B, K] and delta [P], of the tasks of x [B, K, S, N, D]. sizes: width, depth, real entries, all tasks."""
     count, inner, samples, tokens, d = x.shape
     width, depth, real, every = sizes
-    scale, zero, one, share = _f32(2.0 / (samples * real)), _f32(0), _f32(1), _f32(1.0 / tokens)
+    scale, one, share = _f32(2.0 / (samples * real)), _f32(1), _f32(1.0 / tokens)
+    each = _f32(1.0 / every)
+    delta[:] = 0
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
     fan_sample = plan[3][_IN]
+    if len(space):
+        for p in plan:
+            weight = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
+            cpu_tiles.pack(weight.T, one, False, panels[p[_PANELS + _INTO] :], space)
+            cpu_tiles.pack(weight, one, False, panels[p[_PANELS + _OUT_OF] :], space)
     for begin in range(0, count, chunk):
         tasks = min(chunk, count - begin)
         some = tasks * samples * tokens
@@ -163,19 +229,16 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
         told, rest = take(rest, tasks * tokens, width)
         per_sample, rest = take(rest, tasks * samples, width)
         into_sample, rest = take(rest, tasks * samples, fan_sample)
-        net, scores = take(rest, some, d)
-        for p in plan:
-            if p[_OWN]:
-                for t in range(tasks):
-                    copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), _weight(p, own, t))
+        net, rest = take(rest, some, d)
+        scores = update = rest  # a map has one or the other
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
                 copy(x[begin + t, r].reshape(size, d), _rows(of_x, _INTO, rows, tasks, r)[t * size : (t + 1) * size])
                 copy(condition[begin + t], _rows(of_c, _INTO, rows, tasks, r)[t * tokens : (t + 1) * tokens])
             h = _rows(plan[2], _INTO, rows, tasks, r)
-            _through(of_x, _INTO, phi, rows, own, scores, tasks, r, rate, h, zero)
-            _through(of_c, _INTO, phi, rows, own, scores, tasks, r, rate, told, zero)
+            _through(of_x, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, h, False)
+            _through(of_c, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, told, False)
             for i in range(tasks * samples):
                 t = i // samples
                 _add_each(told[t * tokens : (t + 1) * tokens], 1, one, h[i * tokens : (i + 1) * tokens])
@@ -187,31 +250,31 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                     for j in range(width, fan_sample):
                         mean[i, j] = 0
                     mean[i, width + step[begin + i // samples, r, i % samples]] = 1
-                _through(of_token, _INTO, phi, rows, own, scores, tasks, r, rate, before, zero)
-                _through(of_sample, _INTO, phi, rows, own, scores, tasks, r, rate, per_sample, zero)
+                _through(of_token, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, before, False)
+                _through(of_sample, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, per_sample, False)
                 _add_each(per_sample, tokens, one, before)
                 _silu(before, _rows(of_u, _INTO, rows, tasks, r), slopes[layer * some : (layer + 1) * some])
                 then = _rows(plan[5 + 3 * layer], _INTO, rows, tasks, r)
                 copy(h, then)
-                _through(of_u, _INTO, phi, rows, own, scores, tasks, r, rate, then, one)
+                _through(of_u, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, then, True)
                 h = then
-            _through(of_net, _INTO, phi, rows, own, scores, tasks, r, rate, net, zero)
+            _through(of_net, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, net, False)
             for t in range(tasks):
                 b, mine = begin + t, slice(t * samples * tokens, (t + 1) * samples * tokens)
                 errors = _rows(of_net, _OUT_OF, rows, tasks, r)[mine]
                 losses[b, r] = _errors(net[mine], target[b, r], mask, gain[b, r], scale, errors) / (samples * real)
             g = _rows(plan[-2], _OUT_OF, rows, tasks, r)
-            _through(of_net, _OUT_OF, phi, rows, own, scores, tasks, r, rate, g, zero)
+            _through(of_net, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, g, False)
             for layer in range(depth - 1, -1, -1):
                 of_token, of_sample, of_u = plan[2 + 3 * layer], plan[3 + 3 * layer], plan[4 + 3 * layer]
-                _through(of_u, _OUT_OF, phi, rows, own, scores, tasks, r, rate, du, zero)
+                _through(of_u, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, du, False)
                 g_token = _rows(of_token, _OUT_OF, rows, tasks, r)
                 _multiply(du, slopes[layer * some : (layer + 1) * some], g_token)
                 _sum_tokens(g_token, tokens, one, _rows(of_sample, _OUT_OF, rows, tasks, r))
                 then = _rows(plan[1 + 3 * layer] if layer else of_x, _OUT_OF, rows, tasks, r)
                 copy(g, then)
-                _through(of_token, _OUT_OF, phi, rows, own, scores, tasks, r, rate, then, one)
-                _through(of_sample, _OUT_OF, phi, rows, own, scores, tasks, r, rate, into_sample, zero)
+                _through(of_token, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, then, True)
+                _through(of_sample, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, into_sample, False)
                 _add_each(into_sample, tokens, share, then)
                 g = then
             g_told = _rows(of_c, _OUT_OF, rows, tasks, r)
@@ -221,36 +284,40 @@ def _run(plan, phi, x, step, condition, gain, target, mask, sizes, rate, chunk, 
                     _add_each(mine, 1, one, g_told[t * tokens : (t + 1) * tokens])
                 else:
                     copy(mine, g_told[t * tokens : (t + 1) * tokens])
-            if r + 1 < inner:  # nobody reads the weights of the last step: delta comes from the rows
-                for p in plan:
-                    if p[_OWN]:
-                        a, e = _rows(p, _INTO, rows, tasks, r), _rows(p, _OUT_OF, rows, tasks, r)
-                        for t in range(tasks):
-                            mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-                            product(a[mine].T, e[mine], _weight(p, own, t), -rate, one)
+            for p in plan:
+                if p[_OWN]:
+                    _learn(p, phi, rows, own, space, tasks, r, rate, each, r + 1 == inner, update, delta)
         for p in plan:
-            a, e = _rows(p, _INTO, rows, inner * tasks, 0), _rows(p, _OUT_OF, rows, inner * tasks, 0)
-            whole = _matrix(delta, p[_PHI], p[_IN], p[_OUT])
-            product(a.T, e, whole, -rate / _f32(every), one if begin else zero)
+            if not p[_OWN]:
+                a, e = _rows(p, _INTO, rows, inner * tasks, 0), _rows(p, _OUT_OF, rows, inner * tasks, 0)
+                _product(a.T, e, _matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
 
 
 @torch.no_grad()
-def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Sequence[Form]) -> tuple[Parameters, Tensor]:
+def inner_loop(
+    phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Sequence[Form], precision: str = DEFAULT_PRECISION
+) -> tuple[Parameters, Tensor]:
     """`inner.inner_loop` in float32 on a CPU, on as many threads as torch has.
 
-    forms: of each map of phi, in its order.
+    forms: of each map of phi, in its order. precision: "ieee" for sgemm alone.
     """
     b, k, s, n, d = batch.x.shape
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     chunk = max(1, _FEW_ROWS // (s * n))
-    plan, held, weights, size = np.zeros((len(phi), 8), np.int64), 0, 0, 0
+    tiles = cpu_tiles.available and precision != "ieee"
+    plan, held, weights, size, panels, space = np.zeros((len(phi), 10), np.int64), 0, 0, 0, 0, 0
     for row, value, (count, own) in zip(plan, phi.values(), forms, strict=True):
         fan_in, fan_out = value.shape
-        inputs, gradients = lines(chunk * k * count * fan_in), lines(chunk * k * count * fan_out)
-        row[:] = fan_in, fan_out, count, own, size, held, held + inputs, weights
+        every = chunk * count * (1 if own else k)  # rows that are kept
+        inputs, gradients = lines(every * fan_in), lines(every * fan_out)
+        into, out_of = (cpu_tiles.packed(*sides) for sides in ((fan_in, fan_out), (fan_out, fan_in)))
+        row[:] = fan_in, fan_out, count, own, size, held, held + inputs, weights, panels, panels + into
         held += inputs + gradients
         weights += lines(chunk * fan_in * fan_out) if own else 0
         size += fan_in * fan_out
+        panels += into + out_of
+        factors = (every, fan_in), (every, fan_out), (fan_in, fan_out), (count, count)
+        space = max(space, sum(cpu_tiles.packed(*sides) for sides in factors))
     rows = chunk * s * n
     blocks = [rows * width] * 2 + [
         depth * rows * width,
@@ -259,7 +326,7 @@ def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Seque
         chunk * s * len(phi["block0.sample"]),
         rows * d,
     ]
-    scratch = sum(map(lines, blocks)) + max(form.rows for form in forms) ** 2
+    scratch = sum(map(lines, blocks)) + max(*(form.rows**2 for form in forms), *(v.numel() for v in phi.values()))
     # by NumPy: behind a parallel operation of torch its threads spin for a while, on the cores that are wanted here
     flat = aligned(size)
     np.concatenate([value.numpy().ravel() for value in phi.values()], out=flat)
@@ -269,9 +336,9 @@ def inner_loop(phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Seque
 
     def run(first: int, end: int) -> np.ndarray:
         mine = [array[first:end] for array in arrays]
-        *space, delta = (aligned(count) for count in (held, weights, scratch, size))
+        *memory, delta = (aligned(count) for count in (held, weights, scratch, panels if tiles else 0, size))
         given = plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
-        _run(*given, *space, losses[first:end], delta)
+        _run(*given, *memory, cpu_tiles.workspace(space) if tiles else aligned(0), losses[first:end], delta)
         return delta
 
     first, *others = by_threads(run, b)

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from mcdi_fast.backend import numba_module
+from mcdi_fast.backend import DEFAULT_PRECISION, numba_module
 from mcdi_fast.denoiser import Parameters, denoise, depth_of, full_precision
 from mcdi_fast.diffusion import InnerBatch, mean_square
 from mcdi_fast.errors import McdiError
@@ -39,7 +39,12 @@ class Form(NamedTuple):
 
 @full_precision
 def inner_loop(
-    phi: Parameters, batch: InnerBatch, inner_lr: float, impl: str = "auto", stacked: bool | None = None
+    phi: Parameters,
+    batch: InnerBatch,
+    inner_lr: float,
+    impl: str = "auto",
+    stacked: bool | None = None,
+    precision: str = DEFAULT_PRECISION,
 ) -> tuple[Parameters, Tensor]:
     """Run every task's K SGD steps and return the Reptile difference. Computes in the dtype it is given, in `torch.autocast` too.
 
@@ -48,6 +53,7 @@ def inner_loop(
         impl: "auto", "torch", or one of `ORACLES`.
         stacked: for the first two, whether to keep per-task weights (True) or the low-rank form (False); None chooses for
             each linear map the cheaper (`stacked_is_cheaper`).
+        precision: of compiled code's products: "ieee", or "tf32" for those of tile units, where a processor has them (cpu_tiles.py).
 
     Returns:
         delta: mean over tasks of (phi_b - phi), a dict like phi (paper, algorithm 1: phi <- phi + zeta * delta).
@@ -71,7 +77,7 @@ def inner_loop(
     if impl == "auto" and batch.x.device.type == "cpu" and batch.x.dtype == torch.float32:
         code = numba_module("cpu_inner")
         if code:
-            return code.inner_loop(phi, batch, inner_lr, forms)
+            return code.inner_loop(phi, batch, inner_lr, forms, precision)
     return _fused(phi, batch, inner_lr, forms)
 
 

@@ -66,7 +66,7 @@ class MetaTrainer:
         Args:
             bank: of at least one task. Tasks appended to it later are not seen.
             diffusion, denoiser: defaults: those of `start`, else the defaults.
-            start: of `fit`. impl: backend.py, or one of `inner.ORACLES`. precision: of the kernels' products.
+            start: of `fit`. impl: backend.py, or one of `inner.ORACLES`. precision: of products (backend.py).
         """
         self.bank, self.precision, self.ranks = bank, precision, ranks
         self.device = check_device(device)
@@ -184,7 +184,9 @@ class MetaTrainer:
         if self._kernels is not None:
             loss = self._kernels.step(self.step)
         else:
-            delta, losses = inner_loop(self.phi, self.batch(self.step), self.meta.inner_lr, self.impl)
+            delta, losses = inner_loop(
+                self.phi, self.batch(self.step), self.meta.inner_lr, self.impl, precision=self.precision
+            )
             flat = torch.cat([value.flatten() for value in delta.values()])
             if self.ranks.size > 1:
                 flat, losses = self._sum(flat, losses)
@@ -400,7 +402,7 @@ def fit(
         progress: whether a bar is drawn; None: where tqdm is installed and stderr is a terminal.
         on_start: called once with the trainer (its `step` says where it starts). on_step: called after each outer step with its loss, a
             number on the device: reading it waits for the device.
-        device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products.
+        device: "cpu", "cuda" or "cuda:<number>". impl: "auto", "triton" or "torch" (backend.py). precision: of products (backend.py).
         ranks: the processes that share the work, each of which calls `fit` alike, on the same bank; rank 0 alone touches the checkpoint.
             The result is that of one process up to rounding.
 

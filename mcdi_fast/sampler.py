@@ -88,7 +88,7 @@ class Sampler:
 
         Args:
             generator: or what `WeightGenerator.from_pretrained` takes, a folder or a hub id.
-            impl: "auto", "triton" or "torch" (backend.py). precision: of the kernels' products: "ieee", "tf32" or "bf16".
+            impl: "auto", "triton" or "torch" (backend.py). precision: of products, "ieee", "tf32" or "bf16" (backend.py).
 
         Raises:
             McdiError: an unknown or absent device; an implementation that cannot run there; as `from_pretrained`.
@@ -165,7 +165,7 @@ class Sampler:
             raise McdiError(f"seeds: {len(seeds)}, expected {tasks}, one a task")
         compiled = numba_module("cpu_chain") if self._compiled and eta_noise == 0 and callback is None else None
         if compiled:
-            packed = self._packed_as(lambda: compiled.PackedChain(self.generator, self._mask))
+            packed = self._packed_as(lambda: compiled.PackedChain(self.generator, self._mask, self.precision))
             tokens = packed.sample(seeds, condition, *self._table(num_steps))
         else:
             normal = self._chain(condition, seeds, num_steps, eta_noise, callback)

@@ -194,7 +194,8 @@ def _train(
             bar.update(trainer.step)
 
             def work() -> None:
-                inner_loop(trainer.phi, trainer.batch(trainer.step), config.meta.inner_lr, trainer.impl)
+                batch = trainer.batch(trainer.step)
+                inner_loop(trainer.phi, batch, config.meta.inner_lr, trainer.impl, precision=trainer.precision)
 
             threads.begin("meta-training", trainer.step, work)
 

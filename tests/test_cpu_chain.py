@@ -26,7 +26,9 @@ from mcdi_fast.weights import WeightLayout
 
 pytest.importorskip("numba")
 
-from mcdi_fast import cpu_chain, cpu_core, cpu_noise
+from test_cpu_tiles import nudged
+
+from mcdi_fast import cpu_chain, cpu_core, cpu_noise, cpu_tiles
 
 
 def parameters(d, c, steps, hidden, depth, seed=0):
@@ -36,7 +38,7 @@ def parameters(d, c, steps, hidden, depth, seed=0):
     return {name: torch.randn(v.shape, generator=g) / len(v) ** 0.5 for name, v in shapes.items()}
 
 
-def chain_of(phi, schedule, c, mask=None):
+def chain_of(phi, schedule, c, mask=None, precision="tf32"):
     """The compiled chain of phi, with nothing to normalise."""
     d = len(phi["in.token"])
     normal = [Normalizer(torch.zeros(1, n), torch.ones(1, n)) for n in (c, d)]
@@ -47,7 +49,7 @@ def chain_of(phi, schedule, c, mask=None):
         normalizer=normal[1],
         layout=SimpleNamespace(position=lambda: position),
     )
-    return cpu_chain.PackedChain(generator, mask)
+    return cpu_chain.PackedChain(generator, mask, precision)
 
 
 def start(seeds, tokens, d):
@@ -66,9 +68,21 @@ def by_steps(phi, schedule, x, condition, num_steps, mask):
     return sample_chain(f, x * mask, schedule, num_steps=num_steps)
 
 
-def run(phi, schedule, seeds, condition, num_steps=None, mask=None):
+def rounding(phi, schedule, x, condition, num_steps=None, mask=1.0, precision="tf32"):
+    """The chain in float64, and how far from it one may be in float32, or by tile units: eight times as far as torch, for another order of sums."""
+    wide = {name: value.double() for name, value in phi.items()}
+    given = schedule, x.double(), condition.double(), num_steps, mask
+    expected = by_steps(wide, *given)
+    others = [by_steps(phi, schedule, x, condition, num_steps, mask)]
+    if precision != "ieee" and cpu_tiles.available:
+        for seed in range(3):
+            others.append(by_steps({n: nudged(v, seed) for n, v in wide.items()}, *given))
+    return expected, 8 * max(float((other - expected).abs().max()) for other in others)
+
+
+def run(phi, schedule, seeds, condition, num_steps=None, mask=None, precision="tf32"):
     steps, coefficients = chain_table(schedule, make_objective(schedule, "local-consistency"), num_steps)
-    packed = chain_of(phi, schedule, condition.shape[-1], mask)
+    packed = chain_of(phi, schedule, condition.shape[-1], mask, precision)
     return packed.sample(seeds, condition, steps, coefficients.float())
 
 
@@ -94,8 +108,9 @@ def poisoned(monkeypatch):
     total=st.integers(3, 9),
     seed=st.integers(0, 2**31),
     masked=st.booleans(),
+    precision=st.sampled_from(["ieee", "tf32"]),
 )
-def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked):
+def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked, precision):
     phi, schedule = parameters(d, c, total, hidden, depth, seed), make_schedule(total, 3)
     g = torch.Generator().manual_seed(seed + 1)
     condition, seeds = torch.randn(32, tokens, c, generator=g), list(range(seed, seed + 32))
@@ -103,12 +118,10 @@ def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked
     mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_chain, "aligned", poison)
-        found = run(phi, schedule, seeds[:tasks], condition[:tasks], 3, mask if masked else None)
-    wide = {name: value.double() for name, value in phi.items()}
-    expected = by_steps(wide, schedule, x.double(), condition.double(), 3, mask.double())
-    # torch's own float32 error on this chain, the worst of 32 tasks (of one alone it may be nothing, by luck); eight times, for another order of sums
-    own = float((by_steps(phi, schedule, x, condition, 3, mask) - expected).abs().max())
-    assert float((found - expected[:tasks]).abs().max()) <= 8 * own
+        found = run(phi, schedule, seeds[:tasks], condition[:tasks], 3, mask if masked else None, precision)
+    # of the worst of 32 tasks: of one alone rounding may be nothing, by luck
+    expected, most = rounding(phi, schedule, x, condition, 3, mask, precision)
+    assert float((found - expected[:tasks]).abs().max()) <= most
 
 
 def test_the_default_size_as_exactly_as_torch(poisoned):
@@ -120,7 +133,7 @@ def test_the_default_size_as_exactly_as_torch(poisoned):
     objective = make_objective(schedule, "local-consistency")
     skip, scale = objective.skip.tolist(), objective.scale.tolist()
     torch_error = sample_chain(ChainDenoiser(phi, condition, skip, scale), x, schedule) - expected
-    error = run(phi, schedule, [0, 1, 2, 3], condition) - expected
+    error = run(phi, schedule, [0, 1, 2, 3], condition, precision="ieee") - expected
     assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
 
 
@@ -177,14 +190,6 @@ def test_rows_that_differ_are_found():
     assert cpu_chain._differ(a, b, out, 1, whole)
 
 
-def rounding(phi, schedule, seeds, condition):
-    """Of torch's way in float32, against the chain in float64; and the latter."""
-    x = start(seeds, condition.shape[1], len(phi["in.token"]))
-    wide = {name: value.double() for name, value in phi.items()}
-    expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
-    return float((by_steps(phi, schedule, x, condition, None, 1.0) - expected).abs().max()), expected
-
-
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_tasks_together_do_not_meet(tokens, poisoned, monkeypatch):
     """Tasks of one row, and those of large matrices, share products."""
@@ -192,11 +197,11 @@ def test_tasks_together_do_not_meet(tokens, poisoned, monkeypatch):
     monkeypatch.setattr(cpu_chain, "_ROWS", 4)
     phi, schedule = parameters(70, 3, 6, 24, 2), make_schedule(6, 3)
     seeds, condition = list(range(11)), torch.randn(11, tokens, 3, generator=torch.Generator().manual_seed(0))
-    own, expected = rounding(phi, schedule, seeds, condition)
+    expected, most = rounding(phi, schedule, start(seeds, tokens, 70), condition)
     for threads in (1, 2, 3):
         set_threads(monkeypatch, threads)
         whole = run(phi, schedule, seeds, condition)
-        assert float((whole - expected).abs().max()) <= 8 * own
+        assert float((whole - expected).abs().max()) <= most
         damaged = condition.clone()
         damaged[4] = torch.nan
         found, rest = run(phi, schedule, seeds, damaged), [i for i in range(11) if i != 4]
@@ -302,7 +307,7 @@ def taken(monkeypatch):
 
 def test_the_sampler_takes_it_for_chains_without_noise(generator, taken, monkeypatch):
     condition = torch.randn(700, 5, 4)
-    auto, plain = Sampler(generator), Sampler(generator, impl="torch")
+    auto, plain = Sampler(generator, precision="ieee"), Sampler(generator, impl="torch")
     for tasks in (1, 9, 700):
         found, expected = (s.sample(condition[:tasks], range(tasks)).tokens for s in (auto, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -338,13 +343,18 @@ def test_padding_stays_as_by_torch(taken):
     raw_normal = Normalizer(torch.zeros(layout.num_tokens, 4), torch.ones(layout.num_tokens, 4))
     made = WeightGenerator(phi, layout, normal, raw_normal, DiffusionConfig(steps=6), {})
     condition = torch.randn(2, layout.num_tokens, 4)
-    found, expected = (Sampler(made, impl=impl).sample(condition, [0, 1]).tokens for impl in ("auto", "torch"))
+    found, expected = (
+        Sampler(made, impl=impl, precision="ieee").sample(condition, [0, 1]).tokens for impl in ("auto", "torch")
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert taken == [2]
 
 
 def test_it_follows_a_phi_that_is_still_trained(generator, taken):
-    auto, condition = Sampler(generator), torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
+    auto, condition = (
+        Sampler(generator, precision="ieee"),
+        torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0)),
+    )
     before = auto.sample(condition, [0]).tokens
     for value in generator.phi.values():
         value.mul_(1.5)

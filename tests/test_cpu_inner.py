@@ -1,12 +1,14 @@
 """Compiled inner loops against the reference in float64, on any shape, and when they run. What all forms share: test_inner.py."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_cpu_tiles import nudged
 from test_inner import cast, random_case
 
 from mcdi_fast import backend
@@ -14,7 +16,7 @@ from mcdi_fast.inner import inner_loop
 
 pytest.importorskip("numba")
 
-from mcdi_fast import cpu_core, cpu_inner
+from mcdi_fast import cpu_core, cpu_inner, cpu_tiles
 
 
 def poisoned(size):
@@ -32,9 +34,10 @@ def poisoned(size):
     st.sampled_from([None, False, True]),
     st.integers(1, 3),
     st.sampled_from([1, 12, 160]),
+    st.sampled_from(["ieee", "tf32"]),
 )
-def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few):
-    """On memory full of NaN, on any number of threads, whatever share of the tasks is computed at a time."""
+def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few, precision):
+    """On memory full of NaN, on any number of threads, whatever share of the tasks is computed at a time, by sgemm and by tile units."""
     phi, batch = random_case(shape, torch.float32, seed, padded)
     exact = inner_loop(*cast(phi, batch, torch.float64), rate, "reference")
     plain = inner_loop(phi, batch, rate, "reference")
@@ -46,15 +49,22 @@ def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few):
         patch.setattr(cpu_inner, "_FEW_ROWS", few)
         try:
             torch.set_num_threads(threads)
-            delta, losses = inner_loop(phi, batch, rate, "auto", stacked)
+            delta, losses = inner_loop(phi, batch, rate, "auto", stacked, precision)
         finally:
             torch.set_num_threads(before)
+    others = [plain]  # as far from the exact result as one may be
+    if precision != "ieee" and cpu_tiles.available:
+        for draw in range(3):
+            wide, inputs = cast(phi, batch, torch.float64)
+            fields = {f: nudged(getattr(inputs, f), draw) for f in ("x", "condition", "gain", "target")}
+            wide = {name: nudged(value, seed + draw) for name, value in wide.items()}
+            others.append(inner_loop(wide, replace(inputs, **fields), rate, "reference"))
     size = sum(float(value.norm()) for value in exact[0].values())
     for name, value in phi.items():
         assert delta[name].shape == value.shape
-        error, own = (float((found[name] - exact[0][name]).norm()) for found in (delta, plain[0]))
-        assert error <= 4 * own + 1e-6 * (float(exact[0][name].norm()) + 0.1 * size), name
-    own = float((plain[1] - exact[1]).norm())
+        error, *own = (float((found[name] - exact[0][name]).norm()) for found in (delta, *(o[0] for o in others)))
+        assert error <= 4 * max(own) + 1e-6 * (float(exact[0][name].norm()) + 0.1 * size), name
+    own = max(float((other[1] - exact[1]).norm()) for other in others)
     assert float((losses - exact[1]).norm()) <= 4 * own + 1e-6 * float(exact[1].norm())
 
 

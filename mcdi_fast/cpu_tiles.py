@@ -1,0 +1,372 @@
+"""Float32 products by the bfloat16 tile units of recent Intel processors (AMX), in compiled code (numba, the extra `cpu`).
+
+A float32 is the sum of two bfloat16, hi + lo, and a rest of 2^-16 of it at most. So a b is hi hi + hi lo + lo hi, three products of the tile units,
+which sum in float32. What is left out is at most 3 x 2^-16 of the sum of |a| |b|, 4e-6 of a result in the root mean square: ten times what float32
+products lose by rounding, a hundredth of what TF32 does. A product takes a quarter to a half of sgemm's time (docs/performance.md).
+
+First a matrix is packed, in panels of 32 x 32: four tiles, hi of 16 and of the next 16, then lo. A tile has 16 rows of 16 pairs. A pair are two
+neighbours along the dimension that is summed. A tile of the left factor has a row for each of its rows, one of the right factor a row for each pair,
+so one is the other transposed. Every entry is summed in the same order, wherever it lies: a row is the same to the bit in any company.
+
+numba has no such operations, so they are assembly. Where it cannot be assembled nothing is, and `available` is false.
+"""
+
+# numba gives an intrinsic its first argument
+# mypy: disable-error-code="call-arg"
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from mcdi_fast.cpu_core import aligned
+
+_f32 = np.float32
+_PANEL = 32
+_FLOATS = _PANEL * _PANEL  # of memory, a panel
+_BYTES = 4 * _FLOATS
+_ORDER, _SETTING, _SPACE = 0, 16, 32  # parts of a workspace, in float32
+_ALL = 0xFFFFFFFF
+
+
+def _assembles() -> bool:
+    """Whether numba compiles for a processor with all that is assembled here. It keeps what it compiles by the same words."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    wanted = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}
+    return triple.startswith("x86_64") and sys.platform == "linux" and wanted <= set(features.split(","))
+
+
+def _permitted() -> bool:
+    """Linux lets a process use tiles once it has asked."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+_assembled = _assembles()
+available = _assembled and _permitted()
+"""Whether this process may use the tile units."""
+
+if _assembled:
+    binding.initialize_native_asmparser()
+
+
+def _assembly(text: str, count: int) -> Any:
+    """What an intrinsic of `count` integers returns: $0, $1 ... in the text. It may use r8 to r11, all vector registers and tiles."""
+    used = ["memory", "flags", "r8", "r9", "r10", "r11", "k1", "k2", "k3", "k4", *(f"xmm{n}" for n in range(32))]
+    constraints = ",".join(["r"] * count + [f"~{{{name}}}" for name in used])
+
+    def codegen(context, builder, signature, values):
+        if _assembled:
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count)
+            builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(values))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * count), codegen
+
+
+# 1 to 16 rows of 32 columns, times a scale, to rows of a tile
+_ROWS = """
+mov $0, %r8
+mov $4, %r9
+mov $2, %r10
+mov $3, %r11
+kmovd %r11d, %k1
+kshiftrd $$16, %k1, %k2
+mov $5, %r11
+vpbroadcastd %r11d, %zmm7
+1:
+vmulps (%r8), %zmm7, %zmm0 {%k1} {z}
+vmulps 64(%r8), %zmm7, %zmm1 {%k2} {z}
+vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
+vmovdqa64 %zmm2, (%r9)
+vpmovzxwd %ymm2, %zmm3
+vextracti64x4 $$1, %zmm2, %ymm4
+vpmovzxwd %ymm4, %zmm4
+vpslld $$16, %zmm3, %zmm3
+vpslld $$16, %zmm4, %zmm4
+vsubps %zmm3, %zmm0, %zmm0
+vsubps %zmm4, %zmm1, %zmm1
+vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
+vmovdqa64 %zmm2, 2048(%r9)
+add $1, %r8
+add $$64, %r9
+dec %r10
+jnz 1b
+"""
+
+# 1 to 32 rows of 16 columns, times a scale, to 16 rows of pairs, of zeros behind the last; $5: the order of a row's halves once they alternate
+_PAIRS = """
+mov $0, %r8
+mov $4, %r9
+mov $2, %r10
+mov $3, %r11
+kmovd %r11d, %k1
+vmovdqa64 ($5), %zmm5
+vpternlogd $$255, %zmm6, %zmm6, %zmm6
+vpslld $$16, %zmm6, %zmm6
+mov $6, %r11
+vpbroadcastd %r11d, %zmm7
+mov $$16, %r11
+1:
+vpxord %zmm0, %zmm0, %zmm0
+vpxord %zmm1, %zmm1, %zmm1
+cmp $$1, %r10
+jl 2f
+vmulps (%r8), %zmm7, %zmm0 {%k1} {z}
+je 2f
+vmulps (%r8,$1,1), %zmm7, %zmm1 {%k1} {z}
+2:
+vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
+vpermw %zmm2, %zmm5, %zmm2
+vmovdqa64 %zmm2, (%r9)
+vpslld $$16, %zmm2, %zmm3
+vpandd %zmm6, %zmm2, %zmm4
+vsubps %zmm3, %zmm0, %zmm0
+vsubps %zmm4, %zmm1, %zmm1
+vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
+vpermw %zmm2, %zmm5, %zmm2
+vmovdqa64 %zmm2, 2048(%r9)
+lea (%r8,$1,2), %r8
+add $$64, %r9
+sub $$2, %r10
+dec %r11
+jnz 1b
+"""
+
+
+def _transposition() -> str:
+    """Of a tile's 16 x 16 pairs, where it lies: exchanges of single pairs, of two, then of lanes of four."""
+    lines = [f"vmovdqa64 {64 * row}($0), %zmm{row}" for row in range(16)]
+    for row in range(0, 16, 2):
+        for half, to in (("l", 16 + row), ("h", 17 + row)):
+            lines.append(f"vpunpck{half}dq %zmm{row + 1}, %zmm{row}, %zmm{to}")
+    for group in range(0, 16, 4):  # register group + c then has, in lane l, column 4 l + c of the group's four rows
+        for side in range(2):
+            for half, to in (("l", group + 2 * side), ("h", group + 2 * side + 1)):
+                lines.append(f"vpunpck{half}qdq %zmm{18 + group + side}, %zmm{16 + group + side}, %zmm{to}")
+    even, odd = 0x88, 0xDD
+    for c in range(4):
+        for which, to in ((even, 16), (odd, 18)):
+            lines.append(f"vshufi32x4 $${which}, %zmm{4 + c}, %zmm{c}, %zmm{to}")
+            lines.append(f"vshufi32x4 $${which}, %zmm{12 + c}, %zmm{8 + c}, %zmm{to + 1}")
+        for which, of, column in ((even, 16, 0), (odd, 16, 8), (even, 18, 4), (odd, 18, 12)):
+            lines.append(f"vshufi32x4 $${which}, %zmm{of + 1}, %zmm{of}, %zmm20")
+            lines.append(f"vmovdqa64 %zmm20, {64 * (column + c)}($0)")
+    return "\n".join(lines)
+
+
+def _multiplication(tall: bool, wide: bool) -> str:
+    """Panels of the left factor at $0 times panels of the right one at $1, $2 of each, to the result at $3 of $4 bytes a row, added if $5.
+
+    tall: more than 16 rows; wide: more than 16 columns. Tiles 0 to 3 are the result, 4 and 5 the left factor, 6 and 7 the right one.
+    """
+    result = [2 * row + column for row in range(1 + tall) for column in range(1 + wide)]
+    find = ["mov $4, %r11", "mov $3, %r8", "lea (,%r11,8), %r9", "lea (%r8,%r9,2), %r9"]  # the result, and its 17th row
+    lines = [*find, "test $5, $5", "jz 1f"]
+    where = [f"{64 * (tile % 2)}(%{'r9' if tile // 2 else 'r8'},%r11,1)" for tile in result]
+    lines += [f"tileloadd {at}, %tmm{tile}" for tile, at in zip(result, where, strict=True)]
+    lines += ["jmp 2f", "1:", *(f"tilezero %tmm{tile}" for tile in result), "2:"]
+    lines += ["mov $0, %r8", "mov $1, %r9", "mov $2, %r10", "mov $$64, %r11", "3:"]
+    held: dict[int, int] = {}
+
+    def load(tile: int, register: str, at: int) -> None:
+        if held.get(tile) != at:
+            lines.append(f"tileloadd {1024 * at}(%{register},%r11,1), %tmm{tile}")
+            held[tile] = at
+
+    hi, lo = 0, 2
+    for left, right in ((hi, hi), (hi, lo), (lo, hi)):
+        for tile in result:
+            row, column = divmod(tile, 2)
+            load(4 + row, "r8", left + row)
+            load(6 + column, "r9", right + column)
+            lines.append(f"tdpbf16ps %tmm{6 + column}, %tmm{4 + row}, %tmm{tile}")
+    lines += [f"add $${_BYTES}, %r8", f"add $${_BYTES}, %r9", "dec %r10", "jnz 3b"]
+    lines += find
+    lines += [f"tilestored %tmm{tile}, {at}" for tile, at in zip(result, where, strict=True)]
+    return "\n".join(lines)
+
+
+@intrinsic
+def _rows(typingctx, address, stride, rows, columns, out, scale):
+    return _assembly(_ROWS, 6)
+
+
+@intrinsic
+def _pairs(typingctx, address, stride, rows, columns, out, order, scale):
+    return _assembly(_PAIRS, 7)
+
+
+@intrinsic
+def _transpose(typingctx, address):
+    return _assembly(_transposition(), 1)
+
+
+@intrinsic
+def _configure(typingctx, setting):
+    return _assembly("ldtilecfg ($0)", 1)
+
+
+@intrinsic
+def _multiply_16_16(typingctx, left, right, steps, out, stride, add):
+    return _assembly(_multiplication(False, False), 6)
+
+
+@intrinsic
+def _multiply_16_32(typingctx, left, right, steps, out, stride, add):
+    return _assembly(_multiplication(False, True), 6)
+
+
+@intrinsic
+def _multiply_32_16(typingctx, left, right, steps, out, stride, add):
+    return _assembly(_multiplication(True, False), 6)
+
+
+@intrinsic
+def _multiply_32_32(typingctx, left, right, steps, out, stride, add):
+    return _assembly(_multiplication(True, True), 6)
+
+
+@intrinsic
+def _release(typingctx):
+    return _assembly("tilerelease", 0)
+
+
+def packed(rows: int, columns: int) -> int:
+    """float32 that a matrix takes in panels."""
+    return ((rows + _PANEL - 1) // _PANEL) * ((columns + _PANEL - 1) // _PANEL) * _FLOATS
+
+
+_packed = njit(packed)
+
+
+@njit
+def _steps(summed):
+    return (summed + _PANEL - 1) // _PANEL
+
+
+def _head() -> np.ndarray:
+    found = aligned(_SPACE)
+    found[:] = 0
+    found[_ORDER:_SETTING].view(np.uint16)[:] = np.arange(32).reshape(2, 16).T.ravel()
+    found[_SETTING:].view(np.uint8)[0] = 1  # the palette
+    return found
+
+
+_HEAD = _head()
+
+
+def workspace(size: int) -> np.ndarray:
+    """What products need besides their factors and result; packed factors of one, of `size` float32 in all, are its end."""
+    found = aligned(_SPACE + size)
+    found[:_SPACE] = _HEAD
+    return found
+
+
+@njit
+def pack(x, scale, left, out, space):
+    """The factor x [rows, summed] times scale, contiguous along one of the two, to panels in `out`; the right factor is given transposed."""
+    size, summed = x.shape
+    along = x.strides[1] == 4
+    stride = x.strides[0] if along else x.strides[1]
+    _pack(x.ctypes.data, stride, size, summed, along, scale, left, out.ctypes.data, space.ctypes.data)
+
+
+@njit
+def _pack(address, stride, size, summed, along, scale, left, out, order):
+    """By addresses, so that it is compiled once."""
+    steps, bits = _steps(summed), np.int64(_f32(scale).view(np.uint32))
+    for first in range(0, size, 16):
+        for step in range(steps):
+            start = step * _PANEL
+            to = out + (first // _PANEL * steps + step) * _BYTES + first % _PANEL // 16 * 1024
+            if along:
+                mask = _ALL >> max(0, _PANEL - (summed - start))
+                _rows(address + first * stride + start * 4, stride, min(16, size - first), mask, to, bits)
+            else:
+                mask = 0xFFFF >> max(0, 16 - (size - first))
+                _pairs(address + start * stride + first * 4, stride, min(_PANEL, summed - start), mask, to, order, bits)
+            if along != left:
+                _transpose(to)
+                _transpose(to + 2048)
+
+
+@njit
+def multiply(left, right, steps, out, add, space):
+    """out = the product of two packed factors, of so many panels along the summed dimension, (+ out)."""
+    m, n = out.shape
+    _multiply(left.ctypes.data, right.ctypes.data, steps, m, n, out.ctypes.data, out.strides[0], 1 if add else 0, space)
+
+
+@njit
+def _multiply(left, right, steps, m, n, out, stride, add, space):
+    setting, set_rows, set_columns = space[_SETTING:_SPACE].view(np.uint8), 0, 0
+    for i in range(0, m, _PANEL):
+        rows = min(_PANEL, m - i)
+        a = left + i // _PANEL * steps * _BYTES
+        for j in range(0, n, _PANEL):
+            columns = min(_PANEL, n - j)
+            b = right + j // _PANEL * steps * _BYTES
+            to = out + i * stride + j * 4
+            if rows != set_rows or columns != set_columns:
+                set_rows, set_columns = rows, columns
+                _set(setting, rows, columns)
+                _configure(setting.ctypes.data)
+            if rows > 16:
+                if columns > 16:
+                    _multiply_32_32(a, b, steps, to, stride, add)
+                else:
+                    _multiply_32_16(a, b, steps, to, stride, add)
+            elif columns > 16:
+                _multiply_16_32(a, b, steps, to, stride, add)
+            else:
+                _multiply_16_16(a, b, steps, to, stride, add)
+    _release()
+
+
+@njit
+def _set(setting, rows, columns):
+    """The sizes of the tiles of a block of the result."""
+    for tile in range(8):
+        setting[16 + 2 * tile] = 64  # bytes of a row
+        setting[48 + tile] = 16  # rows
+    for row in range(2):
+        high = min(16, max(1, rows - 16 * row))
+        setting[48 + 4 + row] = high
+        for column in range(2):
+            wide = 4 * min(16, max(1, columns - 16 * column))
+            setting[48 + 2 * row + column] = high
+            setting[16 + 2 * (2 * row + column)] = wide
+            setting[16 + 2 * (6 + column)] = wide
+
+
+@njit
+def worth(m, k, n):
+    """Whether `product` [m, k] [k, n] takes less time than sgemm (measured: widths 32 to 256, 20 to 768 rows)."""
+    return min(m, n) >= 48 and k >= 32
+
+
+@njit
+def times(a, right, out, add, space):
+    """out = a b (+ out), b packed already."""
+    left = space[_SPACE:]
+    pack(a, _f32(1), True, left, space)
+    multiply(left, right, _steps(a.shape[1]), out, add, space)
+
+
+@njit
+def product(a, b, out, alpha, add, space):
+    """out = alpha a b (+ out), as `cpu_core.product`."""
+    m, k = a.shape
+    left = space[_SPACE:]
+    right = left[_packed(m, k) :]
+    pack(a, alpha, True, left, space)
+    pack(b.T, _f32(1), False, right, space)
+    multiply(left, right, _steps(k), out, add, space)

@@ -1,0 +1,163 @@
+"""Products of tile units against NumPy's in float64, of any views; who takes them. What is made of them: test_cpu_inner.py, test_cpu_chain.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_inner import random_case
+
+from mcdi_fast.inner import inner_loop
+
+pytest.importorskip("numba")
+
+from numba import njit
+
+from mcdi_fast import cpu_inner, cpu_tiles
+
+needs_tiles = pytest.mark.skipif(not cpu_tiles.available, reason="no tile units here")
+
+product, times, pack, multiply = (
+    njit(getattr(cpu_tiles, name).py_func) for name in ("product", "times", "pack", "multiply")
+)
+
+
+def poisoned(size):
+    space = cpu_tiles.workspace(size)
+    space[len(cpu_tiles.workspace(0)) :] = np.nan
+    return space
+
+
+def nudged(value, seed):
+    """A float64 tensor whose numbers are moved by 2^-16 of each, up or down: what the two bfloat16 of a number leave out moves results as much."""
+    sign = torch.randint(2, value.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return value * (1 + sign * 2.0**-16)
+
+
+def matrix(draw, rows, columns, extra, turned=False):
+    """A view of a larger one, or the transpose of such."""
+    if turned:
+        return matrix(draw, columns, rows, extra).T
+    return draw.standard_normal((rows, columns + extra)).astype(np.float32)[:, extra // 2 : extra // 2 + columns]
+
+
+@needs_tiles
+@settings(deadline=None, max_examples=200)
+@given(
+    st.tuples(*[st.integers(1, 100)] * 3),
+    st.tuples(*[st.booleans()] * 2),
+    st.integers(0, 3),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_product_of_any_views(shape, turned, extra, add, seed):
+    (m, k, n), draw = shape, np.random.default_rng(seed)
+    a, b, out = (
+        matrix(draw, m, k, extra, turned[0]), matrix(draw, k, n, extra, turned[1]), matrix(draw, m, n, extra)
+    )  # fmt: skip
+    expected = 1.5 * a.astype(np.float64) @ b.astype(np.float64) + add * out.astype(np.float64)
+    size = 1.5 * abs(a).astype(np.float64) @ abs(b)
+    around = out.base.copy() if extra else None
+    rounding = 2.0**-23 * (k + 2) * (size + add * abs(out))
+    if not add:
+        out[:] = np.nan
+    product(a, b, out, np.float32(1.5), add, poisoned(cpu_tiles.packed(m, k) + cpu_tiles.packed(k, n)))
+    assert (abs(out - expected) <= 3 * 2.0**-16 * size + rounding).all()  # what of hi and lo is left out; float32 sums
+    if extra:
+        around[:, extra // 2 : extra // 2 + n] = out
+        assert np.array_equal(out.base, around)  # what stands beside it is untouched
+
+
+@needs_tiles
+def test_a_row_is_the_same_to_the_bit_in_any_company():
+    draw = np.random.default_rng(0)
+    for k, n in ((7, 5), (65, 256), (256, 65), (300, 33)):
+        a, b = matrix(draw, 80, k, 0), matrix(draw, k, n, 0)
+        right = cpu_tiles.aligned(cpu_tiles.packed(k, n))
+        right[:] = np.nan
+        pack(b.T, np.float32(1), False, right, poisoned(0))
+        whole = np.empty((80, n), np.float32)
+        times(a, right, whole, False, poisoned(cpu_tiles.packed(80, k)))
+        for first, end in ((0, 1), (79, 80), (3, 20), (5, 45), (16, 80), (0, 79)):
+            out = np.full((end - first, n), np.nan, np.float32)
+            times(a[first:end], right, out, False, poisoned(cpu_tiles.packed(80, k)))
+            assert np.array_equal(out, whole[first:end])
+
+
+@needs_tiles
+def test_what_is_not_finite_stays_in_its_row():
+    draw = np.random.default_rng(0)
+    for value in (np.nan, np.inf, -np.inf):
+        a, b = matrix(draw, 40, 50, 0), matrix(draw, 50, 60, 0)
+        expected = np.empty((40, 60), np.float32)
+        space = poisoned(cpu_tiles.packed(40, 50) + cpu_tiles.packed(50, 60))
+        product(a, b, expected, np.float32(1), False, space)
+        a[17, 3] = value
+        out = np.empty_like(expected)
+        product(a, b, out, np.float32(1), False, space)
+        assert not np.isfinite(out[17]).any()
+        out[17] = expected[17]
+        assert np.array_equal(out, expected)
+
+
+@needs_tiles
+def test_numbers_of_any_size():
+    """Nothing is lost of numbers whose lower half is tiny but normal, and what is below float32's normal numbers counts as zero."""
+    scales = np.float32(2.0) ** np.arange(-100, 101, 10, dtype=np.float32)
+    draw = np.random.default_rng(0)
+    a, b = matrix(draw, 40, 50, 0), matrix(draw, 50, 60, 0)
+    exact, size = a.astype(np.float64) @ b, abs(a).astype(np.float64) @ abs(b)
+    for scale in scales:
+        out = np.empty((40, 60), np.float32)
+        product(a * scale, b, out, np.float32(1), False, poisoned(2 * cpu_tiles.packed(64, 64)))
+        assert (abs(out / np.float64(scale) - exact) <= 2.0**-14 * size).all()
+
+
+def test_who_takes_them(monkeypatch):
+    """Those that ask for less than float32, on a processor that has them."""
+    phi, batch = random_case((8, 2, 4, 9, 33, 20, 3, 64, 1), torch.float32)
+    exact = inner_loop(phi, batch, 0.1, precision="ieee")
+    default, tiles = inner_loop(phi, batch, 0.1), cpu_tiles.available
+    monkeypatch.setattr(cpu_tiles, "available", False)
+    without = inner_loop(phi, batch, 0.1)
+    assert torch.equal(without[1], exact[1])
+    for name in phi:
+        assert torch.equal(without[0][name], exact[0][name])
+    assert torch.equal(default[1], exact[1]) != tiles
+    assert torch.equal(inner_loop(phi, batch, 0.1, precision="bf16")[1], exact[1])  # none here now
+
+
+def test_where_nothing_can_be_assembled(tmp_path):
+    """Another processor compiles the same code without them."""
+    code = (
+        "import torch; from test_inner import random_case; from mcdi_fast import cpu_tiles, cpu_inner; from mcdi_fast.inner import inner_loop;"
+        "from test_cpu_chain import parameters, run; from mcdi_fast.diffusion import make_schedule;"
+        "assert not cpu_tiles.available; phi, batch = random_case((2, 2, 2, 3, 5, 4, 3, 8, 1), torch.float32);"
+        "found, expected = (inner_loop(phi, batch, 0.1, impl) for impl in ('auto', 'torch'));"
+        "torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6);"
+        "run(parameters(4, 2, 3, 8, 1), make_schedule(3, 1), [1], torch.zeros(1, 2, 2))"
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+@needs_tiles
+def test_a_product_that_is_worth_it_takes_them(monkeypatch):
+    """Rows of a task, with a weight of its own or as low-rank terms."""
+    phi, batch = random_case((2, 3, 4, 16, 33, 20, 3, 64, 1), torch.float32)
+    assert cpu_inner._product.py_func is not None
+    for stacked in (False, True):
+        fast, exact = (inner_loop(phi, batch, 0.01, "auto", stacked, precision)[0] for precision in ("tf32", "ieee"))
+        for name in phi:
+            error = float((fast[name] - exact[name]).norm() / exact[name].norm())
+            assert 0 < error < 1e-4, name
