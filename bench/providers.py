@@ -66,6 +66,34 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
+BY_TILES = ("ours", "3 steps")  # who multiplies on tile units where a processor has them
+
+
+def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] | None, int]:
+    """Products of packed factors by all threads, each of its own in its cache, and their operations; None where there are no tile units."""
+    if DEVICE == "cuda" or not OPTIONAL["numba"]:
+        return None, 0
+    from mcdi_fast import cpu_core, cpu_tiles
+
+    if not cpu_tiles.available:
+        return None, 0
+
+    @cpu_core.compiled
+    def multiply(a, b, right, out, space, times):
+        cpu_tiles.pack(b.T, 1, False, right, space)
+        for _ in range(times):
+            cpu_tiles.times(a, right, out, False, space)
+
+    a, b = (torch.randn(side, side).numpy() for _ in range(2))  # zeros would be quicker: they draw less power
+
+    def share(first: int, end: int) -> None:
+        right, out = cpu_core.aligned(cpu_tiles.packed(side, side)), cpu_core.aligned(side * side).reshape(side, side)
+        multiply(a, b, right, out, cpu_tiles.workspace(side), (end - first) * times)
+
+    threads = torch.get_num_threads()
+    return lambda: cpu_core.by_threads(share, threads), 2 * side**3 * times * threads
+
+
 # One meta-step
 
 
@@ -153,6 +181,7 @@ def inner_providers() -> dict[str, Inner]:
         "stacked": lambda phi, batch: inner_loop(phi, batch, RATE, "torch", True),
         "torch": lambda phi, batch: inner_loop(phi, batch, RATE, "torch"),
         "ours": lambda phi, batch: inner_loop(phi, batch, RATE),
+        "ieee": lambda phi, batch: inner_loop(phi, batch, RATE, precision="ieee"),
     }
     if OPTIONAL["higher"]:
         found["higher"] = _higher

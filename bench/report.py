@@ -145,6 +145,8 @@ def speed_table(record: Record) -> list[str]:
             others = [name for name in names if name not in (*BASELINES, "ours")]
             cells.append(", ".join(f"{name} {_number(record.ratio(what, size, name))} x" for name in others))
             share = f"{100 * ours['share_of_peak']:.0f} %{' of a copy' * (ours['nearest_peak'] == 'memory')}"
+            if "share_of_tiles" in ours:
+                share += f", {100 * ours['share_of_tiles']:.0f} % of the tile units"
             rows.append([what, size, _number(ours["median_ms"]), *cells, share])
     return table("|size|ours, ms|loop|vmap|compiled|stacked|others|share of peak".split("|"), rows)
 
@@ -189,7 +191,8 @@ def _head(record: Record, link: str) -> str:
     m, peak = record.machine, record.peak
     head = f"{m['processor']}, {m.get('device', 'cpu')}, {m['threads']} threads, torch {m['torch']}, git {m['git']}"
     if peak:
-        head += f"; peaks measured in the same run {peak['gflop_per_s']:.0f} GFLOP/s (sgemm), {peak['gb_per_s']:.1f} GB/s (copy)"
+        tiles = f" {peak['tiles_gflop_per_s']:.0f} (float32 by tile units)," if "tiles_gflop_per_s" in peak else ""
+        head += f"; peaks measured in the same run {peak['gflop_per_s']:.0f} GFLOP/s (sgemm),{tiles} {peak['gb_per_s']:.1f} GB/s (copy)"
     return f"{head} ([record]({link}bench/results/{record.path.name}))."
 
 

@@ -31,7 +31,7 @@ SIZES = {  # two blocks of width 256, and what differs from that
         "condition": 768,
     },
 }
-EVERYWHERE = ("ours", "vmap", "stacked")  # the others at few sizes: ten minutes are to be enough
+EVERYWHERE = ("ours", "ieee", "vmap", "stacked")  # the others at few sizes: ten minutes are to be enough
 FEW = ("8x16", "32x16", "32x20", "32x20 depth 1", "128x8")
 COMPILED = ("32x20", "32x20 depth 1", "33 tokens")
 INNER = P.inner_providers()
@@ -76,7 +76,7 @@ def test_meta_step(benchmark, measure, provider, size):
     elif provider == "cuda-graph":
         run = P.graphed(lambda: INNER["ours"](phi, batch))
     else:
-        step = P.our_meta_step if provider in ("ours", "torch") else P.meta_step
+        step = P.our_meta_step if provider in ("ours", "ieee", "torch") else P.meta_step
         run = step(INNER[provider], phi, batch)
     measure(
         run, check, P.WORK["inner_loop"].work(z), what="meta-step", provider=provider, size=size,

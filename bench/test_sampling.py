@@ -56,11 +56,11 @@ def start_of(condition):
 
 
 def providers(generator, condition):
-    """Chains from the same start: ours, in T and in 3 steps, and by torch alone; the network as it is written; the same compiled; one task
-    after the other."""
+    """Chains from the same start: ours, in T and in 3 steps, without tile units, and by torch alone; the network as it is written; the same
+    compiled; one task after the other."""
     every, start = range(len(condition)), start_of(condition)
     compiled = torch.compile(denoise, dynamic=False)
-    sampler, plain = Sampler(generator), Sampler(generator, impl="torch")
+    sampler, exact, plain = Sampler(generator), Sampler(generator, precision="ieee"), Sampler(generator, impl="torch")
 
     @torch.no_grad()
     def chain(rows=slice(None), network=denoise):
@@ -68,6 +68,7 @@ def providers(generator, condition):
 
     return {
         "ours": lambda: sampler.sample(condition, every, num_steps=STEPS).tokens,
+        "ieee": lambda: exact.sample(condition, every, num_steps=STEPS).tokens,
         "torch": lambda: plain.sample(condition, every, num_steps=STEPS).tokens,
         "3 steps": lambda: sampler.sample(condition, every, num_steps=FEWEST).tokens,
         "eager": chain,
@@ -83,14 +84,14 @@ def reference(generator, condition, steps):
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("provider", ["ours", "torch", "3 steps", "eager", "compiled", "loop"])
+@pytest.mark.parametrize("provider", ["ours", "ieee", "torch", "3 steps", "eager", "compiled", "loop"])
 def test_sampling(benchmark, measure, setup, provider, tasks):
     benchmark.group = f"sampling, {tasks} tasks, T = 20"
     own_code = P.DEVICE == "cpu" and P.OPTIONAL["numba"]  # ours is other code than torch's
     if (
         (provider == "loop" and tasks not in (32,))
         or (provider == "compiled" and tasks != 1)
-        or (provider == "torch" and not own_code)
+        or (provider in ("ieee", "torch") and not own_code)
     ):
         pytest.skip("timed at fewer sizes")
     generator, family, test = setup

@@ -226,8 +226,8 @@ class _Plan(NamedTuple):
     """Multiplications of a task in a step."""
     scratch: int
     """float32 a task."""
-    left: int
-    """float32 of a packed factor."""
+    summed: int
+    """Most numbers that a product sums."""
 
 
 class PackedChain:
@@ -266,7 +266,7 @@ class PackedChain:
             sizes = [cpu_tiles.packed(*m.shape) if self._tiles else len(m) * lines(m.shape[1]) for m in matrices]
             ends = np.cumsum(sizes)
             table = np.array([(*m.shape, end - size) for m, size, end in zip(matrices, sizes, ends, strict=True)])
-            flat, space = aligned(ends[-1]), cpu_tiles.workspace(0) if self._tiles else aligned(0)
+            flat, space = aligned(ends[-1]), cpu_tiles.workspace(1) if self._tiles else aligned(0)
             for matrix, size, end in zip(matrices, sizes, ends, strict=True):
                 _lay_out(matrix, flat[end - size : end], space)
             self._matrices[alone] = table, flat
@@ -289,8 +289,9 @@ class PackedChain:
                     step = 1 if number in of_means else tokens
                     if not rows_alike(*shape, step, together * step):
                         together = 1
-            left = cpu_tiles.packed(together * tokens, max(fan_in)) if self._tiles else 0
-            self._plans[tokens] = _Plan(table, flat, together, tokens * a_step, sum(map(lines, sizes)), left)
+            self._plans[tokens] = _Plan(
+                table, flat, together, tokens * a_step, sum(map(lines, sizes)), int(max(fan_in))
+            )
         return self._plans[tokens]
 
     def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
@@ -312,7 +313,7 @@ class PackedChain:
         def some(first: int, end: int) -> None:
             many = max(2, min(plan.together, end - first))
             memory = aligned(many * plan.scratch + SCRATCH)
-            space = cpu_tiles.workspace(plan.left) if self._tiles else aligned(0)
+            space = cpu_tiles.workspace(plan.summed) if self._tiles else aligned(0)
             _sample(keys[first:end], given[first:end], *constants, many, memory, space, weights[first:end])
 
         by_threads(some, tasks, 1 + _WORTH // (len(steps) * plan.work))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -140,6 +140,20 @@ def copy(x, out):
         row, to = x[i], out[i]
         for j in range(len(row)):
             to[j] = row[j]
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, values):
+        return builder.inttoptr(values[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.intp), codegen
+
+
+@njit
+def bare(a):
+    """The same numbers, which the caller holds: views of it are made without counting them, 4 % of a small meta-step."""
+    return carray(_pointer(a.ctypes.data), a.shape)  # type: ignore[call-arg]
 
 
 def lines(size: int) -> int:

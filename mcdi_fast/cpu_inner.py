@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mcdi_fast import cpu_tiles
 from mcdi_fast.backend import DEFAULT_PRECISION
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, lines, product, take
+from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, lines, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 
@@ -107,15 +107,17 @@ def _learn(p, phi, rows, own, space, tasks, r, rate, share, last, update, delta)
         else:
             _product(a[mine].T, e[mine], step, -rate, False, space)
             weight = _weight(p, own, t)
-            _add_step(weight if r else _matrix(phi, p[_PHI], p[_IN], p[_OUT]), step, share, weight, whole)
+            if r == 0:
+                copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), weight)
+            _add_step(step, share, weight, whole)
 
 
 @njit(**FAST)
-def _add_step(before, step, share, weight, delta):
+def _add_step(step, share, weight, delta):
     for i in range(len(step)):
-        b, s, w, d = before[i], step[i], weight[i], delta[i]
+        s, w, d = step[i], weight[i], delta[i]
         for j in range(len(s)):
-            w[j] = b[j] + s[j]
+            w[j] += s[j]
             d[j] += share * s[j]
 
 
@@ -211,6 +213,8 @@ def _run(
     count, inner, samples, tokens, d = x.shape
     width, depth, real, every = sizes
     scale, one, share = _f32(2.0 / (samples * real)), _f32(1), _f32(1.0 / tokens)
+    phi, rows, own, scratch = bare(phi), bare(rows), bare(own), bare(scratch)
+    panels, space, delta = bare(panels), bare(space), bare(delta)
     each = _f32(1.0 / every)
     delta[:] = 0
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
@@ -305,7 +309,7 @@ def inner_loop(
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     chunk = max(1, _FEW_ROWS // (s * n))
     tiles = cpu_tiles.available and precision != "ieee"
-    plan, held, weights, size, panels, space = np.zeros((len(phi), 10), np.int64), 0, 0, 0, 0, 0
+    plan, held, weights, size, panels, summed, right = np.zeros((len(phi), 10), np.int64), 0, 0, 0, 0, 0, 0
     for row, value, (count, own) in zip(plan, phi.values(), forms, strict=True):
         fan_in, fan_out = value.shape
         every = chunk * count * (1 if own else k)  # rows that are kept
@@ -316,8 +320,10 @@ def inner_loop(
         weights += lines(chunk * fan_in * fan_out) if own else 0
         size += fan_in * fan_out
         panels += into + out_of
-        factors = (every, fan_in), (every, fan_out), (fan_in, fan_out), (count, count)
-        space = max(space, sum(cpu_tiles.packed(*sides) for sides in factors))
+        summed = max(summed, every, fan_in, fan_out)
+        right = max(
+            right, *(cpu_tiles.packed(*sides) for sides in ((every, fan_in), (every, fan_out), (fan_in, fan_out)))
+        )
     rows = chunk * s * n
     blocks = [rows * width] * 2 + [
         depth * rows * width,
@@ -338,7 +344,7 @@ def inner_loop(
         mine = [array[first:end] for array in arrays]
         *memory, delta = (aligned(count) for count in (held, weights, scratch, panels if tiles else 0, size))
         given = plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
-        _run(*given, *memory, cpu_tiles.workspace(space) if tiles else aligned(0), losses[first:end], delta)
+        _run(*given, *memory, cpu_tiles.workspace(summed, right) if tiles else aligned(0), losses[first:end], delta)
         return delta
 
     first, *others = by_threads(run, b)

@@ -263,9 +263,9 @@ def _head() -> np.ndarray:
 _HEAD = _head()
 
 
-def workspace(size: int) -> np.ndarray:
-    """What products need besides their factors and result; packed factors of one, of `size` float32 in all, are its end."""
-    found = aligned(_SPACE + size)
+def workspace(summed: int, right: int = 0) -> np.ndarray:
+    """What products need besides their factors and result, of so many numbers summed; right: float32 of a right factor that is not packed already."""
+    found = aligned(_SPACE + packed(_PANEL, summed) + right)
     found[:_SPACE] = _HEAD
     return found
 
@@ -299,35 +299,30 @@ def _pack(address, stride, size, summed, along, scale, left, out, order):
 
 
 @njit
-def multiply(left, right, steps, out, add, space):
-    """out = the product of two packed factors, of so many panels along the summed dimension, (+ out)."""
-    m, n = out.shape
-    _multiply(left.ctypes.data, right.ctypes.data, steps, m, n, out.ctypes.data, out.strides[0], 1 if add else 0, space)
-
-
-@njit
-def _multiply(left, right, steps, m, n, out, stride, add, space):
+def _multiply(a, scale, right, out, add, space, left):
+    """out = scale a times a packed matrix (+ out). `left` is for a panel of a, which does not leave the cache before it is used."""
+    (m, n), steps = out.shape, _steps(a.shape[1])
     setting, set_rows, set_columns = space[_SETTING:_SPACE].view(np.uint8), 0, 0
+    x, to, stride, onto = left.ctypes.data, out.ctypes.data, out.strides[0], 1 if add else 0
     for i in range(0, m, _PANEL):
         rows = min(_PANEL, m - i)
-        a = left + i // _PANEL * steps * _BYTES
+        pack(a[i : i + rows], scale, True, left, space)
         for j in range(0, n, _PANEL):
             columns = min(_PANEL, n - j)
-            b = right + j // _PANEL * steps * _BYTES
-            to = out + i * stride + j * 4
+            w, at = right.ctypes.data + j // _PANEL * steps * _BYTES, to + i * stride + j * 4
             if rows != set_rows or columns != set_columns:
                 set_rows, set_columns = rows, columns
                 _set(setting, rows, columns)
                 _configure(setting.ctypes.data)
             if rows > 16:
                 if columns > 16:
-                    _multiply_32_32(a, b, steps, to, stride, add)
+                    _multiply_32_32(x, w, steps, at, stride, onto)
                 else:
-                    _multiply_32_16(a, b, steps, to, stride, add)
+                    _multiply_32_16(x, w, steps, at, stride, onto)
             elif columns > 16:
-                _multiply_16_32(a, b, steps, to, stride, add)
+                _multiply_16_32(x, w, steps, at, stride, onto)
             else:
-                _multiply_16_16(a, b, steps, to, stride, add)
+                _multiply_16_16(x, w, steps, at, stride, onto)
     _release()
 
 
@@ -356,17 +351,13 @@ def worth(m, k, n):
 @njit
 def times(a, right, out, add, space):
     """out = a b (+ out), b packed already."""
-    left = space[_SPACE:]
-    pack(a, _f32(1), True, left, space)
-    multiply(left, right, _steps(a.shape[1]), out, add, space)
+    _multiply(a, _f32(1), right, out, add, space, space[_SPACE:])
 
 
 @njit
 def product(a, b, out, alpha, add, space):
     """out = alpha a b (+ out), as `cpu_core.product`."""
-    m, k = a.shape
     left = space[_SPACE:]
-    right = left[_packed(m, k) :]
-    pack(a, alpha, True, left, space)
+    right = left[_packed(_PANEL, a.shape[1]) :]
     pack(b.T, _f32(1), False, right, space)
-    multiply(left, right, _steps(k), out, add, space)
+    _multiply(a, alpha, right, out, add, space, left)

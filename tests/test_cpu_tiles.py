@@ -22,13 +22,12 @@ from mcdi_fast import cpu_inner, cpu_tiles
 
 needs_tiles = pytest.mark.skipif(not cpu_tiles.available, reason="no tile units here")
 
-product, times, pack, multiply = (
-    njit(getattr(cpu_tiles, name).py_func) for name in ("product", "times", "pack", "multiply")
-)
+product, times, pack = (njit(getattr(cpu_tiles, name).py_func) for name in ("product", "times", "pack"))
 
 
-def poisoned(size):
-    space = cpu_tiles.workspace(size)
+def poisoned(summed, columns=0):
+    """Workspace of a product of so many numbers summed, and of so many columns of a factor that is to be packed."""
+    space = cpu_tiles.workspace(summed, cpu_tiles.packed(summed, columns))
     space[len(cpu_tiles.workspace(0)) :] = np.nan
     return space
 
@@ -66,7 +65,7 @@ def test_product_of_any_views(shape, turned, extra, add, seed):
     rounding = 2.0**-23 * (k + 2) * (size + add * abs(out))
     if not add:
         out[:] = np.nan
-    product(a, b, out, np.float32(1.5), add, poisoned(cpu_tiles.packed(m, k) + cpu_tiles.packed(k, n)))
+    product(a, b, out, np.float32(1.5), add, poisoned(k, n))
     assert (abs(out - expected) <= 3 * 2.0**-16 * size + rounding).all()  # what of hi and lo is left out; float32 sums
     if extra:
         around[:, extra // 2 : extra // 2 + n] = out
@@ -82,10 +81,10 @@ def test_a_row_is_the_same_to_the_bit_in_any_company():
         right[:] = np.nan
         pack(b.T, np.float32(1), False, right, poisoned(0))
         whole = np.empty((80, n), np.float32)
-        times(a, right, whole, False, poisoned(cpu_tiles.packed(80, k)))
+        times(a, right, whole, False, poisoned(k))
         for first, end in ((0, 1), (79, 80), (3, 20), (5, 45), (16, 80), (0, 79)):
             out = np.full((end - first, n), np.nan, np.float32)
-            times(a[first:end], right, out, False, poisoned(cpu_tiles.packed(80, k)))
+            times(a[first:end], right, out, False, poisoned(k))
             assert np.array_equal(out, whole[first:end])
 
 
@@ -95,7 +94,7 @@ def test_what_is_not_finite_stays_in_its_row():
     for value in (np.nan, np.inf, -np.inf):
         a, b = matrix(draw, 40, 50, 0), matrix(draw, 50, 60, 0)
         expected = np.empty((40, 60), np.float32)
-        space = poisoned(cpu_tiles.packed(40, 50) + cpu_tiles.packed(50, 60))
+        space = poisoned(50, 60)
         product(a, b, expected, np.float32(1), False, space)
         a[17, 3] = value
         out = np.empty_like(expected)
@@ -114,7 +113,7 @@ def test_numbers_of_any_size():
     exact, size = a.astype(np.float64) @ b, abs(a).astype(np.float64) @ abs(b)
     for scale in scales:
         out = np.empty((40, 60), np.float32)
-        product(a * scale, b, out, np.float32(1), False, poisoned(2 * cpu_tiles.packed(64, 64)))
+        product(a * scale, b, out, np.float32(1), False, poisoned(50, 60))
         assert (abs(out / np.float64(scale) - exact) <= 2.0**-14 * size).all()
 
 
