@@ -88,7 +88,7 @@ def measure(benchmark, peak):
         gflops, gbs = amount.flop / median / 1e9, amount.bytes / median / 1e9
         shares = {"arithmetic": gflops / peak["gflop_per_s"], "memory": gbs / peak["gb_per_s"]}
         bound = max(shares, key=shares.__getitem__)
-        if "tiles_gflop_per_s" in peak and labels.get("provider") in P.BY_TILES:
+        if "tiles_gflop_per_s" in peak and (labels.get("what"), labels.get("provider")) in P.BY_TILES:
             benchmark.extra_info["share_of_tiles"] = gflops / peak["tiles_gflop_per_s"]
         benchmark.extra_info.update(
             labels,

@@ -6,6 +6,7 @@ or a GPU where there is none, is absent from the record.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from mcdi_fast.backend import Backend
+from mcdi_fast.backend import Backend, one_thread
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.denoiser import denoise
 from mcdi_fast.diffusion import InnerBatch, sample_chain
@@ -66,7 +67,11 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-BY_TILES = ("ours", "3 steps")  # who multiplies on tile units where a processor has them
+BY_TILES = (
+    ("meta-step", "ours"),
+    ("sampling", "ours"),
+    ("sampling", "3 steps"),
+)  # who multiplies on tile units, if there are any
 
 
 def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] | None, int]:
@@ -80,6 +85,7 @@ def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] 
 
     @cpu_core.compiled
     def multiply(a, b, right, out, space, times):
+        cpu_tiles.prepare(space)
         cpu_tiles.pack(b.T, 1, False, right, space)
         for _ in range(times):
             cpu_tiles.times(a, right, out, False, space)
@@ -88,7 +94,7 @@ def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] 
 
     def share(first: int, end: int) -> None:
         right, out = cpu_core.aligned(cpu_tiles.packed(side, side)), cpu_core.aligned(side * side).reshape(side, side)
-        multiply(a, b, right, out, cpu_tiles.workspace(side), (end - first) * times)
+        multiply(a, b, right, out, cpu_core.aligned(cpu_tiles.workspace(side)), (end - first) * times)
 
     threads = torch.get_num_threads()
     return lambda: cpu_core.by_threads(share, threads), 2 * side**3 * times * threads
@@ -216,9 +222,14 @@ def our_meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Ca
     own = named_views(state.phi, {name: tuple(value.shape) for name, value in phi.items()})
     scalars = OuterScalars(1e-8, 1.0, -1 / RATE, 0.01)
 
+    compiled = DEVICE == "cpu" and OPTIONAL["numba"]
+    update = importlib.import_module("mcdi_fast.cpu_outer").outer_update if compiled else outer_update
+
     def run() -> Any:
         delta, losses = inner(own, batch)
-        outer_update(state, torch.cat([value.flatten() for value in delta.values()]), scalars, "adam")
+        with one_thread(compiled):
+            flat = torch.cat([value.flatten() for value in delta.values()])
+        update(state, flat, scalars, "adam")
         return delta, losses
 
     return run

@@ -14,9 +14,11 @@ Triton itself is imported only where kernels run: it costs a quarter of a second
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -72,6 +74,23 @@ def numba_module(name: str) -> ModuleType | None:
     except ImportError as error:
         warnings.warn(f"numba is installed but cannot be used, torch computes instead: {error}", stacklevel=2)
         return None
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Torch's operations on one thread inside, where `wanted`; the calling thread's setting is as before behind it.
+
+    Small operations are quicker so. And OpenMP's threads spin behind each parallel one, up to 1.5 ms, on the cores that compiled code wants next.
+    """
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1 or not torch.backends.openmp.is_available():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def requested(impl: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mcdi_fast import cpu_tiles
 from mcdi_fast.backend import DEFAULT_PRECISION
-from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, lines, product, take, take_lines
+from mcdi_fast.cpu_core import FAST, aligned, by_threads, compiled, copy, exp, kept, lines, product, take, take_lines
 from mcdi_fast.cpu_noise import SCRATCH, draw
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def _sample(
     _, tokens, d = weights.shape
     (depth, _, h), told = step_rows.shape, table[0, 0]
     units = depth * h
+    if len(space):
+        cpu_tiles.prepare(space)
     for first in range(0, len(weights), together):
         tasks = min(together, len(weights) - first)
         some, rows = max(tasks, 2), max(tasks * tokens, 2)
@@ -212,6 +214,7 @@ def rows_alike(k: int, n: int, step: int, rows: int) -> bool:
 def _lay_out(matrix, out, space):
     """A matrix to rows that each begin a cache line, or to panels."""
     if len(space):
+        cpu_tiles.prepare(space)
         cpu_tiles.pack(matrix.T, 1, False, out, space)
     else:
         copy(matrix, take_lines(out, *matrix.shape)[0])
@@ -226,8 +229,8 @@ class _Plan(NamedTuple):
     """Multiplications of a task in a step."""
     scratch: int
     """float32 a task."""
-    summed: int
-    """Most numbers that a product sums."""
+    space: int
+    """float32 of the workspace of tile units, 0 without."""
 
 
 class PackedChain:
@@ -266,7 +269,7 @@ class PackedChain:
             sizes = [cpu_tiles.packed(*m.shape) if self._tiles else len(m) * lines(m.shape[1]) for m in matrices]
             ends = np.cumsum(sizes)
             table = np.array([(*m.shape, end - size) for m, size, end in zip(matrices, sizes, ends, strict=True)])
-            flat, space = aligned(ends[-1]), cpu_tiles.workspace(1) if self._tiles else aligned(0)
+            flat, space = aligned(ends[-1]), aligned(cpu_tiles.workspace(1) if self._tiles else 0)
             for matrix, size, end in zip(matrices, sizes, ends, strict=True):
                 _lay_out(matrix, flat[end - size : end], space)
             self._matrices[alone] = table, flat
@@ -289,9 +292,8 @@ class PackedChain:
                     step = 1 if number in of_means else tokens
                     if not rows_alike(*shape, step, together * step):
                         together = 1
-            self._plans[tokens] = _Plan(
-                table, flat, together, tokens * a_step, sum(map(lines, sizes)), int(max(fan_in))
-            )
+            space = cpu_tiles.workspace(int(max(fan_in))) if self._tiles else 0
+            self._plans[tokens] = _Plan(table, flat, together, tokens * a_step, sum(map(lines, sizes)), space)
         return self._plans[tokens]
 
     def sample(self, seeds: list[int] | Tensor, condition: Tensor, steps: Tensor, coefficients: Tensor) -> Tensor:
@@ -312,8 +314,9 @@ class PackedChain:
 
         def some(first: int, end: int) -> None:
             many = max(2, min(plan.together, end - first))
-            memory = aligned(many * plan.scratch + SCRATCH)
-            space = cpu_tiles.workspace(plan.summed) if self._tiles else aligned(0)
+            size = lines(many * plan.scratch + SCRATCH)
+            memory = kept(size + plan.space)
+            memory, space = memory[:size], memory[size:]
             _sample(keys[first:end], given[first:end], *constants, many, memory, space, weights[first:end])
 
         by_threads(some, tasks, 1 + _WORTH // (len(steps) * plan.work))

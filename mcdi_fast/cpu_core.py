@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -182,6 +183,17 @@ def aligned(size: int) -> np.ndarray:
     """float32 [size], uninitialised, from a cache line on: a BLAS may round otherwise at other addresses."""
     memory = np.empty(size + LINE, _f32)
     return memory[-memory.ctypes.data % 64 // _ITEM :][:size]
+
+
+def kept(size: int) -> np.ndarray:
+    """`aligned` memory that a thread keeps from call to call, for scratch: fresh memory is cleared page by page, up to a third of a meta-step."""
+    found = vars(_kept).get("memory")
+    if found is None or len(found) < size:
+        found = _kept.memory = aligned(size)
+    return found[:size]
+
+
+_kept = threading.local()
 
 
 def by_threads(run: Callable[[int, int], Any], tasks: int, least: int = 1) -> list[Any]:

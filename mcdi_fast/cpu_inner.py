@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mcdi_fast import cpu_tiles
 from mcdi_fast.backend import DEFAULT_PRECISION
-from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, lines, product, take
+from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, kept, lines, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 
@@ -220,6 +220,7 @@ def _run(
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
     fan_sample = plan[3][_IN]
     if len(space):
+        cpu_tiles.prepare(space)
         for p in plan:
             weight = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
             cpu_tiles.pack(weight.T, one, False, panels[p[_PANELS + _INTO] :], space)
@@ -340,11 +341,14 @@ def inner_loop(
     arrays = [t.contiguous().numpy() for t in (batch.x, batch.step, batch.condition, batch.gain, batch.target)]
     losses, sizes = np.empty((b, k), _f32), np.array([width, depth, int(mask.sum()), b])
 
+    parts = [held, weights, scratch, *((panels, cpu_tiles.workspace(summed, right)) if tiles else (0, 0))]
+
     def run(first: int, end: int) -> np.ndarray:
         mine = [array[first:end] for array in arrays]
-        *memory, delta = (aligned(count) for count in (held, weights, scratch, panels if tiles else 0, size))
-        given = plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk
-        _run(*given, *memory, cpu_tiles.workspace(summed, right) if tiles else aligned(0), losses[first:end], delta)
+        delta, ends = aligned(size), np.cumsum([0, *map(lines, parts)])
+        memory = kept(ends[-1])
+        space = [memory[start : start + count] for start, count in zip(ends, parts, strict=False)]
+        _run(plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk, *space, losses[first:end], delta)
         return delta
 
     first, *others = by_threads(run, b)

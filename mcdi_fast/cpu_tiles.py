@@ -26,8 +26,6 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from mcdi_fast.cpu_core import aligned
-
 _f32 = np.float32
 _PANEL = 32
 _FLOATS = _PANEL * _PANEL  # of memory, a panel
@@ -252,22 +250,19 @@ def _steps(summed):
     return (summed + _PANEL - 1) // _PANEL
 
 
-def _head() -> np.ndarray:
-    found = aligned(_SPACE)
-    found[:] = 0
-    found[_ORDER:_SETTING].view(np.uint16)[:] = np.arange(32).reshape(2, 16).T.ravel()
-    found[_SETTING:].view(np.uint8)[0] = 1  # the palette
-    return found
+def workspace(summed: int, right: int = 0) -> int:
+    """float32 that products need besides their factors and result, of so many numbers summed; right: of a right factor that is not packed already."""
+    return _SPACE + packed(_PANEL, summed) + right
 
 
-_HEAD = _head()
-
-
-def workspace(summed: int, right: int = 0) -> np.ndarray:
-    """What products need besides their factors and result, of so many numbers summed; right: float32 of a right factor that is not packed already."""
-    found = aligned(_SPACE + packed(_PANEL, summed) + right)
-    found[:_SPACE] = _HEAD
-    return found
+@njit
+def prepare(space):
+    """Memory of `workspace` for products."""
+    order, setting = space[_ORDER:_SETTING].view(np.uint16), space[_SETTING:_SPACE].view(np.uint8)
+    for i in range(16):
+        order[2 * i], order[2 * i + 1] = i, 16 + i
+    setting[:] = 0
+    setting[0] = 1  # the palette
 
 
 @njit

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, check_device, check_precision, numba_module, requested, resolve
+from mcdi_fast.backend import (
+    DEFAULT_PRECISION,
+    check_device,
+    check_precision,
+    numba_module,
+    one_thread,
+    requested,
+    resolve,
+)
 from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.bounds import check
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
@@ -35,7 +43,12 @@ _FIT_TASKS = 4096  # for the normalisers: enough for two digits of a column's de
 _RECIPE = 5  # raise when the code below makes another phi from the same configuration, or writes another checkpoint
 FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a run goes on
 _SHOW_EVERY = 20  # outer steps between losses in the progress bar: reading one waits for the device
+_FEW = 2**20  # numbers of a meta-batch up to which torch makes it on one thread, beside compiled code
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
+
+
+def _finite(delta: Tensor) -> bool:
+    return bool(delta.isfinite().all())
 
 
 class MetaTrainer:
@@ -104,6 +117,15 @@ class MetaTrainer:
         self._bank: dict[str, Any] = {"tasks": len(bank), "contents": bank.contents()}
         mask = bank.layout.mask
         self._mask = None if mask.all() else mask.to(torch.float32)
+        entries = (
+            self.meta.meta_batch
+            * self.meta.inner_steps
+            * self.meta.samples
+            * bank.layout.num_tokens
+            * bank.layout.width
+        )
+        self._compiled = self.device.type == "cpu" and self.impl == "auto" and numba_module("cpu_inner") is not None
+        self._few = self._compiled and entries <= _FEW
         self.step = 0
         self._skipped = self._skipped_before = 0
         self._saved: tuple[Path, int] | None = None
@@ -184,20 +206,10 @@ class MetaTrainer:
         if self._kernels is not None:
             loss = self._kernels.step(self.step)
         else:
-            delta, losses = inner_loop(
-                self.phi, self.batch(self.step), self.meta.inner_lr, self.impl, precision=self.precision
-            )
-            flat = torch.cat([value.flatten() for value in delta.values()])
-            if self.ranks.size > 1:
-                flat, losses = self._sum(flat, losses)
-            # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
-            if losses.isfinite().all() and bool(flat.isfinite().all()):
-                outer_update(self.state, flat, outer_scalars(self.meta, self.step), self.meta.outer)
-            elif self.meta.on_bad_step == "skip":
-                self._skipped += 1
-            else:
-                self._stop(self.step, losses)
-            loss = losses[:, 0].mean()
+            with one_thread(self._few):
+                batch = self.batch(self.step)
+            delta, losses = inner_loop(self.phi, batch, self.meta.inner_lr, self.impl, precision=self.precision)
+            loss = self._learn(delta, losses)
         self.step += 1
         if self.step % CHECK_EVERY == 0:
             self.check()
@@ -205,6 +217,23 @@ class MetaTrainer:
                 self._stop(self.step - 1, None)
             self._skipped_before = self.skipped
         return loss
+
+    def _learn(self, delta: Parameters, losses: Tensor) -> Tensor:
+        """The outer step of what the inner loops found, if that is finite; the mean first loss."""
+        with one_thread(self._compiled):
+            flat = torch.cat([value.flatten() for value in delta.values()])
+        if self.ranks.size > 1:
+            flat, losses = self._sum(flat, losses)
+        code = numba_module("cpu_outer") if self._compiled else None
+        finite, update = (code.finite, code.outer_update) if code else (_finite, outer_update)
+        # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
+        if losses.isfinite().all() and finite(flat):
+            update(self.state, flat, outer_scalars(self.meta, self.step), self.meta.outer)
+        elif self.meta.on_bad_step == "skip":
+            self._skipped += 1
+        else:
+            self._stop(self.step, losses)
+        return losses[:, 0].mean()
 
     def _sum(self, delta: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Mean delta [P] and losses [B, K] over the meta-batch, from those of this process's share: one exchange."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mcdi_fast.backend import DEFAULT_PRECISION, Backend, numba_module, resolve
+from mcdi_fast.backend import DEFAULT_PRECISION, Backend, numba_module, one_thread, resolve
 from mcdi_fast.denoiser import FoldedDenoiser
 from mcdi_fast.diffusion import chain_table, check_num_steps, sample_chain
 from mcdi_fast.errors import McdiError, reason_of
@@ -46,20 +45,6 @@ def _outside_compiled_code(method: _Method) -> _Method:
         return disabled[0](*args, **options)
 
     return cast(_Method, call)
-
-
-@contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """Torch's products on one thread inside, where `wanted`; the calling thread's setting is as before behind it."""
-    threads = torch.get_num_threads()
-    if not wanted or threads == 1 or not torch.backends.openmp.is_available():
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Sampler:
@@ -204,7 +189,7 @@ class Sampler:
         if on_cpu and tasks > CHUNK and callback is None:
             parts = zip(condition.split(CHUNK), (seeds[i : i + CHUNK] for i in range(0, tasks, CHUNK)), strict=True)
             return torch.cat([self._chain_by_steps(*part, num_steps, eta_noise, None) for part in parts])
-        with _one_thread(on_cpu and tasks * num_tokens <= ONE_THREAD_ROWS):
+        with one_thread(on_cpu and tasks * num_tokens <= ONE_THREAD_ROWS):
             return self._chain_by_steps(condition, seeds, num_steps, eta_noise, callback)
 
     def _condition(self, given: Any) -> Tensor:

@@ -95,6 +95,7 @@ def poison(size):  # what is read before it is written shows
 @pytest.fixture
 def poisoned(monkeypatch):
     monkeypatch.setattr(cpu_chain, "aligned", poison)
+    monkeypatch.setattr(cpu_chain, "kept", poison)
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,6 +119,7 @@ def test_against_float64(tasks, tokens, d, c, hidden, depth, total, seed, masked
     mask = (torch.rand(tokens, d, generator=g) < 0.7).float() if masked else torch.ones(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_chain, "aligned", poison)
+        patch.setattr(cpu_chain, "kept", poison)
         found = run(phi, schedule, seeds[:tasks], condition[:tasks], 3, mask if masked else None, precision)
     # of the worst of 32 tasks: of one alone rounding may be nothing, by luck
     expected, most = rounding(phi, schedule, x, condition, 3, mask, precision)

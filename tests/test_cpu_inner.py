@@ -46,6 +46,7 @@ def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few, prec
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_inner, "aligned", poisoned)
+        patch.setattr(cpu_inner, "kept", poisoned)
         patch.setattr(cpu_inner, "_FEW_ROWS", few)
         try:
             torch.set_num_threads(threads)

@@ -18,17 +18,20 @@ pytest.importorskip("numba")
 
 from numba import njit
 
-from mcdi_fast import cpu_inner, cpu_tiles
+from mcdi_fast import cpu_core, cpu_inner, cpu_tiles
 
 needs_tiles = pytest.mark.skipif(not cpu_tiles.available, reason="no tile units here")
 
-product, times, pack = (njit(getattr(cpu_tiles, name).py_func) for name in ("product", "times", "pack"))
+product, times, pack, prepare = (
+    njit(getattr(cpu_tiles, name).py_func) for name in ("product", "times", "pack", "prepare")
+)
 
 
 def poisoned(summed, columns=0):
     """Workspace of a product of so many numbers summed, and of so many columns of a factor that is to be packed."""
-    space = cpu_tiles.workspace(summed, cpu_tiles.packed(summed, columns))
-    space[len(cpu_tiles.workspace(0)) :] = np.nan
+    space = cpu_core.aligned(cpu_tiles.workspace(summed, cpu_tiles.packed(summed, columns)))
+    space[:] = np.nan
+    prepare(space)
     return space
 
 
@@ -77,9 +80,9 @@ def test_a_row_is_the_same_to_the_bit_in_any_company():
     draw = np.random.default_rng(0)
     for k, n in ((7, 5), (65, 256), (256, 65), (300, 33)):
         a, b = matrix(draw, 80, k, 0), matrix(draw, k, n, 0)
-        right = cpu_tiles.aligned(cpu_tiles.packed(k, n))
+        right = cpu_core.aligned(cpu_tiles.packed(k, n))
         right[:] = np.nan
-        pack(b.T, np.float32(1), False, right, poisoned(0))
+        pack(b.T, np.float32(1), False, right, poisoned(1))
         whole = np.empty((80, n), np.float32)
         times(a, right, whole, False, poisoned(k))
         for first, end in ((0, 1), (79, 80), (3, 20), (5, 45), (16, 80), (0, 79)):
