@@ -1,8 +1,8 @@
 """Float32 products by the bfloat16 tile units of recent Intel processors (AMX), in compiled code (numba, the extra `cpu`).
 
 A float32 is the sum of two bfloat16, hi + lo, and a rest of 2^-16 of it at most. So a b is hi hi + hi lo + lo hi, three products of the tile units,
-which sum in float32. What is left out is at most 3 x 2^-16 of the sum of |a| |b|, 4e-6 of a result in the root mean square: ten times what float32
-products lose by rounding, a hundredth of what TF32 does. A product takes a quarter to a half of sgemm's time (docs/performance.md).
+which sum in float32. What is left out is at most 3 x 2^-16 of the sum of |a| |b|, 4e-6 of a result in the root mean square: ten to twenty times what
+float32 products lose by rounding, a sixtieth of what TF32 does. A product takes a quarter to a half of sgemm's time (docs/performance.md).
 
 First a matrix is packed, in panels of 32 x 32: four tiles, hi of 16 and of the next 16, then lo. A tile has 16 rows of 16 pairs. A pair are two
 neighbours along the dimension that is summed. A tile of the left factor has a row for each of its rows, one of the right factor a row for each pair,
