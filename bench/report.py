@@ -58,7 +58,7 @@ TARGETS = {  # device: (what, size, ours over which, at least)
         ("meta-step", "32x20 depth 1", "vmap", 5.0),
         ("meta-step", "32x20 depth 1", "compiled", 3.0),
         *(("meta-step", f"{tokens} tokens", "vmap", 3.0) for tokens in (33, 81, 192)),
-        ("meta-step", "33 tokens", "compiled", 2.0),
+        *(("meta-step", f"{tokens} tokens", "compiled", 2.0) for tokens in (33, 81, 192)),
         ("preparation of networks", "500 tasks", "loop", 10.0),
     ],
     "cuda": [

@@ -33,7 +33,7 @@ SIZES = {  # two blocks of width 256, and what differs from that
 }
 EVERYWHERE = ("ours", "ieee", "vmap", "stacked")  # the others at few sizes: ten minutes are to be enough
 FEW = ("8x16", "32x16", "32x20", "32x20 depth 1", "128x8")
-COMPILED = ("32x20", "32x20 depth 1", "33 tokens")
+COMPILED = ("32x20", "32x20 depth 1", "33 tokens", "81 tokens", "192 tokens")
 INNER = P.inner_providers()
 
 
