@@ -67,11 +67,8 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-BY_TILES = (
-    ("meta-step", "ours"),
-    ("sampling", "ours"),
-    ("sampling", "3 steps"),
-)  # who multiplies on tile units, if there are any
+# who multiplies on tile units, if there are any
+BY_TILES = ("meta-step", "ours"), ("sampling", "ours"), ("sampling", "3 steps")
 
 
 def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] | None, int]:

@@ -247,7 +247,7 @@ class PackedChain:
         given = generator.layout.position(), mask, *normalizers
         self._given = tuple(np.array(tensor.numpy(), order="C") for tensor in given)
         self._step_rows = np.array(torch.stack([torch.cat(rows) for rows in folded.step_rows]).numpy())
-        self._tiles = cpu_tiles.available and precision != "ieee"
+        self._tiles = cpu_tiles.used(precision)
         self._matrices: dict[bool, tuple[np.ndarray, np.ndarray]] = {}
         self._plans: dict[int, _Plan] = {}
 

@@ -309,7 +309,7 @@ def inner_loop(
     b, k, s, n, d = batch.x.shape
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     chunk = max(1, _FEW_ROWS // (s * n))
-    tiles = cpu_tiles.available and precision != "ieee"
+    tiles = cpu_tiles.used(precision)
     plan, held, weights, size, panels, summed, right = np.zeros((len(phi), 10), np.int64), 0, 0, 0, 0, 0, 0
     for row, value, (count, own) in zip(plan, phi.values(), forms, strict=True):
         fan_in, fan_out = value.shape

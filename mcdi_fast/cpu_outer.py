@@ -78,6 +78,6 @@ def outer_update(state: OuterState, delta: Tensor, scalars: OuterScalars, outer:
 
 
 def finite(delta: Tensor) -> bool:
-    """Whether every entry is."""
+    """`outer.finite` in float32."""
     bits = delta.numpy().view(np.int32)
     return all(by_threads(lambda first, end: _finite(bits[first:end]), len(delta), _WORTH))

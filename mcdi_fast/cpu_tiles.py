@@ -55,6 +55,11 @@ if _assembled:
     binding.initialize_native_asmparser()
 
 
+def used(precision: str) -> bool:
+    """Whether products of a precision (`backend.DEFAULT_PRECISION`) are theirs."""
+    return available and precision != "ieee"
+
+
 def _assembly(text: str, count: int) -> Any:
     """What an intrinsic of `count` integers returns: $0, $1 ... in the text. It may use r8 to r11, all vector registers and tiles."""
     used = ["memory", "flags", "r8", "r9", "r10", "r11", "k1", "k2", "k3", "k4", *(f"xmm{n}" for n in range(32))]
@@ -212,24 +217,16 @@ def _configure(typingctx, setting):
     return _assembly("ldtilecfg ($0)", 1)
 
 
-@intrinsic
-def _multiply_16_16(typingctx, left, right, steps, out, stride, add):
-    return _assembly(_multiplication(False, False), 6)
+def _multiplier(tall: bool, wide: bool) -> Any:
+    @intrinsic
+    def multiply(typingctx, left, right, steps, out, stride, add):
+        return _assembly(_multiplication(tall, wide), 6)
+
+    return multiply
 
 
-@intrinsic
-def _multiply_16_32(typingctx, left, right, steps, out, stride, add):
-    return _assembly(_multiplication(False, True), 6)
-
-
-@intrinsic
-def _multiply_32_16(typingctx, left, right, steps, out, stride, add):
-    return _assembly(_multiplication(True, False), 6)
-
-
-@intrinsic
-def _multiply_32_32(typingctx, left, right, steps, out, stride, add):
-    return _assembly(_multiplication(True, True), 6)
+_multiply_16_16, _multiply_16_32 = _multiplier(False, False), _multiplier(False, True)
+_multiply_32_16, _multiply_32_32 = _multiplier(True, False), _multiplier(True, True)
 
 
 @intrinsic

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from mcdi_fast import outer
 from mcdi_fast.backend import (
     DEFAULT_PRECISION,
     check_device,
@@ -32,7 +33,7 @@ from mcdi_fast.generator import WeightGenerator, describe
 from mcdi_fast.inner import ORACLES, inner_loop
 from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_normal
 from mcdi_fast.normalizer import Normalizer
-from mcdi_fast.outer import OuterState, named_views, outer_scalars, outer_update
+from mcdi_fast.outer import OuterState, named_views, outer_scalars
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.store import difference, digest, load_tensors, output_file, save_tensors, show_path
 
@@ -45,10 +46,6 @@ FREE = ("checkpoint_every", "on_bad_step")  # settings that may change when a ru
 _SHOW_EVERY = 20  # outer steps between losses in the progress bar: reading one waits for the device
 _FEW = 2**20  # numbers of a meta-batch up to which torch makes it on one thread, beside compiled code
 CHECK_EVERY = 100  # outer steps between looks at the device for a step that was not finite, where the kernels run
-
-
-def _finite(delta: Tensor) -> bool:
-    return bool(delta.isfinite().all())
 
 
 class MetaTrainer:
@@ -117,15 +114,10 @@ class MetaTrainer:
         self._bank: dict[str, Any] = {"tasks": len(bank), "contents": bank.contents()}
         mask = bank.layout.mask
         self._mask = None if mask.all() else mask.to(torch.float32)
-        entries = (
-            self.meta.meta_batch
-            * self.meta.inner_steps
-            * self.meta.samples
-            * bank.layout.num_tokens
-            * bank.layout.width
-        )
-        self._compiled = self.device.type == "cpu" and self.impl == "auto" and numba_module("cpu_inner") is not None
-        self._few = self._compiled and entries <= _FEW
+        code = numba_module("cpu_outer") if self.device.type == "cpu" and self.impl == "auto" else None
+        self._compiled, self._outer = code is not None, code or outer
+        samples = self.meta.meta_batch * self.meta.inner_steps * self.meta.samples
+        self._few = self._compiled and samples * mask.numel() <= _FEW
         self.step = 0
         self._skipped = self._skipped_before = 0
         self._saved: tuple[Path, int] | None = None
@@ -224,11 +216,9 @@ class MetaTrainer:
             flat = torch.cat([value.flatten() for value in delta.values()])
         if self.ranks.size > 1:
             flat, losses = self._sum(flat, losses)
-        code = numba_module("cpu_outer") if self._compiled else None
-        finite, update = (code.finite, code.outer_update) if code else (_finite, outer_update)
         # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta
-        if losses.isfinite().all() and finite(flat):
-            update(self.state, flat, outer_scalars(self.meta, self.step), self.meta.outer)
+        if losses.isfinite().all() and self._outer.finite(flat):
+            self._outer.outer_update(self.state, flat, outer_scalars(self.meta, self.step), self.meta.outer)
         elif self.meta.on_bad_step == "skip":
             self._skipped += 1
         else:

@@ -63,6 +63,11 @@ def named_views(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> Parameters:
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
+def finite(delta: Tensor) -> bool:
+    """Whether every entry is."""
+    return bool(delta.isfinite().all())
+
+
 def outer_update(state: OuterState, delta: Tensor, scalars: OuterScalars, outer: str) -> None:
     """One outer step in place.
 

@@ -25,6 +25,28 @@ def poisoned(size):
     return found
 
 
+def bounds(phi, batch, rate, precision, seed):
+    """The reference in float64; and others, as far from it as one may be: in float32, by tile units what it makes of numbers that are nudged."""
+    wide, inputs = cast(phi, batch, torch.float64)
+    others = [inner_loop(phi, batch, rate, "reference")]
+    for draw in range(3 if cpu_tiles.used(precision) else 0):
+        fields = {name: nudged(getattr(inputs, name), draw) for name in ("x", "condition", "gain", "target")}
+        moved = {name: nudged(value, seed + draw) for name, value in wide.items()}
+        others.append(inner_loop(moved, replace(inputs, **fields), rate, "reference"))
+    return inner_loop(wide, inputs, rate, "reference"), others
+
+
+def agrees(found, exact, others):
+    size = sum(float(value.norm()) for value in exact[0].values())
+    delta, losses = found
+    for name, value in exact[0].items():
+        assert delta[name].shape == value.shape
+        error, *own = (float((one[name] - value).norm()) for one in (delta, *(other[0] for other in others)))
+        assert error <= 4 * max(own) + 1e-6 * (float(value.norm()) + 0.1 * size), name
+    own = max(float((other[1] - exact[1]).norm()) for other in others)
+    assert float((losses - exact[1]).norm()) <= 4 * own + 1e-6 * float(exact[1].norm())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.tuples(*(st.integers(1, high) for high in (9, 4, 5, 6, 20, 9, 6, 40, 3))),
@@ -39,8 +61,7 @@ def poisoned(size):
 def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few, precision):
     """On memory full of NaN, on any number of threads, whatever share of the tasks is computed at a time, by sgemm and by tile units."""
     phi, batch = random_case(shape, torch.float32, seed, padded)
-    exact = inner_loop(*cast(phi, batch, torch.float64), rate, "reference")
-    plain = inner_loop(phi, batch, rate, "reference")
+    exact, others = bounds(phi, batch, rate, precision, seed)
     # a diverging task multiplies rounding by its growth
     assume(float(exact[1].max()) < 3 * float(exact[1][:, 0].max()))
     before = torch.get_num_threads()
@@ -53,20 +74,19 @@ def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few, prec
             delta, losses = inner_loop(phi, batch, rate, "auto", stacked, precision)
         finally:
             torch.set_num_threads(before)
-    others = [plain]  # as far from the exact result as one may be
-    if precision != "ieee" and cpu_tiles.available:
-        for draw in range(3):
-            wide, inputs = cast(phi, batch, torch.float64)
-            fields = {f: nudged(getattr(inputs, f), draw) for f in ("x", "condition", "gain", "target")}
-            wide = {name: nudged(value, seed + draw) for name, value in wide.items()}
-            others.append(inner_loop(wide, replace(inputs, **fields), rate, "reference"))
-    size = sum(float(value.norm()) for value in exact[0].values())
-    for name, value in phi.items():
-        assert delta[name].shape == value.shape
-        error, *own = (float((found[name] - exact[0][name]).norm()) for found in (delta, *(o[0] for o in others)))
-        assert error <= 4 * max(own) + 1e-6 * (float(exact[0][name].norm()) + 0.1 * size), name
-    own = max(float((other[1] - exact[1]).norm()) for other in others)
-    assert float((losses - exact[1]).norm()) <= 4 * own + 1e-6 * float(exact[1].norm())
+    agrees((delta, losses), exact, others)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_many_rows_agree(stacked, precision, monkeypatch):
+    """So many that the products of each task by itself are those of tile units too."""
+    monkeypatch.setattr(cpu_inner, "aligned", poisoned)
+    monkeypatch.setattr(cpu_inner, "kept", poisoned)
+    phi, batch = random_case((3, 3, 5, 13, 65, 50, 4, 70, 2), torch.float32, padded=True)
+    assert cpu_tiles.worth.py_func(65, 70, 70)
+    exact, others = bounds(phi, batch, 0.01, precision, 0)
+    agrees(inner_loop(phi, batch, 0.01, "auto", stacked, precision), exact, others)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

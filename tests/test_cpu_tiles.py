@@ -18,7 +18,7 @@ pytest.importorskip("numba")
 
 from numba import njit
 
-from mcdi_fast import cpu_core, cpu_inner, cpu_tiles
+from mcdi_fast import cpu_core, cpu_tiles
 
 needs_tiles = pytest.mark.skipif(not cpu_tiles.available, reason="no tile units here")
 
@@ -151,15 +151,3 @@ def test_where_nothing_can_be_assembled(tmp_path):
         "NUMBA_CPU_FEATURES": "",
     }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parent)
-
-
-@needs_tiles
-def test_a_product_that_is_worth_it_takes_them(monkeypatch):
-    """Rows of a task, with a weight of its own or as low-rank terms."""
-    phi, batch = random_case((2, 3, 4, 16, 33, 20, 3, 64, 1), torch.float32)
-    assert cpu_inner._product.py_func is not None
-    for stacked in (False, True):
-        fast, exact = (inner_loop(phi, batch, 0.01, "auto", stacked, precision)[0] for precision in ("tf32", "ieee"))
-        for name in phi:
-            error = float((fast[name] - exact[name]).norm() / exact[name].norm())
-            assert 0 < error < 1e-4, name
