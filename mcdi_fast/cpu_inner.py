@@ -3,7 +3,7 @@
 Tasks go together until they have `_FEW_ROWS` rows a step: enough for a product with phi to run at its full rate, few enough that what they need
 stays in a core's cache. By torch's operations a step is some hundreds of calls that each read and write the rows of all tasks. The forms of a linear
 map are those of inner.py: rows of the earlier steps, or a weight of the task's own. A thread takes a share of the tasks. They do not meet but in
-delta.
+delta. The condition is the same in all steps, so the sum of its gradients does for it: c W = c phi - rate c c' (sum of the earlier gradients).
 
 Where the processor has tile units and `precision` allows for them, products are theirs (cpu_tiles.py); phi is packed once a call.
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _f32 = np.float32
 _FEW_ROWS = 160
 
-# columns of a plan, a row a map; in and out, and their rows, are told apart by a side
-_IN, _OUT, _ROWS, _OWN, _PHI, _INPUTS, _GRADIENTS, _WEIGHT, _PANELS = range(9)
+# columns of a plan, a row a map; in and out, and their rows, are told apart by a side. Rows are kept of so many steps
+_IN, _OUT, _ROWS, _OWN, _STEPS, _PHI, _INPUTS, _GRADIENTS, _WEIGHT, _PANELS = range(10)
 _INTO, _OUT_OF = range(2)  # the sides: what goes into a map, gradients of what comes out of it
 
 
@@ -45,9 +45,9 @@ def _matrix(flat, at, rows, columns):
 
 @njit
 def _rows(p, side, rows, tasks, r):
-    """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of all steps follow each other, if they are kept."""
+    """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of the steps that are kept follow each other."""
     count, width = tasks * p[_ROWS], p[_IN + side]
-    return _matrix(rows, p[_INPUTS + side] + (0 if p[_OWN] else r * count * width), count, width)
+    return _matrix(rows, p[_INPUTS + side] + r % p[_STEPS] * count * width, count, width)
 
 
 @njit
@@ -232,18 +232,24 @@ def _run(
         du, rest = take(rest, some, width)
         slopes, rest = take(rest, depth * some, width)
         told, rest = take(rest, tasks * tokens, width)
+        by_phi, rest = take(rest, tasks * tokens, width)
         per_sample, rest = take(rest, tasks * samples, width)
         into_sample, rest = take(rest, tasks * samples, fan_sample)
         net, rest = take(rest, some, d)
         scores = update = rest  # a map has one or the other
+        c, g_told = _rows(of_c, _INTO, rows, tasks, 0), _rows(of_c, _OUT_OF, rows, tasks, 0)
+        for t in range(tasks):
+            copy(condition[begin + t], c[t * tokens : (t + 1) * tokens])
+        _through(of_c, _INTO, phi, panels, rows, own, scores, space, tasks, 0, rate, by_phi, False)
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
                 copy(x[begin + t, r].reshape(size, d), _rows(of_x, _INTO, rows, tasks, r)[t * size : (t + 1) * size])
-                copy(condition[begin + t], _rows(of_c, _INTO, rows, tasks, r)[t * tokens : (t + 1) * tokens])
             h = _rows(plan[2], _INTO, rows, tasks, r)
             _through(of_x, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, h, False)
-            _through(of_c, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, told, False)
+            copy(by_phi, told)
+            if r:
+                _low_rank(of_c, scores, space, tasks, rate, c, c, g_told, told)
             for i in range(tasks * samples):
                 t = i // samples
                 _add_each(told[t * tokens : (t + 1) * tokens], 1, one, h[i * tokens : (i + 1) * tokens])
@@ -282,10 +288,9 @@ def _run(
                 _through(of_sample, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, into_sample, False)
                 _add_each(into_sample, tokens, share, then)
                 g = then
-            g_told = _rows(of_c, _OUT_OF, rows, tasks, r)
             for i in range(tasks * samples):
                 t, mine = i // samples, g[i * tokens : (i + 1) * tokens]
-                if i % samples:
+                if r or i % samples:
                     _add_each(mine, 1, one, g_told[t * tokens : (t + 1) * tokens])
                 else:
                     copy(mine, g_told[t * tokens : (t + 1) * tokens])
@@ -294,7 +299,7 @@ def _run(
                     _learn(p, phi, rows, own, space, tasks, r, rate, each, r + 1 == inner, update, delta)
         for p in plan:
             if not p[_OWN]:
-                a, e = _rows(p, _INTO, rows, inner * tasks, 0), _rows(p, _OUT_OF, rows, inner * tasks, 0)
+                a, e = _rows(p, _INTO, rows, p[_STEPS] * tasks, 0), _rows(p, _OUT_OF, rows, p[_STEPS] * tasks, 0)
                 _product(a.T, e, _matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
 
 
@@ -310,13 +315,15 @@ def inner_loop(
     depth, width = depth_of(phi), phi["out.token"].shape[0]
     chunk = max(1, _FEW_ROWS // (s * n))
     tiles = cpu_tiles.used(precision)
-    plan, held, weights, size, panels, summed, right = np.zeros((len(phi), 10), np.int64), 0, 0, 0, 0, 0, 0
-    for row, value, (count, own) in zip(plan, phi.values(), forms, strict=True):
+    plan, held, weights, size, panels, summed, right = np.zeros((len(phi), 11), np.int64), 0, 0, 0, 0, 0, 0
+    for row, (name, value), (count, own) in zip(plan, phi.items(), forms, strict=True):
         fan_in, fan_out = value.shape
-        every = chunk * count * (1 if own else k)  # rows that are kept
+        constant = name == "in.condition"
+        own, steps = own and not constant, 1 if own or constant else k
+        every = chunk * count * steps  # rows that are kept
         inputs, gradients = lines(every * fan_in), lines(every * fan_out)
         into, out_of = (cpu_tiles.packed(*sides) for sides in ((fan_in, fan_out), (fan_out, fan_in)))
-        row[:] = fan_in, fan_out, count, own, size, held, held + inputs, weights, panels, panels + into
+        row[:] = fan_in, fan_out, count, own, steps, size, held, held + inputs, weights, panels, panels + into
         held += inputs + gradients
         weights += lines(chunk * fan_in * fan_out) if own else 0
         size += fan_in * fan_out
@@ -328,6 +335,7 @@ def inner_loop(
     rows = chunk * s * n
     blocks = [rows * width] * 2 + [
         depth * rows * width,
+        chunk * n * width,
         chunk * n * width,
         chunk * s * width,
         chunk * s * len(phi["block0.sample"]),
