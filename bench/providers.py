@@ -27,7 +27,7 @@ from mcdi_fast.inner import inner_loop, task_loss
 from mcdi_fast.kernels.operations import DEFAULT, OPERATIONS, Maker, Sizes, inner_batch, layer_rows, relative_error
 from mcdi_fast.normalizer import Normalizer
 from mcdi_fast.optim import adam_scalars, adam_step, sam_perturbation
-from mcdi_fast.outer import OuterScalars, OuterState, named_views, outer_update
+from mcdi_fast.outer import OuterScalars, OuterState, flattened, named_views, outer_update
 from mcdi_fast.tasks import optimizer_steps
 from mcdi_fast.tasks.heads import train_heads
 
@@ -225,8 +225,8 @@ def our_meta_step(inner: Inner, phi: dict[str, Tensor], batch: InnerBatch) -> Ca
     def run() -> Any:
         delta, losses = inner(own, batch)
         with one_thread(compiled):
-            flat = torch.cat([value.flatten() for value in delta.values()])
-        update(state, flat, scalars, "adam")
+            flat = flattened(delta)
+        update(state, flat if compiled else flat.clone(), scalars, "adam")  # torch's way uses it up
         return delta, losses
 
     return run

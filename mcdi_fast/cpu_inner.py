@@ -14,7 +14,8 @@ compiles in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from numba import njit
 from torch import Tensor
 
 from mcdi_fast import cpu_tiles
-from mcdi_fast.backend import DEFAULT_PRECISION
+from mcdi_fast.backend import DEFAULT_PRECISION, one_thread
 from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, kept, lines, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
+from mcdi_fast.outer import flattened, named_views
 
 if TYPE_CHECKING:
     from mcdi_fast.inner import Form
@@ -303,21 +305,23 @@ def _run(
                 _product(a.T, e, _matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
 
 
-@torch.no_grad()
-def inner_loop(
-    phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Sequence[Form], precision: str = DEFAULT_PRECISION
-) -> tuple[Parameters, Tensor]:
-    """`inner.inner_loop` in float32 on a CPU, on as many threads as torch has.
+class _Plan(NamedTuple):
+    """maps: a row for each, of the columns above. parts: float32 of the workspace's parts, `ends` of them in memory. size: of phi."""
 
-    forms: of each map of phi, in its order. precision: "ieee" for sgemm alone.
-    """
-    b, k, s, n, d = batch.x.shape
-    depth, width = depth_of(phi), phi["out.token"].shape[0]
-    chunk = max(1, _FEW_ROWS // (s * n))
-    tiles = cpu_tiles.used(precision)
-    plan, held, weights, size, panels, summed, right = np.zeros((len(phi), 11), np.int64), 0, 0, 0, 0, 0, 0
-    for row, (name, value), (count, own) in zip(plan, phi.items(), forms, strict=True):
-        fan_in, fan_out = value.shape
+    maps: np.ndarray
+    parts: tuple[int, ...]
+    ends: list[int]
+    size: int
+
+
+@lru_cache(maxsize=16)
+def _planned(
+    shapes: tuple[tuple[str, tuple[int, int]], ...], forms: tuple[Form, ...], batch: tuple[int, ...], tiles: bool
+) -> _Plan:
+    """Of phi's matrices by name and x [tasks at a time, K, S, N, D]."""
+    chunk, k, s, n, d = batch
+    maps, held, weights, size, panels, summed, right = np.zeros((len(shapes), 11), np.int64), 0, 0, 0, 0, 0, 0
+    for row, (name, (fan_in, fan_out)), (count, own) in zip(maps, shapes, forms, strict=True):
         constant = name == "in.condition"
         own, steps = own and not constant, 1 if own or constant else k
         every = chunk * count * steps  # rows that are kept
@@ -332,36 +336,45 @@ def inner_loop(
         right = max(
             right, *(cpu_tiles.packed(*sides) for sides in ((every, fan_in), (every, fan_out), (fan_in, fan_out)))
         )
-    rows = chunk * s * n
-    blocks = [rows * width] * 2 + [
-        depth * rows * width,
-        chunk * n * width,
-        chunk * n * width,
-        chunk * s * width,
-        chunk * s * len(phi["block0.sample"]),
-        rows * d,
-    ]
-    scratch = sum(map(lines, blocks)) + max(*(form.rows**2 for form in forms), *(v.numel() for v in phi.values()))
-    # by NumPy: behind a parallel operation of torch its threads spin for a while, on the cores that are wanted here
-    flat = aligned(size)
-    np.concatenate([value.numpy().ravel() for value in phi.values()], out=flat)
+    sizes = dict(shapes)
+    depth, (width, _), (fan_sample, _) = depth_of(sizes), sizes["out.token"], sizes["block0.sample"]
+    rows, told, samples = chunk * s * n * width, chunk * n * width, chunk * s
+    blocks = (rows, rows, depth * rows, told, told, samples * width, samples * fan_sample, chunk * s * n * d)
+    products = max(*(form.rows**2 for form in forms), *(fan_in * fan_out for _, (fan_in, fan_out) in shapes))
+    for_tiles = (panels, cpu_tiles.workspace(summed, right)) if tiles else (0, 0)
+    parts = (held, weights, sum(map(lines, blocks)) + products, *for_tiles)
+    return _Plan(maps, parts, np.cumsum([0, *map(lines, parts)]).tolist(), size)
+
+
+@torch.no_grad()
+def inner_loop(
+    phi: Parameters, batch: InnerBatch, inner_lr: float, forms: Sequence[Form], precision: str = DEFAULT_PRECISION
+) -> tuple[Parameters, Tensor]:
+    """`inner.inner_loop` in float32 on a CPU, on as many threads as torch has.
+
+    forms: of each map of phi, in its order. precision: "ieee" for sgemm alone.
+    """
+    b, k, s, n, d = batch.x.shape
+    chunk = max(1, _FEW_ROWS // (s * n))
+    shapes = {name: (value.shape[0], value.shape[1]) for name, value in phi.items()}
+    maps, parts, ends, size = _planned(
+        tuple(shapes.items()), tuple(forms), (chunk, k, s, n, d), cpu_tiles.used(precision)
+    )
+    with one_thread(
+        True
+    ):  # behind a parallel operation of torch its threads spin for a while, on the cores that are wanted here
+        flat = flattened(phi).numpy()
     mask = torch.ones(n, d, dtype=torch.float32, device="cpu") if batch.mask is None else batch.mask.contiguous()
     arrays = [t.contiguous().numpy() for t in (batch.x, batch.step, batch.condition, batch.gain, batch.target)]
-    losses, sizes = np.empty((b, k), _f32), np.array([width, depth, int(mask.sum()), b])
-
-    parts = [held, weights, scratch, *((panels, cpu_tiles.workspace(summed, right)) if tiles else (0, 0))]
+    losses, sizes = np.empty((b, k), _f32), np.array([shapes["out.token"][0], depth_of(phi), int(mask.sum()), b])
 
     def run(first: int, end: int) -> np.ndarray:
-        mine = [array[first:end] for array in arrays]
-        delta, ends = aligned(size), np.cumsum([0, *map(lines, parts)])
-        memory = kept(ends[-1])
+        mine, delta, memory = [array[first:end] for array in arrays], aligned(size), kept(ends[-1])
         space = [memory[start : start + count] for start, count in zip(ends, parts, strict=False)]
-        _run(plan, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk, *space, losses[first:end], delta)
+        _run(maps, flat, *mine, mask.numpy(), sizes, _f32(inner_lr), chunk, *space, losses[first:end], delta)
         return delta
 
     first, *others = by_threads(run, b)
     for other in others:
         first += other
-    delta = torch.from_numpy(first).split([value.numel() for value in phi.values()])
-    made = {name: part.view(value.shape) for (name, value), part in zip(phi.items(), delta, strict=True)}
-    return made, torch.from_numpy(losses)
+    return named_views(torch.from_numpy(first), shapes), torch.from_numpy(losses)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -94,8 +94,8 @@ def token_condition(condition: Tensor, position: Tensor) -> Tensor:
     return torch.cat([condition, position.expand(len(condition), -1, -1)], -1) if position.shape[1] else condition
 
 
-def depth_of(phi: Parameters) -> int:
-    """L, the number of residual blocks."""
+def depth_of(phi: Iterable[str]) -> int:
+    """L, the number of residual blocks of parameters, by their names."""
     return sum(name.endswith(".out") for name in phi)
 
 

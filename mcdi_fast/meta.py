@@ -33,7 +33,7 @@ from mcdi_fast.generator import WeightGenerator, describe
 from mcdi_fast.inner import ORACLES, inner_loop
 from mcdi_fast.noise import META_TRAINING, check_seed, draw_generator, philox_normal
 from mcdi_fast.normalizer import Normalizer
-from mcdi_fast.outer import OuterState, named_views, outer_scalars
+from mcdi_fast.outer import OuterState, flattened, named_views, outer_scalars
 from mcdi_fast.ranks import ALONE, Ranks
 from mcdi_fast.store import difference, digest, load_tensors, output_file, save_tensors, show_path
 
@@ -213,7 +213,7 @@ class MetaTrainer:
     def _learn(self, delta: Parameters, losses: Tensor) -> Tensor:
         """The outer step of what the inner loops found, if that is finite; the mean first loss."""
         with one_thread(self._compiled):
-            flat = torch.cat([value.flatten() for value in delta.values()])
+            flat = flattened(delta)
         if self.ranks.size > 1:
             flat, losses = self._sum(flat, losses)
         # one number decides: a NaN anywhere in the inner loop reaches the last loss or the delta

@@ -53,7 +53,7 @@ class OuterState:
     @classmethod
     def start(cls, phi: Parameters, device: torch.device) -> OuterState:
         """Copies of phi, and zero moments."""
-        flat = torch.cat([value.flatten() for value in phi.values()]).to(device)
+        flat = flattened(phi).to(device, copy=True)
         return cls(flat, flat.clone(), torch.zeros_like(flat), torch.zeros_like(flat))
 
 
@@ -61,6 +61,18 @@ def named_views(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> Parameters:
     """The matrices of a flat [P] by name: views."""
     parts = flat.split([rows * columns for rows, columns in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def flattened(matrices: Parameters) -> Tensor:
+    """Their numbers in a row, [P]: of `named_views` what they are views of, without a copy."""
+    values = list(matrices.values())
+    first, size = values[0], 0
+    for value in values:
+        same = value.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and value.is_contiguous() and value.storage_offset() == first.storage_offset() + size):
+            return torch.cat([value.flatten() for value in values])
+        size += value.numel()
+    return first.as_strided((size,), (1,))
 
 
 def finite(delta: Tensor) -> bool:

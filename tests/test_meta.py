@@ -15,6 +15,7 @@ from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.config import DenoiserConfig, DiffusionConfig, MetaConfig
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.meta import MetaTrainer, fit
+from mcdi_fast.outer import flattened, named_views
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.weights import WeightLayout
 
@@ -44,6 +45,24 @@ def test_a_condition_of_the_task_is_that_of_each_token(tmp_path):
         torch.testing.assert_close(found.phi[name], value, rtol=1e-4, atol=1e-6)
     tokens = [Sampler(generator).sample(torch.ones(2, C), [0, 1]).tokens for generator in (found, expected)]
     torch.testing.assert_close(*tokens, rtol=1e-3, atol=1e-4)
+
+
+def test_matrices_that_lie_in_a_row_are_flat_already():
+    flat, shapes = torch.randn(40)[5:], {"a": (2, 3), "b": (4, 5), "c": (9, 1)}
+    found = flattened(named_views(flat, shapes))
+    assert torch.equal(found, flat)
+    assert found.data_ptr() == flat.data_ptr()
+    views = named_views(flat, shapes)
+    others = (
+        {name: value.clone() for name, value in views.items()},
+        {name: views[name] for name in ("b", "a", "c")},
+        {name: views[name] for name in ("a", "c")},
+        views | {"b": views["b"].reshape(5, 4).T},
+    )
+    for case in others:
+        found = flattened(case)
+        assert torch.equal(found, torch.cat([value.flatten() for value in case.values()]))
+        assert found.data_ptr() != flat.data_ptr()
 
 
 def test_positions_tell_tokens_apart(tmp_path):
