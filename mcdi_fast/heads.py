@@ -96,6 +96,15 @@ def head_trajectory(
     return trajectory(start, gradient, config, segments, **steps)
 
 
+def head_by_adam(support: Tensor, steps: int, lr: float, decay: float) -> Tensor:
+    """Logistic regression by Adam from zero: [B, ways, shots, F] -> [B, ways, F + 1]."""
+    ways, shots = support.shape[1:3]
+    x = support.flatten(1, 2)
+    labels = torch.arange(ways, device=x.device).repeat_interleave(shots).expand(len(x), -1)
+    recipe = PrepareConfig(steps=steps, learning_rate=lr, rho=0.0, weight_decay=decay)
+    return head_trajectory(x.new_zeros(len(x), ways, x.shape[2] + 1), x[None], labels, recipe)[:, -1]
+
+
 def head_accuracy(head: Tensor, query: Tensor, labels: Tensor | None = None) -> Tensor:
     """Share of query images each task gets right: float32 [B].
 

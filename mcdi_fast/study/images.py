@@ -26,13 +26,14 @@ from mcdi_fast.bank import TrajectoryBank
 from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
 from mcdi_fast.config import Options, TrainConfig
-from mcdi_fast.denoiser import Parameters, denoise, init_parameters, token_condition
+from mcdi_fast.denoiser import Parameters, denoise, init_parameters
 from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, finetune, generate, step_counts, trained_targets
+from mcdi_fast.figures import new_figure, png
 from mcdi_fast.generator import WeightGenerator
-from mcdi_fast.heads import head_logits, prototype_head
+from mcdi_fast.heads import head_accuracy, prototype_head
 from mcdi_fast.meta import fit
 from mcdi_fast.prepare import prepare_bank
-from mcdi_fast.report import git_sha, machine, new_figure, png, table
+from mcdi_fast.report import git_sha, machine, table
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import atomic_write, make_folder, read_json, write_json
 from mcdi_fast.study.baselines import ReptileConfig, Start, adapt, reptile_step
@@ -170,7 +171,7 @@ class Flow:
         size, times = like.denoiser, like.diffusion.steps
         targets, condition = bank.gather(torch.arange(len(bank)))
         x1 = like.normalizer.normalize(targets[:, -1])
-        c = token_condition(like.condition_normalizer.normalize(condition), like.layout.position())
+        c = like.network_condition(condition)
         phi = init_parameters(x1.shape[-1], c.shape[-1], times, size.width, size.depth, seed)
         phi = {name: value.requires_grad_() for name, value in phi.items()}
         adam, g = torch.optim.Adam(phi.values(), 2e-3), torch.Generator().manual_seed(seed)
@@ -189,7 +190,7 @@ class Flow:
     def sample(self, tasks: TaskBatch, steps: int, seed: int) -> Tensor:
         """Euler steps from noise: [B, N, D]."""
         like, times = self.like, self.like.diffusion.steps
-        c = token_condition(like.condition_normalizer.normalize(tasks.condition), like.layout.position())
+        c = like.network_condition(tasks.condition)
         tokens = (tasks.condition.shape[1], like.layout.width)
         x = torch.randn(len(tasks), *tokens, generator=torch.Generator().manual_seed(seed))
         ends = torch.linspace(0, times, steps + 1).round().long()
@@ -209,7 +210,7 @@ def _from_prior(f: Families, tasks: TaskBatch, lr: float, decay: float) -> Tenso
 
 
 def _correct(family: PhotoFamily, head: Tensor, tasks: TaskBatch) -> Tensor:
-    return (head_logits(head, family.features(tasks.query)).argmax(-1) == tasks.query["label"]).float().mean(1)
+    return head_accuracy(head, family.features(tasks.query), tasks.query["label"])
 
 
 def _tuned(f: Families, validation: TaskBatch, chosen: dict[str, Any], seed: int) -> dict[str, Head]:

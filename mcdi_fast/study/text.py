@@ -37,7 +37,7 @@ from mcdi_fast.evaluate import (
     step_counts,
     trained_targets,
 )
-from mcdi_fast.heads import head_logits
+from mcdi_fast.heads import head_accuracy, head_by_adam
 from mcdi_fast.meta import fit
 from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.report import git_sha, machine, table
@@ -45,7 +45,7 @@ from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import make_folder, read_json, write_json
 from mcdi_fast.tasks import Setup, TaskBatch, find_family
 from mcdi_fast.tasks.images import LabelledRows
-from mcdi_fast.tasks.lora import LoraFamily, LoraOptions, head_by_adam, rows_by_class
+from mcdi_fast.tasks.lora import LoraFamily, LoraOptions, rows_by_class
 from mcdi_fast.tasks.prior import ClassPrior, informed_head, ridge_head
 
 _KNOWN, _INTENTS = "known data sets", "new intents, 5-way 1-shot"
@@ -89,11 +89,7 @@ def ridge_scores(features: Tensor, tasks: TaskBatch, penalty: float) -> Tensor:
     scale = (x - centre).square().sum(-1, keepdim=True).mean((1, 2), keepdim=True).sqrt()
     head = ridge_head((x - centre) / scale, penalty)
     y = (features[tasks.query["row"]] - centre[:, 0]) / scale[:, 0]
-    return _right(head, y, tasks)
-
-
-def _right(head: Tensor, x: Tensor, tasks: TaskBatch) -> Tensor:
-    return (head_logits(head, x).argmax(-1) == tasks.query["label"]).float().mean(1)
+    return head_accuracy(head, y, tasks.query["label"])
 
 
 def prior_head(family: LoraFamily) -> Score:
@@ -104,7 +100,7 @@ def prior_head(family: LoraFamily) -> Score:
 
     def score(tasks: TaskBatch) -> Tensor:
         head = informed_head(prior, family.apart[rows_by_class(tasks.support)])
-        return _right(head, family.apart[tasks.query["row"]], tasks)
+        return head_accuracy(head, family.apart[tasks.query["row"]], tasks.query["label"])
 
     return score
 

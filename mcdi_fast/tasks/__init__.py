@@ -139,13 +139,8 @@ class TaskFamily:
 
     def scores(self, theta: Tensor, data: Data) -> Tensor:
         """Of all tasks: [B, N, D] -> float32 [B]. `score` under vmap by default."""
-        parts = []
-        for first in range(0, len(theta), _CHUNK):
-            rows = slice(first, first + _CHUNK)
-            part = {name: value[rows] for name, value in data.items()}
-            with torch.no_grad():
-                parts.append(vmap(self.score, randomness="different")(theta[rows], part))
-        return torch.cat(parts)
+        with torch.no_grad():
+            return vmap(self.score, randomness="different", chunk_size=_CHUNK)(theta, data)
 
     def save(self, folder: Path) -> None:
         """Write beside a generator what its user needs to make conditions. Nothing by default."""

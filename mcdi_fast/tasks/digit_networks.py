@@ -73,19 +73,17 @@ class DigitFamily(ModuleFamily):
         self.options, self.fingerprint = options, f"{data.fingerprint} {asdict(options)}"
         self._domains = [data.domain_names.index(name) for name in data.domain_names if name != options.target]
         self._domains.append(data.domain_names.index(options.target))
-        assert data.domains is not None, "digits: no domains"
         gray = data.rows.float().mean(-1).unsqueeze(1) / 127.5 - 1
         small = F.adaptive_avg_pool2d(gray, SIDE)
-        width = len(data.domain_names)
-        cell = data.labels * width + data.domains
-        each = int(torch.bincount(cell).min())
+        each = int(data.cells.min())
         need = options.shots + _QUERIES + _OTHERS
         if each < need:
             raise McdiError(
                 f"digits: {each} images of a digit in a domain, expected {need} at least; lower --task.shots"
             )
-        rows = [small[cell == number][:each] for number in range(10 * width)]
-        self._images = torch.stack(rows).unflatten(0, (10, width))  # [digit, domain, each, 1, SIDE, SIDE]
+        cells = small.split(data.cells.flatten().tolist())
+        # [digit, domain, each, 1, SIDE, SIDE]
+        self._images = torch.stack([cell[:each] for cell in cells]).unflatten(0, data.cells.shape)
         pairs = np.array(list(itertools.combinations(range(10), 2)))
         self._pairs = np.random.default_rng(0).permutation(pairs)
 

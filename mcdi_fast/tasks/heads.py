@@ -226,8 +226,7 @@ class HeadFamily(TaskFamily):
 
     def scores(self, theta: Tensor, data: Data) -> Tensor:
         """The same of all tasks at once."""
-        logits = heads.head_logits(self.heads(theta, data), self.features(data))
-        return (logits.argmax(-1) == data["label"]).float().mean(1)
+        return heads.head_accuracy(self.heads(theta, data), self.features(data), data["label"])
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """By hand: heads.head_gradient."""

@@ -26,7 +26,7 @@ from mcdi_fast.backend import Backend
 from mcdi_fast.bounds import Range
 from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError, needs
-from mcdi_fast.heads import prototype_head
+from mcdi_fast.heads import head_by_adam, prototype_head
 from mcdi_fast.optim import trajectory
 from mcdi_fast.store import digest, load_tensors, make_folder, save_tensors
 from mcdi_fast.tasks import Data, Metric, Setup, TaskBatch, TaskFamily, optimizer_steps, register
@@ -350,12 +350,11 @@ class LoraFamily(TaskFamily):
     @torch.no_grad()
     def scores(self, theta: Tensor, data: Data) -> Tensor:
         """Of all tasks, some at a time."""
-        parts = []
-        for first in range(0, len(theta), _TASKS):
-            rows = slice(first, first + _TASKS)
-            part = {name: value[rows] for name, value in data.items()}
-            parts.append((self.logits(theta[rows], part).argmax(-1) == part["label"]).float().mean(1))
-        return torch.cat(parts)
+
+        def right(theta: Tensor, data: Data) -> Tensor:
+            return (self.logits(theta, data).argmax(-1) == data["label"]).float().mean(1)
+
+        return _some_at_a_time(right, theta, data)
 
     def gradient(self, theta: Tensor, data: Data, step: int = 0) -> Tensor:
         """Of each task's loss on all its rows."""
@@ -372,19 +371,17 @@ class LoraFamily(TaskFamily):
         backend: Backend = Backend(),  # noqa: B008 (a constant)
     ) -> Tensor:
         """Adam on minibatches. Decay pulls towards the base."""
-        made, tasks, rows = [], len(data["row"]), data["row"].shape[1]
-        starts = self.start(tasks, config, generator)
-        for first in range(0, tasks, _TASKS):
-            some = slice(first, first + _TASKS)
-            part = {name: value[some] for name, value in data.items()}
+        tasks, rows = data["row"].shape
 
-            def gradient(theta: Tensor, step: int, part: Data = part) -> Tensor:
+        def train(start: Tensor, data: Data) -> Tensor:
+            def gradient(theta: Tensor, step: int) -> Tensor:
                 at = torch.arange(step * _BATCH, (step + 1) * _BATCH) % rows
-                batch = {"row": part["row"][:, at], "label": part["label"][:, at], "base": part["base"]}
+                batch = {"row": data["row"][:, at], "label": data["label"][:, at], "base": data["base"]}
                 return self.gradient(theta, batch).add_(theta, alpha=config.weight_decay)
 
-            made.append(trajectory(starts[some], gradient, config, segments, **optimizer_steps(backend)))
-        return torch.cat(made)
+            return trajectory(start, gradient, config, segments, **optimizer_steps(backend))
+
+        return _some_at_a_time(train, self.start(tasks, config, generator), data)
 
     # ------------------------------------------------------------------ heads
 
@@ -429,21 +426,14 @@ class LoraFamily(TaskFamily):
             "base": lambda tasks: torch.zeros_like(tasks.support["base"]),
             "ridge": partial(self.on_frozen, ridge),
             "nearest-prototype": partial(self.on_frozen, prototype_head),
-            "head-finetune": partial(self.on_frozen, head_by_adam),
+            "head-finetune": partial(self.on_frozen, partial(head_by_adam, steps=60, lr=0.01, decay=0.01)),
         }
 
 
-def head_by_adam(x: Tensor, steps: int = 60, lr: float = 0.01, decay: float = 0.01) -> Tensor:
-    """Logistic regression by Adam from zero: support features [B, ways, K, F] -> [B, ways, F + 1]."""
-    ways, shots = x.shape[1:3]
-    x = F.pad(x.flatten(1, 2), (0, 1), value=1.0)
-    y = torch.eye(ways).repeat_interleave(shots, 0)
-
-    def slope(head: Tensor, _: int) -> Tensor:
-        return (((x @ head.mT).softmax(-1) - y).mT @ x / len(y)).add_(head, alpha=decay)
-
-    recipe = PrepareConfig(steps=steps, learning_rate=lr, rho=0.0, start_std=0.0)
-    return trajectory(x.new_zeros(len(x), ways, x.shape[2]), slope, recipe, 1)[:, -1]
+def _some_at_a_time(function: Callable[[Tensor, Data], Tensor], theta: Tensor, data: Data) -> Tensor:
+    """function(theta, data) of `_TASKS` tasks at a time, joined."""
+    parts = [slice(first, first + _TASKS) for first in range(0, len(theta), _TASKS)]
+    return torch.cat([function(theta[part], {name: value[part] for name, value in data.items()}) for part in parts])
 
 
 def _defaults(config: TrainConfig) -> TrainConfig:
@@ -507,8 +497,8 @@ def glue(options: LoraOptions, setup: Setup) -> LoraFamily:
                 else chosen(texts, options.rows)
             )
             for split, some in parts.items():
-                found = read(tokenizer, net, some, options.max_tokens, setup.cache_dir)
                 given = tokenizer, net, some, options.max_tokens, setup.cache_dir
+                found = read(*given)
                 apart = found.pooled if some.second is None else sentence_features(*given)
                 made[name][split] = found, apart, torch.tensor(some.label)
             bar.update()

@@ -138,22 +138,11 @@ class PhotoFamily(HeadFamily):
         def away(head: Callable[[Tensor], Tensor], tasks: TaskBatch) -> Tensor:
             return (head(self.support_features(tasks)) - tasks.support["base"]) / tasks.support["trust"].clamp_min(1e-6)
 
-        def adam(support: Tensor) -> Tensor:
-            recipe = PrepareConfig(
-                steps=100, learning_rate=0.02, rho=0.0, weight_decay=1 / self.options.shots, start_std=0.0
-            )
-            rows = support.flatten(1, 2)
-            label = (
-                torch.arange(support.shape[1]).repeat_interleave(support.shape[2]).expand(len(rows), -1).to(rows.device)
-            )
-            return heads.head_trajectory(
-                torch.zeros(len(rows), *self.layout.mask.shape).to(rows), rows[None], label, recipe
-            )[:, -1]
-
+        adam = partial(heads.head_by_adam, steps=100, lr=0.02, decay=1 / self.options.shots)
         return {
             "class-prior": lambda tasks: torch.zeros_like(tasks.support["base"]),
             "nearest-prototype": partial(away, heads.prototype_head),
-            "ridge": partial(away, lambda support: ridge_head(support, 1.0)),
+            "ridge": partial(away, partial(ridge_head, penalty=1.0)),
             "head-finetune": partial(away, adam),
         }
 
