@@ -20,8 +20,8 @@ from mcdi_fast.backend import check_precision
 from mcdi_fast.config import PrepareConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.kernels.launch import across, all_registers, check_rank, check_tensor, chip, dot, launch, output
-from mcdi_fast.kernels.sam_adam import adam_update
-from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_scalars
+from mcdi_fast.kernels.sam_adam import ADAM, adam_update
+from mcdi_fast.optim import SAM_TINY, adam_scalars
 
 MAX_STATE = 8192
 """Padded ways x features a program can keep: 6 such float32 arrays (head, ascent, gradient, moments, sum) in 256 kB of registers."""
@@ -329,8 +329,8 @@ def head_trajectory(
     given: dict[str, Any] = dict(
         start=start, features=features, labels=labels, pick=pick, sample_weight=sample_weight,
         scalars=_scalars(config.steps, config.learning_rate, device), out=out,
-        rho=config.rho, weight_decay=config.weight_decay, keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS,
-        num_tasks=b, rows=rows, width=width, ways=ways, segments=segments, per_segment=config.steps // segments,
+        **ADAM, rho=config.rho, weight_decay=config.weight_decay, num_tasks=b, rows=rows, width=width, ways=ways,
+        segments=segments, per_segment=config.steps // segments,
         SAM=config.rho > 0, TINY=SAM_TINY, PRECISION=precision, BLOCK_ROWS=block_rows, WAYS=padded_ways,
     )  # fmt: skip
     if padded_ways * padded_width <= MAX_STATE and not tiled:

@@ -16,9 +16,9 @@ from mcdi_fast.kernels.weight_update import delta_table, reptile_delta_, sgd_ste
 from mcdi_fast.outer import named_views
 
 
-def inner_loop_ref(phi: Parameters, batch: InnerBatch, inner_lr: float, *, stacked: bool | None = None) -> tuple[Parameters, Tensor]:  # fmt: skip
+def inner_loop_ref(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Parameters, Tensor]:
     """As `inner_loop_triton`, in any dtype: autograd, a task at a time."""
-    return inner_loop(phi, batch, inner_lr, "reference", stacked)
+    return inner_loop(phi, batch, inner_lr, "reference")
 
 
 def prefer_stacked(sizes: tuple[int, ...], width: int) -> bool:

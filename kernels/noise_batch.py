@@ -17,12 +17,12 @@ from mcdi_fast.kernels.normal_noise import noise_options, philox_normal_block
 from mcdi_fast.noise import philox_normal
 
 
-def noise_tables(objective: Objective, device: torch.device | str = "cpu") -> Tensor:
+def noise_tables(objective: Objective) -> Tensor:
     """float64 [k, T, 5]: signal, noise, eps_weight, f_weight * skip, f_weight * scale (gain). Build once, then `.float().to(device)`."""
     k = len(objective.f_weight)
     skip, scale = objective.skip.expand(k, -1), objective.scale.expand(k, -1)
     f = objective.f_weight
-    return torch.stack([objective.signal, objective.noise, objective.eps_weight, f * skip, f * scale], -1).to(device)
+    return torch.stack([objective.signal, objective.noise, objective.eps_weight, f * skip, f * scale], -1)
 
 
 def noise_batch_ref(

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
-from mcdi_fast.kernels.sam_adam import adam_update
-from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS
+from mcdi_fast.kernels.sam_adam import ADAM, adam_update
 from mcdi_fast.outer import OuterScalars, OuterState, outer_update
 
 
@@ -65,7 +64,7 @@ def outer_update_(state: OuterState, delta: Tensor, scalars: Tensor, good: Tenso
     launch(
         "outer_update_", outer_update_kernel, (triton.cdiv(count, block),), device, None,
         phi=state.phi, average=state.average, exp_avg=state.exp_avg, exp_avg_sq=state.exp_avg_sq, delta=delta, scalars=scalars, good=good,
-        keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS, count=count, ADAM=outer == "adam", BLOCK=block,
+        **ADAM, count=count, ADAM=outer == "adam", BLOCK=block,
     )  # fmt: skip
 
 

@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import check_tensor, element_block, launch, output
+from mcdi_fast.kernels.launch import check_tensor, element_block, launch
 from mcdi_fast.optim import ADAM_BETAS, ADAM_EPS, SAM_TINY, adam_step, sam_perturbation
 
 sam_ascent_ref = sam_perturbation
 
 _FLOAT32 = (torch.float32,)
+ADAM = {"keep_first": 1 - ADAM_BETAS[0], "keep_second": 1 - ADAM_BETAS[1], "eps": ADAM_EPS}
+"""Arguments of every kernel that calls `adam_update`."""
 
 
 def adam_step_ref(
@@ -64,14 +66,14 @@ def adam_kernel(
     tl.store(exp_avg_sq + at, v, mask=inside)
 
 
-def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | None = None) -> Tensor:
+def sam_ascent(theta: Tensor, gradient: Tensor, rho: float) -> Tensor:
     """theta_b + rho * g_b / max(||g_b||, tiny), one norm a task.
 
     Args:
         theta, gradient: float32 [B, ...], contiguous.
 
     Returns:
-        [B, ...], in `out` where given (theta itself is allowed).
+        [B, ...]
 
     Raises:
         McdiError: naming the tensor.
@@ -81,8 +83,7 @@ def sam_ascent(theta: Tensor, gradient: Tensor, rho: float, *, out: Tensor | Non
         raise McdiError(f"theta: shape {shape}, expected [B, ...]")
     check_tensor("theta", theta, shape, _FLOAT32)
     check_tensor("gradient", gradient, shape, _FLOAT32, theta.device)
-    out = output("out", out, shape, theta.device)
-    count = theta[0].numel()
+    out, count = torch.empty_like(theta), theta[0].numel()
     launch(
         "sam_ascent", sam_kernel, (shape[0],), theta.device, None,
         theta=theta, gradient=gradient, out=out, rho=rho, count=count, TINY=SAM_TINY, BLOCK=element_block(count),
@@ -106,5 +107,5 @@ def adam_step_(theta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Ten
     block = element_block(count)
     launch(
         "adam_step_", adam_kernel, (triton.cdiv(count, block),), theta.device, None,
-        **names, rate=rate, root=root, keep_first=1 - ADAM_BETAS[0], keep_second=1 - ADAM_BETAS[1], eps=ADAM_EPS, count=count, BLOCK=block,
+        **names, **ADAM, rate=rate, root=root, count=count, BLOCK=block,
     )  # fmt: skip

@@ -188,18 +188,11 @@ class ChainDenoiser:
 
     @full_precision
     @torch.no_grad()
-    def __init__(
-        self,
-        phi: Parameters,
-        condition: Tensor,
-        skip: list[float],
-        scale: list[float],
-        folded: FoldedDenoiser | None = None,
-    ):
-        """phi: as `init_parameters` makes it. condition: [B, N, C]. skip, scale: [T]. folded: of the same phi, to spare its making."""
+    def __init__(self, folded: FoldedDenoiser, condition: Tensor, skip: list[float], scale: list[float]):
+        """condition: [B, N, C]. skip, scale: [T]."""
         tasks, tokens, _ = condition.shape
         self.skip, self.scale, self._rows, self._tokens = skip, scale, tasks * tokens, tokens
-        folded = self._folded = folded or FoldedDenoiser(phi)
+        self._folded = folded
         cond_bias = folded.cond_bias(condition)
         self._cond_bias = cond_bias.split([folded.width] * len(folded.token) + [folded.token_width], 1)
 

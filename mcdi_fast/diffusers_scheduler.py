@@ -51,14 +51,9 @@ class McdiScheduler(SchedulerMixin, ConfigMixin):
         d, names = generator.diffusion, ("segments", "beta_start", "beta_end", "objective", "carry")
         return cls(num_train_timesteps=d.steps, **{name: getattr(d, name) for name in names})
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        ends: Tensor | tuple[int, ...] | None = None,
-    ) -> None:
-        """Choose the steps of the next chain, one a segment at least; T by default. ends: as `sample_chain`, the objective's by default."""
-        steps = sampling_steps(self.schedule, self.objective.ends if ends is None else ends, num_inference_steps)
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+        """Choose the steps of the next chain, one a segment at least; T by default."""
+        steps = sampling_steps(self.schedule, self.objective.ends, num_inference_steps)
         self.num_inference_steps = len(steps) - 1
         self.timesteps = torch.tensor(steps[:-1], device=device or "cpu")
         self._coefficients = dict(zip(steps, sampler_coefficients(self.schedule, steps).tolist(), strict=False))

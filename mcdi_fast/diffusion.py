@@ -271,25 +271,13 @@ def noising(objective: Objective, target: Tensor, segment: Tensor, step: Tensor,
     return _pick(objective.signal, segment, step, eps) * target + _pick(objective.noise, segment, step, eps) * eps
 
 
-def consistency_loss(
-    objective: Objective, f: Tensor, segment: Tensor, step: Tensor, eps: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def consistency_loss(objective: Objective, f: Tensor, segment: Tensor, step: Tensor, eps: Tensor) -> Tensor:
     """The loss each (i, t, eps) contributes, `mean || f_weight f - eps_weight eps ||^2` over N and D: [..., N, D] -> [...].
 
     The mean, not the sum of the paper's norm: it keeps the inner rate's meaning when the generated module grows.
-
-    Args:
-        mask: [N, D], 1 for real entries and 0 for padding; the mean is over real entries. None where there is no padding.
     """
     error = _pick(objective.f_weight, segment, step, eps) * f - _pick(objective.eps_weight, segment, step, eps) * eps
-    return mean_square(error, (-2, -1), mask)
-
-
-def mean_square(error: Tensor, dims: tuple[int, ...] | None = None, mask: Tensor | None = None) -> Tensor:
-    """Mean of error^2 over `dims` (all by default), over real entries only; error: [..., N, D], mask: [N, D] or None."""
-    if mask is None:
-        return error.square().mean(dims)
-    return (error * mask).square().mean(dims) * (mask.numel() / mask.sum())
+    return error.square().mean((-2, -1))
 
 
 def make_inner_batch(

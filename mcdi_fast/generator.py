@@ -152,7 +152,7 @@ class WeightGenerator:
     def f(self, condition: Tensor) -> ChainDenoiser:
         """f(x_t, t) = skip_t x_t + scale_t net(x_t, t, condition) for normalised x [B, N, D], with raw conditions [B, N, C]."""
         skip, scale = self._skip_and_scale  # type: ignore[attr-defined]
-        return ChainDenoiser(self.phi, self.network_condition(condition), skip, scale, self.folded())
+        return ChainDenoiser(self.folded(), self.network_condition(condition), skip, scale)
 
     def network_condition(self, condition: Tensor) -> Tensor:
         """What the network is given of each token, [B, N, C + P], of raw conditions [B, N or 1, C]: normalised, and the token's position."""

@@ -23,7 +23,7 @@ from torch.func import grad_and_value, vmap
 
 from mcdi_fast.backend import DEFAULT_PRECISION, numba_module
 from mcdi_fast.denoiser import Parameters, denoise, depth_of, full_precision
-from mcdi_fast.diffusion import InnerBatch, mean_square
+from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
@@ -91,8 +91,10 @@ def task_loss(
     mask: Tensor | None = None,
 ) -> Tensor:
     """One task, one inner step: x, target [S, N, D], step, gain [S], condition [N, C], mask [N, D] or None -> scalar."""
-    net = denoise(phi, x, step, condition)
-    return mean_square(gain[:, None, None] * net - target, mask=mask)
+    error = gain[:, None, None] * denoise(phi, x, step, condition) - target
+    if mask is None:
+        return error.square().mean()
+    return (error * mask).square().mean() * (mask.numel() / mask.sum())  # over real entries only
 
 
 def _reference(phi: Parameters, batch: InnerBatch, inner_lr: float) -> tuple[Parameters, Tensor]:

@@ -70,15 +70,6 @@ class Ranks:
         self.broadcast_(found)
         return int(found)
 
-    def broadcast_features(self, features: Tensor | None) -> Tensor:
-        """Rank 0's float32 tensor of four dimensions, on the CPU; the others pass None."""
-        shape = torch.tensor([0] * 4 if features is None else features.shape)
-        self.broadcast_(shape)
-        if features is None:
-            features = torch.empty(shape.tolist())
-        self.broadcast_(features)
-        return features
-
     def send_to_main(self, tensor: Tensor) -> None:
         """Send to rank 0, which calls `receive`."""
         with self._exchange():

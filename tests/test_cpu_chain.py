@@ -134,7 +134,7 @@ def test_the_default_size_as_exactly_as_torch(poisoned):
     expected = by_steps(wide, schedule, x.double(), condition.double(), None, 1.0)
     objective = make_objective(schedule, "local-consistency")
     skip, scale = objective.skip.tolist(), objective.scale.tolist()
-    torch_error = sample_chain(ChainDenoiser(phi, condition, skip, scale), x, schedule) - expected
+    torch_error = sample_chain(ChainDenoiser(FoldedDenoiser(phi), condition, skip, scale), x, schedule) - expected
     error = run(phi, schedule, [0, 1, 2, 3], condition, precision="ieee") - expected
     assert float(error.square().mean()) <= 4 * float(torch_error.square().mean())
 

@@ -167,7 +167,7 @@ def test_chain_denoiser_is_denoise(shape):
     x = torch.randn(tasks, tokens, width, generator=g, dtype=torch.float64)
     condition = torch.randn(tasks, tokens, condition_width, generator=g, dtype=torch.float64)
     skip, scale = torch.rand(2, steps, generator=g, dtype=torch.float64).tolist()
-    f = ChainDenoiser(phi, condition, skip, scale)
+    f = ChainDenoiser(FoldedDenoiser(phi), condition, skip, scale)
     before = x.clone()
     for t in range(steps):
         net = denoise(phi, x.unsqueeze(-3), torch.full((tasks, 1), t), condition).squeeze(-3)
@@ -181,7 +181,7 @@ def test_a_chain_of_wide_tokens_keeps_its_last_matrix_in_factors():
     phi = init_parameters(41, 3, 4, 5, 2, 0, torch.float64)
     phi = {name: torch.randn(value.shape, generator=g, dtype=torch.float64) / 3 for name, value in phi.items()}
     x, c = (torch.randn(2, 1, width, generator=g, dtype=torch.float64) for width in (41, 3))
-    chain = ChainDenoiser(phi, c, [0.5] * 4, [0.7] * 4)
+    chain = ChainDenoiser(FoldedDenoiser(phi), c, [0.5] * 4, [0.7] * 4)
     expected = 0.5 * x + 0.7 * denoise(phi, x.unsqueeze(1), torch.full((2, 1), 2), c).squeeze(1)
     torch.testing.assert_close(chain(x, 2), expected)
     assert [tuple(matrix.shape) for matrix in chain._folded.last] == [(51, 5), (5, 41)]
