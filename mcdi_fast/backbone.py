@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mcdi_fast.bounds import Range
-from mcdi_fast.config import AtLeastOne, Positive
+from mcdi_fast.config import AtLeastOne, AtLeastTwo, AtLeastZero, Positive
 from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.optim import adam_scalars, adam_step
 from mcdi_fast.store import digest, load_tensors, save_tensors, show_path, user_path
@@ -36,14 +35,14 @@ class BackboneConfig:
 
     steps: AtLeastOne = 1500
     """Training episodes."""
-    ways: Annotated[int, Range(ge=2)] = 32
+    ways: AtLeastTwo = 32
     """Classes an episode (measured, docs/choices.md: 64 classes of 6 images need three times the images)."""
-    images_per_class: Annotated[int, Range(ge=2)] = 4
+    images_per_class: AtLeastTwo = 4
     """Each in turn is the support, the others are queries (measured likewise)."""
     learning_rate: Positive = 0.004
     """Adam's, of the first convolution, biases and batch norms; five times as much for the other convolutions, which Muon trains. Both fall to
     zero by a cosine (measured, docs/choices.md)."""
-    seed: Annotated[int, Range(ge=0)] = 0
+    seed: AtLeastZero = 0
     """The backbone's own, so that runs with other seeds share it."""
     checkpoint_every: AtLeastOne = 200
     """Steps between checkpoints of the backbone's training."""

@@ -15,9 +15,13 @@ from mcdi_fast.bounds import Range
 
 Options = TypeVar("Options")
 
+AtLeastZero = Annotated[int, Range(ge=0)]
 AtLeastOne = Annotated[int, Range(ge=1)]
+AtLeastTwo = Annotated[int, Range(ge=2)]
+Seed = Annotated[int, Range(ge=0, lt=1_000_000)]
 Positive = Annotated[float, Range(gt=0)]
 NotNegative = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ class MetaConfig:
 class EvaluateConfig:
     """The fixed protocol: the same test tasks for every method."""
 
-    tasks: Annotated[int, Range(ge=2)] = 600
+    tasks: AtLeastTwo = 600
     """Test tasks (protocol)."""
-    validation_tasks: Annotated[int, Range(ge=2)] = 300
+    validation_tasks: AtLeastTwo = 300
     """Validation tasks, for the learning curve and the choice of sampling steps and of fine-tuning's settings."""
     finetune_steps: tuple[AtLeastOne, ...] = (100,)
     """Numbers of Adam steps tried for fine-tuning on the support. Validation tasks choose."""
@@ -118,7 +122,7 @@ class EvaluateConfig:
     sampling_steps: AtLeastOne | None = None
     """Steps of the reported chain, from one a segment to T. By default the fewest that are level with the best on the validation tasks (one standard
     error, paired)."""
-    eta_noise: Annotated[float, Range(ge=0, le=1)] = 0.0
+    eta_noise: Share = 0.0
     """0 noise-free, 1 full noise (record: 0.5 is 0.17 ± 0.07 % worse, 1 is 0.67 ± 0.14 % worse)."""
 
 
@@ -139,7 +143,7 @@ class TrainConfig(Generic[Options]):
     """Folder that holds the data, such as omniglot/…; without it MCDI_DATA_DIR, then a download."""
     cache_dir: Path = Path("runs/cache")
     """Downloads and trained backbones, shared by runs."""
-    seed: Annotated[int, Range(ge=0, lt=1_000_000)] = 0
+    seed: Seed = 0
     """Of tasks, starts, noise and meta-training. A backbone has its own."""
     device: str = "cpu"
     """cpu, cuda or cuda:<number>. The CPU by default, even beside a GPU: no GPU has run this yet."""

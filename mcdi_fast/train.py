@@ -276,5 +276,10 @@ def kind_of(form: Any) -> Callable[[str], tuple[Any, Any]]:
     return kind
 
 
+def main_job(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Of a configuration that adds to `TrainConfig`: the main job, with changes."""
+    return TrainConfig(**{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__} | changes)
+
+
 if __name__ == "__main__":
     sys.exit(main())

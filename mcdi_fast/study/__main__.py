@@ -17,8 +17,6 @@ from mcdi_fast import environment  # noqa: F401
 
 # isort: split
 
-import torch
-
 from mcdi_fast.cli import open_run, parse, run_command, stopped
 from mcdi_fast.errors import McdiError
 from mcdi_fast.store import make_folder, read_json, remove_temporaries, show_path, write_json
@@ -28,7 +26,7 @@ from mcdi_fast.study.records import publish
 from mcdi_fast.study.report import render
 from mcdi_fast.study.workshop import PausedError, Workshop
 from mcdi_fast.tasks import glyphs, omniglot
-from mcdi_fast.tasks.heads import ClassRows, HeadFamily
+from mcdi_fast.tasks.drawings import check_drawings
 
 
 def study(config: StudyConfig) -> bool:
@@ -39,10 +37,7 @@ def study(config: StudyConfig) -> bool:
     if not config.report_only:
         data = glyphs.load() if config.dataset == "glyphs" else omniglot.load(config.data_dir, config.cache_dir)
         for task in {train_config(config, cell).task for cell in plan(config)}:
-            for split in ("train", "val", "test"):
-                images = getattr(data, split)
-                counts = torch.full((images.num_classes,), images.images_per_class)
-                HeadFamily.check_split(split, ClassRows(torch.zeros(1, 1), counts), task)
+            check_drawings(data, task)
         with open_run(folder, config, FREE), stopped():
             for name in ("cells", "partial", "banks", "generators"):
                 remove_temporaries(make_folder(folder / name))

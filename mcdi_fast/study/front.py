@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
-from mcdi_fast.config import AtLeastOne, Options, TrainConfig
+from mcdi_fast.config import AtLeastOne, Options, Seed, TrainConfig
 from mcdi_fast.evaluate import VALIDATION_SEED, generate, interval, latency_ms, step_counts
 from mcdi_fast.figures import new_figure, png
 from mcdi_fast.generator import WeightGenerator
@@ -36,7 +35,7 @@ from mcdi_fast.report import axis_label, git_sha, machine, number, table
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import atomic_write, make_folder, read_json, write_json
 from mcdi_fast.tasks import Metric, Setup, TaskBatch, TaskFamily, find_family
-from mcdi_fast.train import check_config, kind_of
+from mcdi_fast.train import check_config, kind_of, main_job
 
 _SIZES = ("widths", "depths", "chains", "segments", "trajectories", "trajectory_steps")
 _FREE = ("run_dir", "out", "data_dir", "cache_dir", "seeds", *_SIZES)
@@ -56,7 +55,7 @@ class FrontConfig(TrainConfig[Options]):
 
     out: Path | None = None
     """Where the record front-<dataset>.json, the table and the picture go. The run folder by default."""
-    seeds: tuple[Annotated[int, Range(ge=0, lt=1_000_000)], ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     """Of tasks, banks and training; --seed is not used."""
     widths: tuple[AtLeastOne, ...] = (32, 64, 128, 256)
     """H."""
@@ -88,15 +87,12 @@ def sizes_of(config: FrontConfig[Any]) -> list[dict[str, int]]:
 def one_config(config: FrontConfig[Any], size: dict[str, int], seed: int) -> TrainConfig[Any]:
     """The main job of one size. Raises McdiError for sizes that contradict each other."""
     return check_config(
-        TrainConfig(
-            dataset=config.dataset,
+        main_job(
+            config,
             seed=seed,
-            task=config.task,
             prepare=replace(config.prepare, tasks=size["trajectories"], steps=size["M"]),
             diffusion=replace(config.diffusion, steps=size["T"], segments=size["k"]),
             denoiser=replace(config.denoiser, width=size["width"], depth=size["depth"]),
-            meta=config.meta,
-            evaluate=config.evaluate,
         )
     )
 

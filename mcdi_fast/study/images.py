@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mcdi_fast import environment  # noqa: F401
 
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from mcdi_fast.backend import Backend
 from mcdi_fast.bank import TrajectoryBank
-from mcdi_fast.bounds import Range
 from mcdi_fast.cli import Stages, open_run, parse, run_command, stopped
-from mcdi_fast.config import Options, TrainConfig
+from mcdi_fast.config import AtLeastTwo, Options, Seed, TrainConfig
 from mcdi_fast.denoiser import Parameters, denoise, init_parameters
 from mcdi_fast.evaluate import TEST_SEED, VALIDATION_SEED, finetune, generate, step_counts, trained_targets
 from mcdi_fast.figures import new_figure, png
@@ -41,7 +40,7 @@ from mcdi_fast.tasks import Setup, TaskBatch, TaskFamily, find_family
 from mcdi_fast.tasks.heads import HeadFamily
 from mcdi_fast.tasks.photos import PhotoFamily, transfer_family
 from mcdi_fast.tasks.prior import ridge_head
-from mcdi_fast.train import check_config, kind_of
+from mcdi_fast.train import check_config, kind_of, main_job
 
 OBJECTIVES: dict[str, Any] = {"mc": "local-consistency", "mv": "vanilla", "tw": "naive-local"}
 TITLES = {
@@ -102,11 +101,11 @@ class ImagesConfig(TrainConfig[Options]):
 
     out: Path | None = None
     """Where images-results.md, figures/ and records/ go. The run folder by default; `docs` for the repository's own."""
-    seeds: tuple[Annotated[int, Range(ge=0, lt=1_000_000)], ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     """Of tasks, banks and training; --seed is not used."""
     targets: tuple[str, ...] = ()
     """Further data sets: tasks of each, and of each of its domains where it has some."""
-    target_tasks: Annotated[int, Range(ge=2)] = 200
+    target_tasks: AtLeastTwo = 200
     """Test tasks of each further data set."""
     baselines_only: bool = False
     """Leave the other objectives and flow matching out: Mc-Di and the baselines."""
@@ -114,7 +113,7 @@ class ImagesConfig(TrainConfig[Options]):
 
 def images_study(config: ImagesConfig[Any]) -> Path:
     """Make the cells that are missing, then the record, the page and the pictures; returns the page's path."""
-    config = replace(config, **{k: v for k, v in vars(check_config(_job(config, 0))).items() if k != "seed"})
+    config = replace(config, **{k: v for k, v in vars(check_config(main_job(config))).items() if k != "seed"})
     folder = config.run_dir or Path("runs") / f"images-{_label(config)}"
     stages = Stages()
     with open_run(folder, config, _FREE), stopped():
@@ -142,10 +141,6 @@ def _label(config: ImagesConfig[Any]) -> str:
     held_out = [task.held_out or "last"] if hasattr(task, "held_out") else []
     across = ["across"] if getattr(task, "across", False) else []
     return "-".join([config.dataset, *held_out, *across, f"{task.ways}way{task.shots}shot"])
-
-
-def _job(config: ImagesConfig[Any], seed: int) -> TrainConfig[Any]:
-    return TrainConfig(**{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__} | {"seed": seed})
 
 
 # ---------------------------------------------------------------------- methods
@@ -257,7 +252,7 @@ def _reptile(f: Families, seed: int) -> tuple[list[Any], Callable[..., Tensor]]:
 
 
 def _cell(folder: Path, family: PhotoFamily, config: ImagesConfig[Any], seed: int) -> dict[str, Any]:
-    job = _job(config, seed)
+    job = main_job(config, seed=seed)
     place = folder / "banks" / f"{_label(config)}-seed{seed}"
     bank = prepare_bank(place, family, job.prepare, job.diffusion.segments, seed)
     names, generators = ["mc"] if config.baselines_only else list(OBJECTIVES), {}

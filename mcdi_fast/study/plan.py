@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from mcdi_fast.bounds import Range, check
+from mcdi_fast.bounds import check
 from mcdi_fast.config import (
+    AtLeastOne,
+    AtLeastTwo,
     DenoiserConfig,
     DiffusionConfig,
     EvaluateConfig,
     MetaConfig,
     Positive,
     PrepareConfig,
+    Seed,
     TrainConfig,
 )
 from mcdi_fast.errors import McdiError
@@ -126,7 +129,7 @@ class StudyConfig:
     """Downloads, trained backbones and features, shared by runs."""
     settings: tuple[SettingName, ...] = tuple(SETTINGS)  # type: ignore[arg-type]
     """Few-shot settings. The parts analysis, segments and selection use the first one only."""
-    seeds: tuple[Annotated[int, Range(ge=0, lt=1_000_000)], ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)
     """Of tasks, starts, noise and training. The backbone has its own. The part selection uses the first."""
     methods: tuple[MethodName, ...] = METHODS
     """Rows of the comparison."""
@@ -136,7 +139,7 @@ class StudyConfig:
     """comparison: the rows. analysis: theorem 1, chains, novelty. variants: the rows without SAM or augmentation. segments: k against
     accuracy. selection: one change at a time, on validation characters. latency: every row's time for one task, one row after the other in
     one process; to time again on an idle machine, remove `cells/*latency.json`."""
-    segment_numbers: tuple[Annotated[int, Range(ge=1)], ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    segment_numbers: tuple[AtLeastOne, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """k of the part segments. M is rounded up to a multiple of each."""
     changes: tuple[str, ...] = tuple(CHANGES)
     """Changes that the part selection tries."""
@@ -146,7 +149,7 @@ class StudyConfig:
     """cpu, cuda or cuda:<number>. No GPU has run it yet."""
     report_only: bool = False
     """Compute nothing: write tables and figures from the records there are."""
-    selection_tasks: Annotated[int, Range(ge=2)] = 1000
+    selection_tasks: AtLeastTwo = 1000
     """Validation tasks that judge a change; other ones than those that choose rates."""
     task: DrawingOptions = field(default_factory=lambda: DrawingOptions(augmentation=1))
     """Tasks and backbone. Ways and shots are those of --settings; augmentation as in the paper."""

@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from mcdi_fast import backbone as bb
-from mcdi_fast.bounds import Range
-from mcdi_fast.config import TrainConfig
+from mcdi_fast.config import AtLeastZero, TrainConfig
 from mcdi_fast.errors import McdiError, reason_of
 from mcdi_fast.store import make_folder
 from mcdi_fast.tasks import Setup
@@ -93,7 +92,7 @@ def _shrunk(grey: Any) -> np.ndarray:
 class DrawingOptions(HeadOptions):
     """A few-shot task on drawn characters."""
 
-    augmentation: Annotated[int, Range(ge=0)] = 0
+    augmentation: AtLeastZero = 0
     """Augmented versions of each training image, beside the image itself, that preparation picks from (paper: some; record, five seeds:
     one is 0.07 ± 0.03 % worse than none)."""
     backbone: bb.BackboneConfig = field(default_factory=bb.BackboneConfig)
@@ -109,6 +108,14 @@ def drawing_defaults(config: TrainConfig) -> TrainConfig:
     )
 
 
+def check_drawings(data: FewShotData, options: DrawingOptions) -> None:
+    """Raise McdiError unless such tasks can be drawn from every split: known before minutes of training."""
+    for split in ("train", "val", "test"):
+        part = getattr(data, split)
+        counts = torch.full((part.num_classes,), part.images_per_class)
+        HeadFamily.check_split(split, ClassRows(torch.zeros(1, 1), counts), options)
+
+
 def drawing_family(load: Callable[[], FewShotData], options: DrawingOptions, setup: Setup) -> HeadFamily:
     """Load the images, train or load the backbone, take features once, and make heads on them.
 
@@ -118,10 +125,7 @@ def drawing_family(load: Callable[[], FewShotData], options: DrawingOptions, set
     with setup.stage("data", 1, "set") as bar:
         data = load()
         bar.update()
-    for split in ("train", "val", "test"):  # before minutes of training
-        part = getattr(data, split)
-        counts = torch.full((part.num_classes,), part.images_per_class)
-        HeadFamily.check_split(split, ClassRows(torch.zeros(1, 1), counts), options)
+    check_drawings(data, options)
     setup.begin()
     config = options.backbone
     with setup.stage("backbone", config.steps, "episodes") as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mcdi_fast import heads
 from mcdi_fast.backend import Backend, numba_module
-from mcdi_fast.bounds import Range
-from mcdi_fast.config import AtLeastOne, PrepareConfig
+from mcdi_fast.config import AtLeastOne, AtLeastTwo, PrepareConfig, Share
 from mcdi_fast.errors import McdiError
 from mcdi_fast.tasks import Data, Metric, TaskBatch, TaskFamily, optimizer_steps
 
@@ -23,13 +22,13 @@ from mcdi_fast.tasks import Data, Metric, TaskBatch, TaskFamily, optimizer_steps
 class HeadOptions:
     """A few-shot task."""
 
-    ways: Annotated[int, Range(ge=2)] = 5
+    ways: AtLeastTwo = 5
     """Classes a task (paper)."""
     shots: AtLeastOne = 1
     """Support images a class (paper)."""
     queries: AtLeastOne = 15
     """Query images a class, in evaluation (protocol)."""
-    support_loss_weight: Annotated[float, Range(ge=0, le=1)] | None = 0.8
+    support_loss_weight: Share | None = 0.8
     """Share of a trajectory's loss that its support images have; the other images of its classes share the rest. None weighs all alike.
     What a target owes to images that the condition does not show is noise to the generator (measured on validation characters, heads regressed on
     the condition: None 98.0, 0.5 98.3, 0.8 98.3, 1.0 98.35 %)."""

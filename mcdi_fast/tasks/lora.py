@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mcdi_fast.backend import Backend
 from mcdi_fast.bounds import Range
-from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
+from mcdi_fast.config import AtLeastOne, AtLeastTwo, AtLeastZero, EvaluateConfig, PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError, needs
 from mcdi_fast.heads import head_by_adam, prototype_head
 from mcdi_fast.optim import trajectory
@@ -64,13 +64,13 @@ class LoraOptions:
     """Data sets: those of text/text_tasks.zip with classes, mrpc, cola, sst2, and .json files of your own (docs/lora.md)."""
     left_out: str | None = None
     """A data set that makes the test tasks and that training does not see. By default test tasks are new examples of `sets`."""
-    ways: Annotated[int, Range(ge=2)] = 2
+    ways: AtLeastTwo = 2
     """Classes of a task."""
     new_classes: bool = False
     """Test tasks are of classes that training does not see: two thirds of each data set's classes train, a fifth tests. All rows are read."""
-    support: Annotated[int, Range(ge=2)] = 64
+    support: AtLeastTwo = 64
     """Labelled examples of a task, as many of each class."""
-    queries: Annotated[int, Range(ge=2)] = 100
+    queries: AtLeastTwo = 100
     """Examples that score it, likewise."""
     train_rows: AtLeastOne = 1000
     """Further examples that a trajectory is trained on."""
@@ -80,7 +80,7 @@ class LoraOptions:
     """Of the matrices."""
     modules: tuple[Literal["query", "key", "value", "dense"], ...] = ("query", "value")
     """Of the last layer's attention: what gets matrices. dense: its output."""
-    start_steps: Annotated[int, Range(ge=0)] = 250
+    start_steps: AtLeastZero = 250
     """Steps that learn the common matrices, a task of each data set a step. 0: the frozen model, B = 0."""
     max_tokens: Annotated[int, Range(ge=4)] = 64
     """Longer texts are cut."""

@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcdi_fast import heads
-from mcdi_fast.bounds import Range
-from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, TrainConfig
+from mcdi_fast.config import AtLeastOne, EvaluateConfig, PrepareConfig, Share, TrainConfig
 from mcdi_fast.errors import McdiError
 from mcdi_fast.generator import WeightGenerator
 from mcdi_fast.sampler import Sampler
@@ -42,7 +41,7 @@ class PhotoOptions(HeadOptions):
     """Turns images into features; package.module:function for one of your own. Not used for a file of features."""
     components: AtLeastOne = 256
     """Principal components of the training classes' features (measured on validation classes: 128 is 0.7 % worse)."""
-    support_loss_weight: Annotated[float, Range(ge=0, le=1)] | None = 0.3
+    support_loss_weight: Share | None = 0.3
     """Share of a trajectory's loss that its support images have. The base knows the support, so the rest counts more than in `heads`."""
 
 
