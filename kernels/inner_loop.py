@@ -96,14 +96,13 @@ class InnerLoop:
         stacked: bool,
         precision: str,
         mask: Tensor | None = None,
-        real: int | None = None,
         delta: Tensor | None = None,
     ):
         """Make the buffers.
 
         Args:
             flat: float32 [P], phi's matrices in a row, of `shapes`; read at every run. sizes: B, K, S, N, D.
-            mask: float32 [N, D], 1 at real numbers. real: how many it has. delta: float32 [P], where to put it.
+            mask: [N, D] on any device, 1 at real numbers. delta: float32 [P], where to put it.
         """
         b, k, s, n, d = self.shape = sizes
         flat_delta = torch.empty_like(flat) if delta is None else delta
@@ -122,10 +121,12 @@ class InnerLoop:
             name: _Linear(weights[name], inputs, gradients, stacked, precision)
             for name, inputs, gradients in zip(maps, *stored, strict=True)
         }
-        self.precision, self.real, self.fused = precision, real, n <= MAX_TOKENS
+        self.precision, self.fused = precision, n <= MAX_TOKENS
+        self.mask = None if mask is None else mask.float().to(flat.device)
+        self.real = None if mask is None else int(mask.sum())  # here, for it waits for the mask's device
         self.table = delta_table(self._layers())
         new = flat.new_empty
-        self.mask, self.gain, self.target = mask, new(k, b, s), new(k, b, s, n, d)
+        self.gain, self.target = new(k, b, s), new(k, b, s, n, d)
         self.parts = new(k, b, loss_parts(s * n, padded(d)))
         self.enter = self.linear["in"].inputs
         self.blocks = [self.linear[f"{layer}"].inputs for layer in range(self.depth)]
@@ -246,8 +247,7 @@ def inner_loop_triton(
     stacked = prefer_stacked(batch.x.shape, phi["out.token"].shape[0]) if stacked is None else stacked
     flat = torch.cat([value.flatten() for value in phi.values()])
     shapes = {name: (len(value), value.shape[1]) for name, value in phi.items()}
-    real = None if batch.mask is None else int(batch.mask.sum())
-    loop = InnerLoop(flat, shapes, batch.x.shape, stacked=stacked, precision=precision, mask=batch.mask, real=real)
+    loop = InnerLoop(flat, shapes, batch.x.shape, stacked=stacked, precision=precision, mask=batch.mask)
     loop.load(batch)
     loop.run(inner_lr)
     return loop.delta, loop.losses.T

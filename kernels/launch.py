@@ -54,9 +54,13 @@ class Turn(NamedTuple):
     pitch: int
     rows: int
 
-    def check(self, device: torch.device) -> None:
-        """Raise McdiError unless launches on `device` can read it."""
-        check_tensor("turn", self.at, (1,), (torch.int64,), device)
+
+def turn_arguments(turn: Turn | None, device: torch.device) -> dict[str, Any]:
+    """Of a kernel that may read a table. Raises McdiError unless launches on `device` can read it."""
+    if turn is None:
+        return {"turn": None, "pitch": 0}
+    check_tensor("turn", turn.at, (1,), (torch.int64,), device)
+    return {"turn": turn.at, "pitch": turn.pitch}
 
 
 _recording: ContextVar[tuple[list[Launch], Chip] | None] = ContextVar("recording", default=None)

@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import Turn, check_apart, check_rank, check_tensor, check_together, element_block, launch
+from mcdi_fast.kernels.launch import (
+    Turn,
+    check_apart,
+    check_rank,
+    check_tensor,
+    check_together,
+    element_block,
+    launch,
+    turn_arguments,
+)
 
 
 def load_batch_ref(
@@ -108,8 +117,7 @@ def load_batch_(
         *(("block", block, (k, b, s * n, max(blocks[0].shape[-1], first_step + num_steps)), floats) for block in blocks),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, dtypes, device)
-    if turn is not None:
-        turn.check(device)
+    table = turn_arguments(turn, device)
     check_together("blocks", blocks)
     numbered = {f"block {number}": block for number, block in enumerate(blocks)}
     check_apart(
@@ -119,10 +127,9 @@ def load_batch_(
     )
     launch(
         "load_batch_", load_batch_kernel, (b * k * s,), device, None,
-        targets=targets, conditions=conditions, row=row, task=task, step=step, turn=turn and turn.at, mean=mean, std=std,
+        targets=targets, conditions=conditions, row=row, task=task, step=step, mean=mean, std=std,
         condition_mean=condition_mean, condition_std=condition_std, target=target, enter=enter, blocks=blocks[0],
-        starts=block_starts(blocks) if starts is None else starts,
-        pitch=turn.pitch if turn else 0,
+        starts=block_starts(blocks) if starts is None else starts, **table,
         tasks=b, inner=k, samples=s, tokens=n, width=d, condition_rows=rows, condition_width=c, first=first, enter_width=enter.shape[-1],
         depth=len(blocks), first_step=first_step, num_steps=num_steps, block_width=blocks[0].shape[-1], BLOCK=element_block(n * max(c, d)),
     )  # fmt: skip

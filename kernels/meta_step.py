@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mcdi_fast.backend import check_precision
 from mcdi_fast.bank import TrajectoryBank
+from mcdi_fast.config import MetaConfig
 from mcdi_fast.diffusion import Draws
 from mcdi_fast.kernels.inner_loop import InnerLoop, prefer_stacked
 from mcdi_fast.kernels.launch import Turn, capture, pinned
@@ -55,34 +56,29 @@ class MetaStep:
         condition_normalizer: Normalizer,
         mask: Tensor | None,
         shapes: dict[str, tuple[int, int]],
+        meta: MetaConfig,
         *,
         seed: int,
-        inner_lr: float,
-        outer: str,
         precision: str,
-        steps: int,
-        skip: bool = False,
         ranks: Ranks = ALONE,
-        meta_batch: int | None = None,
     ):
         """Make the buffers.
 
         Args:
             choose: the draws of a step, this process's, and its scalars. tables: float64, of noise_tables.
             mask: float32 [N, D], 0 at padding, None without.
-            shapes: of phi. steps: how many there will be. skip: go on after a step that is not finite. meta_batch: B of all `ranks` together.
+            shapes: of phi. ranks: the processes that share a meta-batch.
         """
         device = state.phi.device
         check_precision(precision)
-        self.state, self.bank, self.device = state, bank, device
-        self.seed, self.inner_lr, self.outer = seed, inner_lr, outer
+        self.state, self.bank, self.device, self.meta, self.seed = state, bank, device, meta, seed
         (b, k, s), (n, d) = choose(0)[0].step.shape, bank.layout.mask.shape
         counts = {"row": b, "task": b, "segment": b, "step": b * k * s, "streams": b, "number": 1, "scalars": 4}
         pitch = sum(counts.values())
         self._inbox = torch.zeros(1 + AHEAD * pitch, dtype=torch.int64, device=device)
         self._turn = Turn(self._inbox[:1], pitch, AHEAD)
         parts = dict(zip(counts, self._inbox[1 : 1 + pitch].split(list(counts.values())), strict=True))
-        self._choose, self._steps, self._drawn = choose, steps, dict[int, Draws]()
+        self._choose, self._drawn = choose, dict[int, Draws]()
         self._row, self._task, self._segment = parts["row"], parts["task"], parts["segment"]
         self._streams, self._number = parts["streams"], parts["number"]
         self._step, self._scalars = parts["step"].view(b, k, s), parts["scalars"].view(torch.float64)
@@ -90,7 +86,7 @@ class MetaStep:
         def to_device(tensor: Tensor) -> Tensor:
             return tensor.float().to(device)
 
-        self._tables, self._mask = to_device(tables), None if mask is None else to_device(mask)
+        self._tables = to_device(tables)
         rows, columns = bank.condition_rows, bank.condition_width
         self._moments = [
             to_device(value).expand(shape).contiguous()
@@ -99,15 +95,15 @@ class MetaStep:
         ]
         new = state.phi.new_empty
         self._target, self._read = new(b, n, d), (new(b, n, d), new(b, rows, columns))
-        self._skip, self._ranks, meta_batch = skip, ranks, meta_batch or b
         # one exchange: the mean difference, then the losses [K, B] of every base learner
-        self._sent = new(state.phi.numel() + k * meta_batch)
-        self._delta, losses = self._sent.split([state.phi.numel(), k * meta_batch])
-        self._losses, self._mine, self._part = losses.view(k, meta_batch), ranks.share(meta_batch), b / meta_batch
+        every, self._ranks = meta.meta_batch, ranks
+        self._sent = new(state.phi.numel() + k * every)
+        self._delta, losses = self._sent.split([state.phi.numel(), k * every])
+        self._losses, self._mine, self._part = losses.view(k, every), ranks.share(every), b / every
         sizes = (b, k, s, n, d)
         self._loop = InnerLoop(
-            state.phi, shapes, sizes, stacked=prefer_stacked(sizes, shapes["out.token"][0]), precision=precision, mask=self._mask,
-            real=None if mask is None else int(mask.sum()), delta=self._delta,
+            state.phi, shapes, sizes, stacked=prefer_stacked(sizes, shapes["out.token"][0]), precision=precision, mask=mask,
+            delta=self._delta,
         )  # fmt: skip
         self._starts, self._num_steps = block_starts(self._loop.blocks), tables.shape[1]
         position = shapes["in.condition"][0] - columns
@@ -135,7 +131,7 @@ class MetaStep:
         self._drawn.clear()
         rows = [torch.zeros(1, dtype=torch.int64, device="cpu")]  # whose turn it is
         every = torch.arange(len(self._row), device="cpu")
-        for number in range(first, max(first + 1, min(first + self._turn.rows, self._steps))):
+        for number in range(first, max(first + 1, min(first + self._turn.rows, self.meta.steps))):
             draws, scalars = self._choose(number)
             self._drawn[number] = draws
             # where a target and a condition are: in the bank on the device, or among this step's, copied
@@ -163,7 +159,7 @@ class MetaStep:
         (self._replay or self._run)()
         self._steps_taken += 1
         del self._drawn[number]
-        if not self._drawn and number + 1 < self._steps:
+        if not self._drawn and number + 1 < self.meta.steps:
             self._draw(number + 1)
         return self.loss
 
@@ -183,18 +179,19 @@ class MetaStep:
         )  # fmt: skip
         x, loss_target, gain = loop.noised
         noise_batch(
-            self._target, self._segment, self._step, self.seed, self._streams, self._tables, self._mask,
+            self._target, self._segment, self._step, self.seed, self._streams, self._tables, loop.mask,
             turn=self._turn, x=x, loss_target=loss_target, gain=gain,
         )  # fmt: skip
-        loop.run(self.inner_lr)
+        loop.run(self.meta.inner_lr)
         if self._ranks.size > 1:
             losses = self._losses.unsqueeze(-1)
             losses.zero_()
             self._losses[:, self._mine] = loop.losses
             self._delta.mul_(self._part)
             self._ranks.sum_(self._sent)
-        judge_(verdict, self._delta.sum().view(1), losses, self._number, self._scalars, self._skip, self._turn)
-        outer_update_(self.state, self._delta, verdict.scalars, verdict.good, self.outer)
+        skip = self.meta.on_bad_step == "skip"
+        judge_(verdict, self._delta.sum().view(1), losses, self._number, self._scalars, skip, self._turn)
+        outer_update_(self.state, self._delta, verdict.scalars, verdict.good, self.meta.outer)
 
     def reset(self) -> None:
         """Forget failed and skipped steps: the state is another one, of a checkpoint."""

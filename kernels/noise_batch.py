@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcdi_fast.diffusion import Objective
 from mcdi_fast.errors import McdiError
-from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch, turn_arguments
 from mcdi_fast.kernels.normal_noise import noise_options, philox_normal_block
 from mcdi_fast.noise import philox_normal
 
@@ -129,8 +129,7 @@ def noise_batch(
     check_tensor("tables", tables, (segments, steps, 5), (torch.float32,), device)
     if mask is not None:
         check_tensor("mask", mask, (n, d), device=device)
-    if turn is not None:
-        turn.check(device)
+    table = turn_arguments(turn, device)
     if not 0 <= seed < 2**63:
         raise McdiError(f"seed = {seed}: expected an integer in [0, 2^63)")
     if k * s * n * d >= 2**31:
@@ -142,9 +141,8 @@ def noise_batch(
     blocks = triton.cdiv(k * s * n * d, block)
     launch(
         "noise_batch", noise_batch_kernel, (b * blocks,), device, noise_options(block),
-        target=target, segment=segment, step=step, streams=streams, turn=turn and turn.at, tables=tables, mask=mask,
-        x=x, loss_target=loss_target, gain=gain,
-        seed=seed, pitch=turn.pitch if turn else 0,
+        target=target, segment=segment, step=step, streams=streams, **table, tables=tables, mask=mask,
+        x=x, loss_target=loss_target, gain=gain, seed=seed,
         rows=k * s, per_row=n * d, width=d, samples=s, num_steps=steps, blocks=blocks, x_task=x.stride(0), x_step=x.stride(1),
         x_pitch=x.stride(3), target_task=loss_target.stride(0), target_step=loss_target.stride(1), gain_task=gain.stride(0),
         gain_step=gain.stride(1), BLOCK=block,

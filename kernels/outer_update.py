@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch
+from mcdi_fast.kernels.launch import Turn, check_rank, check_tensor, element_block, launch, turn_arguments
 from mcdi_fast.kernels.sam_adam import ADAM, adam_update
 from mcdi_fast.outer import OuterScalars, OuterState, outer_update
 
@@ -178,11 +178,10 @@ def judge_(
         ("scalars", scalars, (4,), (torch.float64,)), ("verdict.scalars", verdict.scalars, (4,), (torch.float64,)),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, dtypes, device)
-    if turn is not None:
-        turn.check(device)
+    table = turn_arguments(turn, device)
     launch(
         "judge_", judge_kernel, (1,), device, None,
         **{f"{name}_out" if name == "scalars" else name: value for name, value in vars(verdict).items()},
-        total=total, losses=losses, number=number, scalars=scalars, turn=turn and turn.at, pitch=turn.pitch if turn else 0,
+        total=total, losses=losses, number=number, scalars=scalars, **table,
         turns=turn.rows if turn else 1, inner=k, tasks=b, parts=parts, SKIP=skip, BLOCK=triton.next_power_of_2(k * b),
     )  # fmt: skip

@@ -136,14 +136,10 @@ class MetaTrainer:
             self.condition_normalizer,
             self._mask,
             self._shapes,
+            self.meta,
             seed=self.seed,
-            inner_lr=self.meta.inner_lr,
-            outer=self.meta.outer,
             precision=self.precision,
-            steps=self.meta.steps,
-            skip=self.meta.on_bad_step == "skip",
             ranks=self.ranks,
-            meta_batch=self.meta.meta_batch,
         )
 
     @property

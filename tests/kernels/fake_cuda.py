@@ -156,11 +156,11 @@ with FakeTensorMode(), transfers, torch.no_grad(), recording() as launched:
     for outer in ("adam", "reptile"):
         for resident in (True, False):
             transfers.waits = True
-            meta = MetaConfig(outer=outer)
+            meta = MetaConfig(outer=outer, meta_batch=b, steps=250)
             step = MetaStep(
                 state, bank, lambda number: (draws, outer_scalars(meta, number)),  # noqa: B023
-                torch.zeros(3, steps, 5), normalizer, normalizer, torch.ones(n, d), shapes,
-                seed=0, inner_lr=0.005, outer=outer, precision="tf32", steps=250,
+                torch.zeros(3, steps, 5), normalizer, normalizer, torch.ones(n, d), shapes, meta,
+                seed=0, precision="tf32",
             )  # fmt: skip
             if not resident:
                 step._resident = None

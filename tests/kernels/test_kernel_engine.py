@@ -85,7 +85,7 @@ def test_positions_padding_and_a_condition_for_all_tokens(tmp_path, rows):
     draws, scalars = plain.draws(0), outer_scalars(META, 0)
     step = meta_step.MetaStep(
         ours, bank, lambda number: (draws, scalars), noise_tables(plain.objective), plain.normalizer, plain.condition_normalizer, layout.mask, shapes,
-        seed=3, inner_lr=META.inner_lr, outer="adam", precision="ieee", steps=1,
+        META, seed=3, precision="ieee",
     )  # fmt: skip
     loss = float(step.step(0))
     targets, condition = bank.gather(draws.task)
