@@ -111,25 +111,9 @@ def judge_ref(verdict: Verdict, total: Tensor, losses: Tensor, number: Tensor, s
 
 @triton.jit
 def judge_kernel(
-    loss,
-    good,
-    failed,
-    failed_losses,
-    skipped,
-    scalars_out,
-    total,
-    losses,
-    number,
-    scalars,
-    turn,
-    pitch,
-    turns,
-    inner,
-    tasks,
-    parts,
-    SKIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    loss, good, failed, failed_losses, skipped, scalars_out, total, losses, number, scalars, turn,
+    pitch, turns, inner, tasks, parts, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program. A NaN or infinity anywhere reaches the sum of everything."""
     if turn is not None:
         now = tl.load(turn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import read_json
 from mcdi_fast.study.analysis import largest_eigenvalue, novelty, target_distances, weight_error
 from mcdi_fast.study.baselines import Start, adapt, reptile_step
-from mcdi_fast.study.plan import CHANGES, OBJECTIVES, REVISION, Cell, plan, train_config
+from mcdi_fast.study.plan import OBJECTIVES, REVISION, Cell, plan, train_config
 from mcdi_fast.study.workshop import Workshop
 from mcdi_fast.tasks import TaskBatch
 
@@ -241,7 +242,7 @@ def _diffusion(shop: Workshop, cell: Cell) -> dict[str, Any]:
     adapt = _adapter(shop, cell, chosen)
     record = _row(shop, cell, adapt, 0, **training, chosen=chosen)
     if cell.change:
-        return record | {"changed": CHANGES[cell.change]}
+        return record | {"changed": cell.changed}
     tasks, fewest = shop.tasks(cell, "test"), len(set(generator.objective.ends.tolist()))
     record["by_steps"] = {}
     for count in sorted({fewest, FEW_STEPS}):
@@ -264,6 +265,7 @@ def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
     training, _ = bank.gather(torch.arange(min(len(bank), 5000)))
     sampler = Sampler(ours, shop.backend.device)
     heads = generate(sampler, tasks, cell.seed, eta_noise=eta)
+    plane = json.dumps(chain_plane(shop.family(cell), sampler, tasks[:1], targets[0], cell.seed, eta))
     return {
         "distances": {
             method: target_distances(generator, tasks, targets, cell.seed, eta, ours.normalizer)
@@ -271,14 +273,5 @@ def _analysis(shop: Workshop, cell: Cell) -> dict[str, Any]:
         },
         "ends": list(ours.schedule.ends),
         "novelty": novelty(ours, heads, targets[:, -1], training[:, -1]),
-        "plane": _rounded(chain_plane(shop.family(cell), sampler, tasks[:1], targets[0], cell.seed, eta)),
+        "plane": json.loads(plane, parse_float=lambda text: round(float(text), 4)),  # enough for a plot
     }
-
-
-def _rounded(value: Any) -> Any:
-    """JSON-able with four digits, enough for a plot."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -183,6 +183,11 @@ class Cell:
     change: str = ""
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """What the change is, of `CHANGES`."""
+        return CHANGES.get(self.change, {})
+
+    @property
     def name(self) -> str:
         """Of its record."""
         k = f"k{self.segments}" if self.segments else ""
@@ -260,7 +265,7 @@ def train_config(config: StudyConfig, cell: Cell) -> TrainConfig[DrawingOptions]
     if cell.method == "ocd":  # plain stochastic gradients: one "inner step" sees what the others see in all of theirs
         meta = replace(meta, inner_steps=1, samples=meta.samples * meta.inner_steps, outer="adam")
     parts = dict[str, Any](task=task, prepare=prepare, diffusion=diffusion, denoiser=config.denoiser, meta=meta)
-    for key, value in CHANGES[cell.change].items() if cell.change else ():
+    for key, value in cell.changed.items():
         if "." in key:
             part, name = key.split(".")
             old = getattr(parts[part], name)

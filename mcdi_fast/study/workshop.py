@@ -23,7 +23,7 @@ from mcdi_fast.prepare import prepare_bank
 from mcdi_fast.sampler import Sampler
 from mcdi_fast.store import load_tensors, make_folder, read_json, save_tensors, write_json
 from mcdi_fast.study.baselines import ChangedHeads, whole_network
-from mcdi_fast.study.plan import CHANGES, OBJECTIVES, Cell, StudyConfig, plan, train_config
+from mcdi_fast.study.plan import OBJECTIVES, Cell, StudyConfig, plan, train_config
 from mcdi_fast.tasks import TaskBatch, TaskFamily
 from mcdi_fast.tasks.drawings import DrawingOptions, FewShotData
 from mcdi_fast.tasks.heads import ClassRows
@@ -137,7 +137,7 @@ class Workshop:
 
     def family(self, cell: Cell, train: str = "train") -> ChangedHeads:
         """The tasks of a cell, as it sees them."""
-        what = "difference" if cell.method == "ocd" else CHANGES[cell.change].get("family", "") if cell.change else ""
+        what = "difference" if cell.method == "ocd" else cell.changed.get("family", "")
         return self.heads(train_config(self.config, cell).task, what if train == "train" else "", train)
 
     def reptile_families(self, cell: Cell) -> tuple[TaskFamily, TaskFamily]:
@@ -172,8 +172,8 @@ class Workshop:
         if cell.method not in (*OBJECTIVES, "analysis"):
             return ""
         k = train_config(self.config, cell).diffusion.segments
-        changed = CHANGES[cell.change].items() if cell.change else ()
-        mine = [f"{key}={value}" for key, value in changed if key.split(".")[0] in ("prepare", "task", "family")]
+        makes = ("prepare.", "task.", "family")
+        mine = [f"{key}={value}" for key, value in cell.changed.items() if key.startswith(makes)]
         parts = [cell.setting, f"seed{cell.seed}", cell.variant, f"k{k}", *mine]
         return "_".join([*parts, "ocd"] if cell.method == "ocd" else parts)
 
@@ -197,7 +197,7 @@ class Workshop:
 
     def generator(self, cell: Cell) -> tuple[WeightGenerator, dict[str, float]]:
         """The trained generator of a cell, from disk where it is there; `training_seconds` and `preparation_seconds`."""
-        if set(CHANGES[cell.change] if cell.change else ()) <= {"sampler"}:
+        if set(cell.changed) <= {"sampler"}:
             cell = replace(cell, change="")  # trained as in the comparison
         folder = self.folder / "generators" / cell.name
         if (folder / "config.json").exists():
@@ -234,8 +234,7 @@ class Workshop:
 
     def sample(self, cell: Cell, generator: WeightGenerator, tasks: TaskBatch, **options: Any) -> Tensor:
         """Heads of tasks, [B, ways, F + 1], the way the cell samples."""
-        options = {"eta_noise": self.config.evaluate.eta_noise, **options}
-        options |= CHANGES[cell.change].get("sampler", {}) if cell.change else {}
+        options = {"eta_noise": self.config.evaluate.eta_noise, **options} | cell.changed.get("sampler", {})
         if "carry" in options:
             generator = replace(generator, diffusion=replace(generator.diffusion, carry=options.pop("carry")))
         if self._sampler is None or self._sampler[0] is not generator:

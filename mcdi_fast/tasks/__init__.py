@@ -23,7 +23,7 @@ from torch.func import grad, vmap
 from mcdi_fast.backend import Backend
 from mcdi_fast.config import PrepareConfig, TrainConfig
 from mcdi_fast.errors import McdiError
-from mcdi_fast.optim import adam_step, sam_perturbation, trajectory
+from mcdi_fast.optim import trajectory
 from mcdi_fast.weights import WeightLayout
 
 Data = dict[str, Tensor]
@@ -163,7 +163,7 @@ class TaskFamily:
 def optimizer_steps(backend: Backend) -> dict[str, Any]:
     """`ascend` and `update` of `optim.trajectory`, through the kernels where they run."""
     if not backend.kernels:
-        return {"ascend": sam_perturbation, "update": adam_step}
+        return {}
     from mcdi_fast.kernels import sam_adam
 
     return {"ascend": sam_adam.sam_ascent, "update": sam_adam.adam_step_}
