@@ -117,13 +117,6 @@ def best_of(options: Mapping[str, Sequence[Any]], score: Callable[..., Tensor]) 
     return max(every, key=lambda one: float(score(**one).mean()))
 
 
-def chosen(
-    name: str, options: Mapping[str, Sequence[Any]], score: Callable[..., Tensor], known: dict[str, Any]
-) -> dict[str, Any]:
-    """Of a method: the options that its row in known has, or the best ones."""
-    return {key: known[name][key] for key in options} if name in known else best_of(options, score)
-
-
 def frozen_family(config: TrainConfig[LoraOptions], setup: Setup, rank: int) -> LoraFamily:
     """The same texts and tasks from the frozen model: peft's beginning, and a ridge head on frozen features."""
     family = find_family("glue").family(replace(config.task, rank=rank, start_steps=0), setup)
@@ -145,54 +138,46 @@ class Method(NamedTuple):
     chosen: dict[str, Any]
 
 
-def methods_on_frozen(
-    config: TrainConfig[LoraOptions], setup: Setup, validation: TaskBatch, known: dict[str, Any]
+def judged(make: Callable[..., Method], judges: TaskBatch, **options: Any) -> Tensor:
+    """Scores of a method with these options."""
+    family, adapt, _ = make(**options)
+    tasks = seen_by(family, judges)
+    return family.scores(adapt(tasks), tasks.query)
+
+
+def tuned_methods(
+    config: TrainConfig[LoraOptions], setup: Setup, family: LoraFamily, validation: TaskBatch, known: dict[str, Any]
 ) -> dict[str, Method]:
-    """Heads on the frozen encoder, and LoRA and head by gradient from there (peft's beginning, a ridge head).
+    """Adam from the base; heads on the frozen encoder, and LoRA and head by gradient from there (peft's beginning, a ridge head).
 
     known: rows of a part that has chosen options; otherwise they are chosen, which takes longer than all the rest.
     """
-    family = cache(partial(frozen_family, config, setup))
-    rank, some = config.task.rank, validation[:_GRADIENT_VALIDATION]
+    frozen, few = cache(partial(frozen_family, config, setup)), validation[:_GRADIENT_VALIDATION]
 
-    def lora(tasks: TaskBatch, rank: int, steps: int, lr: float) -> Tensor:
-        return finetune(family(rank), tasks, steps, lr, 0.0, Backend())
+    def adam(family: LoraFamily, **chosen: Any) -> Method:
+        return Method(family, partial(finetune, family, **chosen, decay=0.0, backend=Backend()), chosen)
 
-    def ridge(tasks: TaskBatch, rank: int, penalty: float) -> Tensor:
-        return family(rank).on_frozen(partial(ridge_head, penalty=penalty), tasks)
+    def lora(rank: int, **chosen: Any) -> Method:
+        return adam(frozen(rank), **chosen)
 
-    def head(tasks: TaskBatch, rank: int, **options: Any) -> Tensor:
-        return family(rank).on_frozen(partial(head_by_adam, **options), tasks)
+    def head(of_features: Callable[..., Tensor], rank: int, **chosen: Any) -> Method:
+        return Method(frozen(rank), partial(frozen(rank).on_frozen, partial(of_features, **chosen)), chosen)
 
-    heads = {"rank": (rank,), "steps": _HEAD_STEPS, "lr": _HEAD_RATES, "decay": _HEAD_DECAYS}
+    rank = (config.task.rank,)
+    heads = {"rank": rank, "steps": _HEAD_STEPS, "lr": _HEAD_RATES, "decay": _HEAD_DECAYS}
     made = {}
-    for name, adapt, options, judges in (
-        ("ridge", ridge, {"rank": (rank,), "penalty": _PENALTIES}, validation),
-        ("head-finetune", head, heads, validation),
-        ("LoRA by gradient", lora, {"rank": _RANKS, "steps": _STEPS, "lr": _RATES}, some),
+    for name, make, options, judges in (
+        ("Adam from the base", partial(adam, family), {"steps": _STEPS, "lr": _BASE_RATES}, few),
+        ("ridge", partial(head, ridge_head), {"rank": rank, "penalty": _PENALTIES}, validation),
+        ("head-finetune", partial(head, head_by_adam), heads, validation),
+        ("LoRA by gradient", lora, {"rank": _RANKS, "steps": _STEPS, "lr": _RATES}, few),
     ):
-
-        def score(rank: int, adapt: Any = adapt, judges: TaskBatch = judges, **options: Any) -> Tensor:
-            tasks = seen_by(family(rank), judges)
-            return family(rank).scores(adapt(tasks, rank=rank, **options), tasks.query)
-
-        best = chosen(name, options, score, known)
-        made[name] = Method(family(best["rank"]), partial(adapt, **best), best)
+        if name in known:
+            best = {key: known[name][key] for key in options}
+        else:
+            best = best_of(options, partial(judged, make, judges))
+        made[name] = make(**best)._replace(chosen=best)
     return made
-
-
-def from_base(family: LoraFamily, validation: TaskBatch, known: dict[str, Any]) -> Method:
-    """Adam from the base."""
-
-    def adapt(tasks: TaskBatch, steps: int, lr: float) -> Tensor:
-        return finetune(family, tasks, steps, lr, 0.0, Backend())
-
-    def score(**options: Any) -> Tensor:
-        tasks = validation[:_GRADIENT_VALIDATION]
-        return family.scores(adapt(tasks, **options), tasks.query)
-
-    best = chosen("Adam from the base", {"steps": _STEPS, "lr": _BASE_RATES}, score, known)
-    return Method(family, partial(adapt, **best), best)
 
 
 def one_part(
@@ -203,7 +188,7 @@ def one_part(
     setup: Setup,
     known: dict[str, Any],
 ) -> dict[str, Any]:
-    """Scores of all test tasks by method. folder: of the bank. known: of `methods_on_frozen`."""
+    """Scores of all test tasks by method. folder: of the bank. known: of `tuned_methods`."""
     task = config.task
     family = find_family("glue").family(task, setup)
     assert isinstance(family, LoraFamily)
@@ -242,8 +227,7 @@ def one_part(
         keep("ridge, sentence features", score(test), **found)
         if task.new_classes:
             keep("class prior, sentence features", prior_head(family)(test))
-        keep_method("Adam from the base", from_base(family, validation, known), test)
-        for name, method in methods_on_frozen(config, setup, validation, known).items():
+        for name, method in tuned_methods(config, setup, family, validation, known).items():
             keep_method(name, method, seen_by(method.family, test))
         if timing:
             ceiling = trained_targets(family, test, config.prepare, 1, seed, Backend())[:, -1]
