@@ -193,7 +193,7 @@ class _LowRankLinear:
 def _shared_product(rows: Tensor, weight: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
     flat = None if out is None else out.view(-1, out.shape[-1])
     if add_to is None:
-        return torch.mm(rows, weight) if flat is None else torch.mm(rows, weight, out=flat)
+        return torch.mm(rows, weight, out=flat)
     return torch.addmm(add_to.view(-1, add_to.shape[-1]), rows, weight, out=flat)
 
 
@@ -217,7 +217,7 @@ class _StackedLinear(_LowRankLinear):
 
 def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Tensor | None) -> Tensor:
     if add_to is None:
-        return torch.bmm(rows, weights) if out is None else torch.bmm(rows, weights, out=out)
+        return torch.bmm(rows, weights, out=out)
     return torch.baddbmm(add_to, rows, weights, out=out)
 
 

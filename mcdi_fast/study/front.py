@@ -255,15 +255,10 @@ def front_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def knee_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The quickest row that is level with the best."""
-    return next(row for row in rows if row["level"])
-
-
 def tabulated(record: dict[str, Any]) -> list[str]:
     """Lines of Markdown: the front, and the quickest row that is level with the best."""
     rows, metric = record["rows"], record["metric"]
-    knee = knee_of(rows)
+    knee = next(row for row in rows if row["level"])
     shown = front_of(rows) + [knee] * (knee not in front_of(rows))
     lines, digits = [], 3 if metric["factor"] > 1 else 5
     for row in sorted(shown, key=lambda row: row["ms"]):
