@@ -81,19 +81,26 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out
         product(now, weight, out, _f32(1), _f32(1 if add else 0))
     else:
         product(now, weight.T, out, _f32(1), _f32(1 if add else 0))
-    for before in range(r):
-        then, other = _rows(p, side, rows, tasks, before), _rows(p, 1 - side, rows, tasks, before)
-        _low_rank(p, scores, space, tasks, rate, now, then, other, out)
+    _low_rank(p, side, rows, scores, space, tasks, r, rate, out)
 
 
 @njit
-def _low_rank(p, scores, space, tasks, rate, now, before, values, out):
-    """out -= rate (now before') values, of each task by itself."""
-    s = _matrix(scores, 0, p[_ROWS], p[_ROWS])
+def _low_rank(p, side, rows, scores, space, tasks, r, rate, out):
+    """out -= rate (now before') values of the steps before r, of each task by itself. Scores are made transposed: `now` is packed once for all."""
+    now, s = _rows(p, side, rows, tasks, r), _matrix(scores, 0, p[_ROWS], p[_ROWS])
+    tiles = len(space) and cpu_tiles.worth_of_scores(p[_ROWS], p[_IN + side])
+    packed = space[cpu_tiles.workspace_of_left(p[_IN + side]) :]
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-        _product(now[mine], before[mine].T, s, _f32(1), False, space)
-        _product(s, values[mine], out[mine], -rate, True, space)
+        if tiles:
+            cpu_tiles.pack(now[mine], _f32(1), False, packed, space)
+        for before in range(min(r, p[_STEPS])):
+            then, values = _rows(p, side, rows, tasks, before)[mine], _rows(p, 1 - side, rows, tasks, before)[mine]
+            if tiles:
+                cpu_tiles.times(then, packed, s, False, space)
+            else:
+                product(then, now[mine].T, s, _f32(1), _f32(0))
+            _product(s.T, values, out[mine], -rate, True, space)
 
 
 @njit
@@ -251,7 +258,7 @@ def _run(
             _through(of_x, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, h, False)
             copy(by_phi, told)
             if r:
-                _low_rank(of_c, scores, space, tasks, rate, c, c, g_told, told)
+                _low_rank(of_c, _INTO, rows, scores, space, tasks, r, rate, told)
             for i in range(tasks * samples):
                 t = i // samples
                 _add_each(told[t * tokens : (t + 1) * tokens], 1, one, h[i * tokens : (i + 1) * tokens])
