@@ -144,17 +144,25 @@ def copy(x, out):
 
 
 @intrinsic
-def _pointer(typingctx, address):
-    def codegen(context, builder, signature, values):
-        return builder.inttoptr(values[0], ir.FloatType().as_pointer())
+def _pointer(typingctx, array, at):
+    """To an entry of a contiguous array."""
 
-    return types.CPointer(types.float32)(types.intp), codegen
+    def codegen(context, builder, signature, values):
+        return builder.gep(context.make_array(array)(context, builder, values[0]).data, [values[1]])
+
+    return types.CPointer(array.dtype)(array, types.intp), codegen
 
 
 @njit
 def bare(a):
     """The same numbers, which the caller holds: views of it are made without counting them, 4 % of a small meta-step."""
-    return carray(_pointer(a.ctypes.data), a.shape)  # type: ignore[call-arg]
+    return carray(_pointer(a, 0), a.shape)  # type: ignore[call-arg]
+
+
+@njit
+def matrix(flat, at, rows, columns):
+    """A view of flat from an entry on, which the caller holds."""
+    return carray(_pointer(flat, at), (rows, columns))  # type: ignore[call-arg]
 
 
 def lines(size: int) -> int:

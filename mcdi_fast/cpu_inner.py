@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mcdi_fast import cpu_tiles
 from mcdi_fast.backend import DEFAULT_PRECISION, one_thread
-from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, kept, lines, product, take
+from mcdi_fast.cpu_core import FAST, aligned, bare, by_threads, compiled, copy, exp, kept, lines, matrix, product, take
 from mcdi_fast.denoiser import Parameters, depth_of
 from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.outer import flattened, named_views
@@ -41,15 +41,10 @@ _INTO, _OUT_OF = range(2)  # the sides: what goes into a map, gradients of what 
 
 
 @njit
-def _matrix(flat, at, rows, columns):
-    return flat[at : at + rows * columns].reshape(rows, columns)
-
-
-@njit
 def _rows(p, side, rows, tasks, r):
     """Rows of all tasks on a side of the map p in step r, [tasks rows, in or out]. Those of the steps that are kept follow each other."""
     count, width = tasks * p[_ROWS], p[_IN + side]
-    return _matrix(rows, p[_INPUTS + side] + r % p[_STEPS] * count * width, count, width)
+    return matrix(rows, p[_INPUTS + side] + r % p[_STEPS] * count * width, count, width)
 
 
 @njit
@@ -74,7 +69,7 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out
             else:
                 _product(now[mine], weight.T, out[mine], _f32(1), add, space)
         return
-    weight = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
+    weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])
     if len(space):
         cpu_tiles.times(now, panels[p[_PANELS + side] :], out, add, space)
     elif side == _INTO:
@@ -87,7 +82,7 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out
 @njit
 def _low_rank(p, side, rows, scores, space, tasks, r, rate, out):
     """out -= rate (now before') values of the steps before r, of each task by itself. Scores are made transposed: `now` is packed once for all."""
-    now, s = _rows(p, side, rows, tasks, r), _matrix(scores, 0, p[_ROWS], p[_ROWS])
+    now, s = _rows(p, side, rows, tasks, r), matrix(scores, 0, p[_ROWS], p[_ROWS])
     tiles = len(space) and cpu_tiles.worth_of_scores(p[_ROWS], p[_IN + side])
     packed = space[cpu_tiles.workspace_of_left(p[_IN + side]) :]
     for t in range(tasks):
@@ -107,8 +102,8 @@ def _low_rank(p, side, rows, scores, space, tasks, r, rate, out):
 def _learn(p, phi, rows, own, space, tasks, r, rate, share, last, update, delta):
     """The SGD step of tasks that keep a weight each; share of it is added to delta. Nobody reads the weights after the last step."""
     a, e = _rows(p, _INTO, rows, tasks, r), _rows(p, _OUT_OF, rows, tasks, r)
-    whole = _matrix(delta, p[_PHI], p[_IN], p[_OUT])
-    step = _matrix(update, 0, p[_IN], p[_OUT])
+    whole = matrix(delta, p[_PHI], p[_IN], p[_OUT])
+    step = matrix(update, 0, p[_IN], p[_OUT])
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
         if last:
@@ -117,7 +112,7 @@ def _learn(p, phi, rows, own, space, tasks, r, rate, share, last, update, delta)
             _product(a[mine].T, e[mine], step, -rate, False, space)
             weight = _weight(p, own, t)
             if r == 0:
-                copy(_matrix(phi, p[_PHI], p[_IN], p[_OUT]), weight)
+                copy(matrix(phi, p[_PHI], p[_IN], p[_OUT]), weight)
             _add_step(step, share, weight, whole)
 
 
@@ -134,7 +129,7 @@ def _add_step(step, share, weight, delta):
 def _weight(p, own, t):
     """The weight of task t, of a map that keeps one a task."""
     size = p[_IN] * p[_OUT]
-    return _matrix(own, p[_WEIGHT] + t * size, p[_IN], p[_OUT])
+    return matrix(own, p[_WEIGHT] + t * size, p[_IN], p[_OUT])
 
 
 @njit(**FAST)
@@ -222,8 +217,9 @@ def _run(
     count, inner, samples, tokens, d = x.shape
     width, depth, real, every = sizes
     scale, one, share = _f32(2.0 / (samples * real)), _f32(1), _f32(1.0 / tokens)
-    phi, rows, own, scratch = bare(phi), bare(rows), bare(own), bare(scratch)
-    panels, space, delta = bare(panels), bare(space), bare(delta)
+    plan, phi, x, step, condition = bare(plan), bare(phi), bare(x), bare(step), bare(condition)
+    gain, target, mask, losses, delta = bare(gain), bare(target), bare(mask), bare(losses), bare(delta)
+    rows, own, scratch, panels, space = bare(rows), bare(own), bare(scratch), bare(panels), bare(space)
     each = _f32(1.0 / every)
     delta[:] = 0
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
@@ -231,7 +227,7 @@ def _run(
     if len(space):
         cpu_tiles.prepare(space)
         for p in plan:
-            weight = _matrix(phi, p[_PHI], p[_IN], p[_OUT])
+            weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])
             cpu_tiles.pack(weight.T, one, False, panels[p[_PANELS + _INTO] :], space)
             cpu_tiles.pack(weight, one, False, panels[p[_PANELS + _OUT_OF] :], space)
     for begin in range(0, count, chunk):
@@ -309,7 +305,7 @@ def _run(
         for p in plan:
             if not p[_OWN]:
                 a, e = _rows(p, _INTO, rows, p[_STEPS] * tasks, 0), _rows(p, _OUT_OF, rows, p[_STEPS] * tasks, 0)
-                _product(a.T, e, _matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
+                _product(a.T, e, matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
 
 
 class _Plan(NamedTuple):
