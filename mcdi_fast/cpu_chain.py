@@ -215,7 +215,7 @@ def _lay_out(matrix, out, space):
     """A matrix to rows that each begin a cache line, or to panels."""
     if len(space):
         cpu_tiles.prepare(space)
-        cpu_tiles.pack(matrix.T, 1, False, out, space)
+        cpu_tiles.pack(matrix.T, False, out, space)
     else:
         copy(matrix, take_lines(out, *matrix.shape)[0])
 

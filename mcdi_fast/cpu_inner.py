@@ -3,7 +3,8 @@
 Tasks go together until they have `_FEW_ROWS` rows a step: enough for a product with phi to run at its full rate, few enough that what they need
 stays in a core's cache. By torch's operations a step is some hundreds of calls that each read and write the rows of all tasks. The forms of a linear
 map are those of inner.py: rows of the earlier steps, or a weight of the task's own. A thread takes a share of the tasks. They do not meet but in
-delta. The condition is the same in all steps, so the sum of its gradients does for it: c W = c phi - rate c c' (sum of the earlier gradients).
+delta. Gradients are those of -rate times the loss: the steps themselves. The condition is the same in all steps, so the sum of its gradients does for
+it: c W = c phi + c c' (sum of the earlier gradients).
 
 Where the processor has tile units and `precision` allows for them, products are theirs (cpu_tiles.py); phi is packed once a call.
 
@@ -48,16 +49,16 @@ def _rows(p, side, rows, tasks, r):
 
 
 @njit
-def _product(a, b, out, alpha, add, space):
-    """out = alpha a b (+ out), on tile units where there is a workspace for them and they are quicker."""
+def _product(a, b, out, add, space):
+    """out = a b (+ out), on tile units where there is a workspace for them and they are quicker."""
     if len(space) and cpu_tiles.worth(len(a), *b.shape):
-        cpu_tiles.product(a, b, out, alpha, add, space)
+        cpu_tiles.product(a, b, out, add, space)
     else:
-        product(a, b, out, alpha, _f32(1 if add else 0))
+        product(a, b, out, _f32(1), _f32(1 if add else 0))
 
 
 @njit
-def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out, add):
+def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, out, add):
     """out = the rows on a side of the map in step r, times each task's weights (+ out): what comes out, or the gradient of what went in."""
     now = _rows(p, side, rows, tasks, r)
     if p[_OWN] and r:  # the first step is phi's
@@ -65,9 +66,9 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out
             mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
             weight = _weight(p, own, t)
             if side == _INTO:
-                _product(now[mine], weight, out[mine], _f32(1), add, space)
+                _product(now[mine], weight, out[mine], add, space)
             else:
-                _product(now[mine], weight.T, out[mine], _f32(1), add, space)
+                _product(now[mine], weight.T, out[mine], add, space)
         return
     weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])
     if len(space):
@@ -76,53 +77,53 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, rate, out
         product(now, weight, out, _f32(1), _f32(1 if add else 0))
     else:
         product(now, weight.T, out, _f32(1), _f32(1 if add else 0))
-    _low_rank(p, side, rows, scores, space, tasks, r, rate, out)
+    _low_rank(p, side, rows, scores, space, tasks, r, out)
 
 
 @njit
-def _low_rank(p, side, rows, scores, space, tasks, r, rate, out):
-    """out -= rate (now before') values of the steps before r, of each task by itself. Scores are made transposed: `now` is packed once for all."""
+def _low_rank(p, side, rows, scores, space, tasks, r, out):
+    """out += (now before') values of the steps before r, of each task by itself. Scores are made transposed: `now` is packed once for all."""
     now, s = _rows(p, side, rows, tasks, r), matrix(scores, 0, p[_ROWS], p[_ROWS])
     tiles = len(space) and cpu_tiles.worth_of_scores(p[_ROWS], p[_IN + side])
     packed = space[cpu_tiles.workspace_of_left(p[_IN + side]) :]
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
         if tiles:
-            cpu_tiles.pack(now[mine], _f32(1), False, packed, space)
+            cpu_tiles.pack(now[mine], False, packed, space)
         for before in range(min(r, p[_STEPS])):
             then, values = _rows(p, side, rows, tasks, before)[mine], _rows(p, 1 - side, rows, tasks, before)[mine]
             if tiles:
                 cpu_tiles.times(then, packed, s, False, space)
             else:
                 product(then, now[mine].T, s, _f32(1), _f32(0))
-            _product(s.T, values, out[mine], -rate, True, space)
+            _product(s.T, values, out[mine], True, space)
 
 
 @njit
-def _learn(p, phi, rows, own, space, tasks, r, rate, share, last, update, delta):
-    """The SGD step of tasks that keep a weight each; share of it is added to delta. Nobody reads the weights after the last step."""
+def _learn(p, phi, rows, own, space, tasks, r, last, update, delta):
+    """The SGD step of tasks that keep a weight each, and delta's. Nobody reads the weights after the last step."""
     a, e = _rows(p, _INTO, rows, tasks, r), _rows(p, _OUT_OF, rows, tasks, r)
     whole = matrix(delta, p[_PHI], p[_IN], p[_OUT])
     step = matrix(update, 0, p[_IN], p[_OUT])
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
         if last:
-            _product(a[mine].T, e[mine], whole, -rate * share, True, space)
+            _product(a[mine].T, e[mine], whole, True, space)
         else:
-            _product(a[mine].T, e[mine], step, -rate, False, space)
+            _product(a[mine].T, e[mine], step, False, space)
             weight = _weight(p, own, t)
             if r == 0:
                 copy(matrix(phi, p[_PHI], p[_IN], p[_OUT]), weight)
-            _add_step(step, share, weight, whole)
+            _add_step(step, weight, whole)
 
 
 @njit(**FAST)
-def _add_step(step, share, weight, delta):
+def _add_step(step, weight, delta):
     for i in range(len(step)):
         s, w, d = step[i], weight[i], delta[i]
         for j in range(len(s)):
             w[j] += s[j]
-            d[j] += share * s[j]
+            d[j] += s[j]
 
 
 @njit
@@ -177,7 +178,7 @@ def _silu(before, out, slope):
 
 @njit(**(FAST | {"fastmath": {"contract", "reassoc"}}))  # so that the sum fills vector registers
 def _errors(net, target, mask, gain, scale, out):
-    """out = the gradient of the loss with respect to net [S N, D]; returns the sum of squared errors. target [S, N, D], mask [N, D], gain [S]."""
+    """The sum of squared errors; out = scale / 2 times its gradient by net [S N, D]. target [S, N, D], mask [N, D], gain [S]."""
     total = np.float64(0)
     tokens = len(mask)
     for i in range(len(net)):
@@ -213,14 +214,13 @@ def _run(
     losses,
     delta,
 ):
-    """losses [B, K] and delta [P], of the tasks of x [B, K, S, N, D]. sizes: width, depth, real entries, all tasks."""
+    """losses [B, K] and delta [P], summed over the tasks, of x [B, K, S, N, D]. sizes: width, depth, real entries."""
     count, inner, samples, tokens, d = x.shape
-    width, depth, real, every = sizes
-    scale, one, share = _f32(2.0 / (samples * real)), _f32(1), _f32(1.0 / tokens)
+    width, depth, real = sizes
+    scale, one, share = _f32(-rate * 2.0 / (samples * real)), _f32(1), _f32(1.0 / tokens)
     plan, phi, x, step, condition = bare(plan), bare(phi), bare(x), bare(step), bare(condition)
     gain, target, mask, losses, delta = bare(gain), bare(target), bare(mask), bare(losses), bare(delta)
     rows, own, scratch, panels, space = bare(rows), bare(own), bare(scratch), bare(panels), bare(space)
-    each = _f32(1.0 / every)
     delta[:] = 0
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
     fan_sample = plan[3][_IN]
@@ -228,8 +228,8 @@ def _run(
         cpu_tiles.prepare(space)
         for p in plan:
             weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])
-            cpu_tiles.pack(weight.T, one, False, panels[p[_PANELS + _INTO] :], space)
-            cpu_tiles.pack(weight, one, False, panels[p[_PANELS + _OUT_OF] :], space)
+            cpu_tiles.pack(weight.T, False, panels[p[_PANELS + _INTO] :], space)
+            cpu_tiles.pack(weight, False, panels[p[_PANELS + _OUT_OF] :], space)
     for begin in range(0, count, chunk):
         tasks = min(chunk, count - begin)
         some = tasks * samples * tokens
@@ -245,16 +245,16 @@ def _run(
         c, g_told = _rows(of_c, _INTO, rows, tasks, 0), _rows(of_c, _OUT_OF, rows, tasks, 0)
         for t in range(tasks):
             copy(condition[begin + t], c[t * tokens : (t + 1) * tokens])
-        _through(of_c, _INTO, phi, panels, rows, own, scores, space, tasks, 0, rate, by_phi, False)
+        _through(of_c, _INTO, phi, panels, rows, own, scores, space, tasks, 0, by_phi, False)
         for r in range(inner):
             for t in range(tasks):
                 size = samples * tokens
                 copy(x[begin + t, r].reshape(size, d), _rows(of_x, _INTO, rows, tasks, r)[t * size : (t + 1) * size])
             h = _rows(plan[2], _INTO, rows, tasks, r)
-            _through(of_x, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, h, False)
+            _through(of_x, _INTO, phi, panels, rows, own, scores, space, tasks, r, h, False)
             copy(by_phi, told)
             if r:
-                _low_rank(of_c, _INTO, rows, scores, space, tasks, r, rate, told)
+                _low_rank(of_c, _INTO, rows, scores, space, tasks, r, told)
             for i in range(tasks * samples):
                 t = i // samples
                 _add_each(told[t * tokens : (t + 1) * tokens], 1, one, h[i * tokens : (i + 1) * tokens])
@@ -266,31 +266,31 @@ def _run(
                     for j in range(width, fan_sample):
                         mean[i, j] = 0
                     mean[i, width + step[begin + i // samples, r, i % samples]] = 1
-                _through(of_token, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, before, False)
-                _through(of_sample, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, per_sample, False)
+                _through(of_token, _INTO, phi, panels, rows, own, scores, space, tasks, r, before, False)
+                _through(of_sample, _INTO, phi, panels, rows, own, scores, space, tasks, r, per_sample, False)
                 _add_each(per_sample, tokens, one, before)
                 _silu(before, _rows(of_u, _INTO, rows, tasks, r), slopes[layer * some : (layer + 1) * some])
                 then = _rows(plan[5 + 3 * layer], _INTO, rows, tasks, r)
                 copy(h, then)
-                _through(of_u, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, then, True)
+                _through(of_u, _INTO, phi, panels, rows, own, scores, space, tasks, r, then, True)
                 h = then
-            _through(of_net, _INTO, phi, panels, rows, own, scores, space, tasks, r, rate, net, False)
+            _through(of_net, _INTO, phi, panels, rows, own, scores, space, tasks, r, net, False)
             for t in range(tasks):
                 b, mine = begin + t, slice(t * samples * tokens, (t + 1) * samples * tokens)
                 errors = _rows(of_net, _OUT_OF, rows, tasks, r)[mine]
                 losses[b, r] = _errors(net[mine], target[b, r], mask, gain[b, r], scale, errors) / (samples * real)
             g = _rows(plan[-2], _OUT_OF, rows, tasks, r)
-            _through(of_net, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, g, False)
+            _through(of_net, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, g, False)
             for layer in range(depth - 1, -1, -1):
                 of_token, of_sample, of_u = plan[2 + 3 * layer], plan[3 + 3 * layer], plan[4 + 3 * layer]
-                _through(of_u, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, du, False)
+                _through(of_u, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, du, False)
                 g_token = _rows(of_token, _OUT_OF, rows, tasks, r)
                 _multiply(du, slopes[layer * some : (layer + 1) * some], g_token)
                 _sum_tokens(g_token, tokens, one, _rows(of_sample, _OUT_OF, rows, tasks, r))
                 then = _rows(plan[1 + 3 * layer] if layer else of_x, _OUT_OF, rows, tasks, r)
                 copy(g, then)
-                _through(of_token, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, then, True)
-                _through(of_sample, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, rate, into_sample, False)
+                _through(of_token, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, then, True)
+                _through(of_sample, _OUT_OF, phi, panels, rows, own, scores, space, tasks, r, into_sample, False)
                 _add_each(into_sample, tokens, share, then)
                 g = then
             for i in range(tasks * samples):
@@ -301,11 +301,11 @@ def _run(
                     copy(mine, g_told[t * tokens : (t + 1) * tokens])
             for p in plan:
                 if p[_OWN]:
-                    _learn(p, phi, rows, own, space, tasks, r, rate, each, r + 1 == inner, update, delta)
+                    _learn(p, phi, rows, own, space, tasks, r, r + 1 == inner, update, delta)
         for p in plan:
             if not p[_OWN]:
                 a, e = _rows(p, _INTO, rows, p[_STEPS] * tasks, 0), _rows(p, _OUT_OF, rows, p[_STEPS] * tasks, 0)
-                _product(a.T, e, matrix(delta, p[_PHI], p[_IN], p[_OUT]), -rate * each, True, space)
+                _product(a.T, e, matrix(delta, p[_PHI], p[_IN], p[_OUT]), True, space)
 
 
 class _Plan(NamedTuple):
@@ -369,7 +369,7 @@ def inner_loop(
         flat = flattened(phi).numpy()
     mask = torch.ones(n, d, dtype=torch.float32, device="cpu") if batch.mask is None else batch.mask.contiguous()
     arrays = [t.contiguous().numpy() for t in (batch.x, batch.step, batch.condition, batch.gain, batch.target)]
-    losses, sizes = np.empty((b, k), _f32), np.array([shapes["out.token"][0], depth_of(phi), int(mask.sum()), b])
+    losses, sizes = np.empty((b, k), _f32), np.array([shapes["out.token"][0], depth_of(phi), int(mask.sum())])
 
     def run(first: int, end: int) -> np.ndarray:
         mine, delta, memory = [array[first:end] for array in arrays], aligned(size), kept(ends[-1])
@@ -380,4 +380,5 @@ def inner_loop(
     first, *others = by_threads(run, b)
     for other in others:
         first += other
+    first /= b
     return named_views(torch.from_numpy(first), shapes), torch.from_numpy(losses)

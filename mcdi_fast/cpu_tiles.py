@@ -26,7 +26,6 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_f32 = np.float32
 _PANEL = 32
 _FLOATS = _PANEL * _PANEL  # of memory, a panel
 _BYTES = 4 * _FLOATS
@@ -74,7 +73,7 @@ def _assembly(text: str, count: int) -> Any:
     return types.void(*[types.int64] * count), codegen
 
 
-# 1 to 16 rows of 32 columns, times a scale, to rows of a tile
+# 1 to 16 rows of 32 columns to rows of a tile
 _ROWS = """
 mov $0, %r8
 mov $4, %r9
@@ -82,11 +81,9 @@ mov $2, %r10
 mov $3, %r11
 kmovd %r11d, %k1
 kshiftrd $$16, %k1, %k2
-mov $5, %r11
-vpbroadcastd %r11d, %zmm7
 1:
-vmulps (%r8), %zmm7, %zmm0 {%k1} {z}
-vmulps 64(%r8), %zmm7, %zmm1 {%k2} {z}
+vmovups (%r8), %zmm0 {%k1} {z}
+vmovups 64(%r8), %zmm1 {%k2} {z}
 vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
 vmovdqa64 %zmm2, (%r9)
 vpmovzxwd %ymm2, %zmm3
@@ -104,7 +101,7 @@ dec %r10
 jnz 1b
 """
 
-# 1 to 32 rows of 16 columns, times a scale, to 16 rows of pairs, of zeros behind the last; $5: the order of a row's halves once they alternate
+# 1 to 32 rows of 16 columns to 16 rows of pairs, of zeros behind the last; $5: the order of a row's halves once they alternate
 _PAIRS = """
 mov $0, %r8
 mov $4, %r9
@@ -114,17 +111,15 @@ kmovd %r11d, %k1
 vmovdqa64 ($5), %zmm5
 vpternlogd $$255, %zmm6, %zmm6, %zmm6
 vpslld $$16, %zmm6, %zmm6
-mov $6, %r11
-vpbroadcastd %r11d, %zmm7
 mov $$16, %r11
 1:
 vpxord %zmm0, %zmm0, %zmm0
 vpxord %zmm1, %zmm1, %zmm1
 cmp $$1, %r10
 jl 2f
-vmulps (%r8), %zmm7, %zmm0 {%k1} {z}
+vmovups (%r8), %zmm0 {%k1} {z}
 je 2f
-vmulps (%r8,$1,1), %zmm7, %zmm1 {%k1} {z}
+vmovups (%r8,$1,1), %zmm1 {%k1} {z}
 2:
 vcvtne2ps2bf16 %zmm0, %zmm1, %zmm2
 vpermw %zmm2, %zmm5, %zmm2
@@ -198,13 +193,13 @@ def _multiplication(tall: bool, wide: bool) -> str:
 
 
 @intrinsic
-def _rows(typingctx, address, stride, rows, columns, out, scale):
-    return _assembly(_ROWS, 6)
+def _rows(typingctx, address, stride, rows, columns, out):
+    return _assembly(_ROWS, 5)
 
 
 @intrinsic
-def _pairs(typingctx, address, stride, rows, columns, out, order, scale):
-    return _assembly(_PAIRS, 7)
+def _pairs(typingctx, address, stride, rows, columns, out, order):
+    return _assembly(_PAIRS, 6)
 
 
 @intrinsic
@@ -263,42 +258,43 @@ def prepare(space):
 
 
 @njit
-def pack(x, scale, left, out, space):
-    """The factor x [rows, summed] times scale, contiguous along one of the two, to panels in `out`; the right factor is given transposed."""
+def pack(x, left, out, space):
+    """The factor x [rows, summed], contiguous along one of the two, to panels in `out`; the right factor is given transposed."""
     size, summed = x.shape
     along = x.strides[1] == 4
     stride = x.strides[0] if along else x.strides[1]
-    _pack(x.ctypes.data, stride, size, summed, along, scale, left, out.ctypes.data, space.ctypes.data)
+    _pack(x.ctypes.data, stride, size, summed, along, left, out.ctypes.data, space.ctypes.data)
 
 
 @njit
-def _pack(address, stride, size, summed, along, scale, left, out, order):
+def _pack(address, stride, size, summed, along, left, out, order):
     """By addresses, so that it is compiled once."""
-    steps, bits = _steps(summed), np.int64(_f32(scale).view(np.uint32))
+    steps = _steps(summed)
     for first in range(0, size, 16):
         for step in range(steps):
             start = step * _PANEL
             to = out + (first // _PANEL * steps + step) * _BYTES + first % _PANEL // 16 * 1024
             if along:
                 mask = _ALL >> max(0, _PANEL - (summed - start))
-                _rows(address + first * stride + start * 4, stride, min(16, size - first), mask, to, bits)
+                _rows(address + first * stride + start * 4, stride, min(16, size - first), mask, to)
             else:
                 mask = 0xFFFF >> max(0, 16 - (size - first))
-                _pairs(address + start * stride + first * 4, stride, min(_PANEL, summed - start), mask, to, order, bits)
+                _pairs(address + start * stride + first * 4, stride, min(_PANEL, summed - start), mask, to, order)
             if along != left:
                 _transpose(to)
                 _transpose(to + 2048)
 
 
 @njit
-def _multiply(a, scale, right, out, add, space, left):
-    """out = scale a times a packed matrix (+ out). `left` is for a panel of a, which does not leave the cache before it is used."""
+def times(a, right, out, add, space):
+    """out = a b (+ out), b packed already. A panel of a does not leave the cache before it is used."""
+    left = space[_SPACE:]
     (m, n), steps = out.shape, _steps(a.shape[1])
     setting, set_rows, set_columns = space[_SETTING:_SPACE].view(np.uint8), 0, 0
     x, to, stride, onto = left.ctypes.data, out.ctypes.data, out.strides[0], 1 if add else 0
     for i in range(0, m, _PANEL):
         rows = min(_PANEL, m - i)
-        pack(a[i : i + rows], scale, True, left, space)
+        pack(a[i : i + rows], True, left, space)
         for j in range(0, n, _PANEL):
             columns = min(_PANEL, n - j)
             w, at = right.ctypes.data + j // _PANEL * steps * _BYTES, to + i * stride + j * 4
@@ -353,14 +349,8 @@ def workspace_of_left(summed):
 
 
 @njit
-def times(a, right, out, add, space):
-    """out = a b (+ out), b packed already."""
-    _multiply(a, _f32(1), right, out, add, space, space[_SPACE:])
-
-
-@njit
-def product(a, b, out, alpha, add, space):
-    """out = alpha a b (+ out), as `cpu_core.product`."""
+def product(a, b, out, add, space):
+    """out = a b (+ out), as `cpu_core.product`."""
     right = space[workspace_of_left(a.shape[1]) :]
-    pack(b.T, _f32(1), False, right, space)
-    _multiply(a, alpha, right, out, add, space, space[_SPACE:])
+    pack(b.T, False, right, space)
+    times(a, right, out, add, space)
