@@ -308,6 +308,15 @@ def _run(
                 _product(a.T, e, matrix(delta, p[_PHI], p[_IN], p[_OUT]), True, space)
 
 
+def crossover(rows: int, precision: str) -> float:
+    """Of `inner.stacked_is_cheaper`, for so many rows of a task and step.
+
+    Measured on one thread (AVX512 and AMX), widths 64 to 256, K = 2, 3 and 5: by sgemm 0.55 to 0.65; by tile units the same from the rows on that
+    they take a task's products, 0.75 to 0.95 below, as the low-rank terms' scores are theirs before.
+    """
+    return 0.9 if cpu_tiles.used(precision) and rows < cpu_tiles.ROWS else 0.6
+
+
 class _Plan(NamedTuple):
     """maps: a row for each, of the columns above. parts: float32 of the workspace's parts, `ends` of them in memory. size: of phi."""
 

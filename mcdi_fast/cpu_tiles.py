@@ -31,6 +31,8 @@ _FLOATS = _PANEL * _PANEL  # of memory, a panel
 _BYTES = 4 * _FLOATS
 _ORDER, _SETTING, _SPACE = 0, 16, 32  # parts of a workspace, in float32
 _ALL = 0xFFFFFFFF
+ROWS = 48
+"""From which a product of a single task is worth packing both factors."""
 
 
 def _assembles() -> bool:
@@ -333,7 +335,7 @@ def _set(setting, rows, columns):
 @njit
 def worth(m, k, n):
     """Whether `product` [m, k] [k, n] takes less time than sgemm (measured: widths 32 to 256, 20 to 768 rows)."""
-    return min(m, n) >= 48 and k >= 32
+    return min(m, n) >= ROWS and k >= 32
 
 
 @njit

@@ -27,7 +27,6 @@ from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
-_CROSSOVER = 1.0  # of stacked_is_cheaper
 
 
 class Form(NamedTuple):
@@ -69,16 +68,15 @@ def inner_loop(
         return _reference(phi, batch, inner_lr)
     if impl not in ("auto", "torch"):
         raise McdiError(f"inner loop impl = {impl!r}: expected one of {', '.join(('auto', 'torch', *ORACLES))}")
+    plain = impl == "auto" and batch.x.device.type == "cpu" and batch.x.dtype == torch.float32
+    code = numba_module("cpu_inner") if plain else None
     _, k, s, n, _ = batch.x.shape
     forms = []
     for name, value in phi.items():
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        forms.append(Form(rows, stacked_is_cheaper(value, k, rows) if stacked is None else stacked))
-    if impl == "auto" and batch.x.device.type == "cpu" and batch.x.dtype == torch.float32:
-        code = numba_module("cpu_inner")
-        if code:
-            return code.inner_loop(phi, batch, inner_lr, forms, precision)
-    return _fused(phi, batch, inner_lr, forms)
+        crossover = code.crossover(rows, precision) if code else 1.2
+        forms.append(Form(rows, stacked_is_cheaper(value, k, rows, crossover) if stacked is None else stacked))
+    return code.inner_loop(phi, batch, inner_lr, forms, precision) if code else _fused(phi, batch, inner_lr, forms)
 
 
 def task_loss(
@@ -221,15 +219,14 @@ def _task_product(rows: Tensor, weights: Tensor, add_to: Tensor | None, out: Ten
     return torch.baddbmm(add_to, rows, weights, out=out)
 
 
-def stacked_is_cheaper(weight: Tensor, inner_steps: int, rows: int) -> bool:
+def stacked_is_cheaper(weight: Tensor, inner_steps: int, rows: int, crossover: float) -> bool:
     """Whether a map [in, out] of `rows` rows a task and step is cheaper with a weight for each task than as low-rank terms.
 
-    A term costs two products with all earlier rows, a weight of its own one update a step. Measured on one thread (AVX512), widths 32 to 256, 4 to
-    212 tokens, 4 samples, K = 3: level where K rows are 0.8 to 1.3 times the width in compiled code, 1.1 to 1.5 times by torch. K = 1 has no
-    earlier rows.
+    A term costs two products with all earlier rows, a weight of its own one update a step. crossover: K rows / width at which they are level,
+    measured: by torch 1.1 to 1.5, in compiled code `cpu_inner.crossover`. K = 1 has no earlier rows.
     """
     fan_in, fan_out = weight.shape
-    return inner_steps > 1 and inner_steps * rows * (fan_in + fan_out) > _CROSSOVER * 2 * fan_in * fan_out
+    return inner_steps > 1 and inner_steps * rows * (fan_in + fan_out) > crossover * 2 * fan_in * fan_out
 
 
 @torch.no_grad()

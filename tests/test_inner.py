@@ -210,9 +210,9 @@ def test_the_crossover_only_chooses_between_the_two_forms():
         chosen, named = (inner_loop(phi, batch, 0.1, impl)[0] for impl in ("torch", "reference"))
         assert all(torch.allclose(chosen[name], named[name], rtol=1e-10, atol=1e-12) for name in phi)
     square, wide = torch.empty(64, 64), torch.empty(16, 64)
-    assert [stacked_is_cheaper(square, 3, rows) for rows in (5, 21, 22, 60)] == [False, False, True, True]
-    assert stacked_is_cheaper(wide, 3, 12)  # a smaller map has its weights sooner
-    assert not stacked_is_cheaper(square, 1, 1000)  # no earlier rows
+    assert [stacked_is_cheaper(square, 3, rows, 1.0) for rows in (5, 21, 22, 60)] == [False, False, True, True]
+    assert stacked_is_cheaper(wide, 3, 12, 1.0)  # a smaller map has its weights sooner
+    assert not stacked_is_cheaper(square, 1, 1000, 1.0)  # no earlier rows
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "vmap", "reference"])
