@@ -79,12 +79,15 @@ def test_any_shape_agrees(shape, seed, rate, padded, stacked, threads, few, prec
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_many_rows_agree(stacked, precision, monkeypatch):
-    """So many that the products of each task by itself are those of tile units too."""
+@pytest.mark.parametrize("shape", [(3, 3, 5, 13, 65, 50, 4, 70, 2), (5, 4, 3, 7, 130, 66, 4, 140, 2)])
+def test_large_products_agree(shape, stacked, precision, monkeypatch):
+    """Those of a task by itself are tile units' too: the first shape has many rows, the second long scores."""
     monkeypatch.setattr(cpu_inner, "aligned", poisoned)
     monkeypatch.setattr(cpu_inner, "kept", poisoned)
-    phi, batch = random_case((3, 3, 5, 13, 65, 50, 4, 70, 2), torch.float32, padded=True)
-    assert cpu_tiles.worth.py_func(65, 70, 70)
+    phi, batch = random_case(shape, torch.float32, padded=True)
+    _, _, samples, tokens, _, _, _, width, _ = shape
+    rows = samples * tokens
+    assert cpu_tiles.worth.py_func(rows, width, width) != cpu_tiles.worth_of_scores.py_func(rows, width)
     exact, others = bounds(phi, batch, 0.01, precision, 0)
     agrees(inner_loop(phi, batch, 0.01, "auto", stacked, precision), exact, others)
 
