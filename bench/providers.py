@@ -83,7 +83,7 @@ def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] 
     @cpu_core.compiled
     def multiply(a, b, right, out, space, times):
         cpu_tiles.prepare(space)
-        cpu_tiles.pack(b.T, 1, False, right, space)
+        cpu_tiles.pack(b.T, False, right, space)
         for _ in range(times):
             cpu_tiles.times(a, right, out, False, space)
 

@@ -57,6 +57,13 @@ def test_piece(name):
     assert work.bytes > 0
 
 
+def test_what_measures_the_peak_of_tile_units_runs():
+    run, operations = P.tile_products(side=32, times=1)
+    if run is not None:
+        run()
+        assert operations == 2 * 32**3 * torch.get_num_threads()
+
+
 def test_operations_of_a_meta_step_by_hand():
     z = replace(P.DEFAULT, tasks=1, inner=1, samples=1, tokens=1, hidden=1, condition=64)
     # in: 65 and 64 inputs twice each; two blocks of token, sample (21 inputs) and out, three times each; out.token three times
