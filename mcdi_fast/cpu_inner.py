@@ -77,7 +77,8 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, out, add)
         product(now, weight, out, _f32(1), _f32(1 if add else 0))
     else:
         product(now, weight.T, out, _f32(1), _f32(1 if add else 0))
-    _low_rank(p, side, rows, scores, space, tasks, r, out)
+    if r:
+        _low_rank(p, side, rows, scores, space, tasks, r, out)
 
 
 @njit
