@@ -104,7 +104,10 @@ class Record:
         return row["median_ms"] / row["work"] if row and "median_ms" in row else None
 
     def ratio(self, what: str, size: str, other: str, ours_is: str = "ours") -> float | None:
-        """How many times ours is faster."""
+        """How many times ours is faster: in turns, where that was measured."""
+        row = self.get(what, size, other)
+        if row and "in_turns" in row and ours_is == "ours":
+            return row["in_turns"]
         ours, theirs = self.per_work(what, size, ours_is), self.per_work(what, size, other)
         return theirs / ours if ours and theirs else None
 

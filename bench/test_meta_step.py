@@ -78,7 +78,8 @@ def test_meta_step(benchmark, measure, provider, size):
     else:
         step = P.our_meta_step if provider in ("ours", "ieee", "torch") else P.meta_step
         run = step(INNER[provider], phi, batch)
+    ours = P.our_meta_step(INNER["ours"], phi, batch) if provider != "ours" else None
     measure(
-        run, check, P.WORK["inner_loop"].work(z), what="meta-step", provider=provider, size=size,
+        run, check, P.WORK["inner_loop"].work(z), ours, what="meta-step", provider=provider, size=size,
         work=z.tasks * z.samples * z.tokens * z.inner, with_low_rank=P.low_rank_operations(z) / 1e9,
     )  # fmt: skip

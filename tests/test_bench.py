@@ -80,6 +80,7 @@ def row(what, size, provider, median, work=1, **more):
 def test_report_from_a_record(tmp_path):
     machine = {"processor": "CPU", "threads": 2, "torch": "2", "git": "abc", "device": "cpu"}
     rows = [row("meta-step", "32x16", name, ms) for name, ms in {"ours": 10.0, "vmap": 25.0, "loop": 50.0}.items()]
+    rows += [row("meta-step", "32x20 depth 1", name, 10.0, in_turns=3.5) for name in ("ours", "compiled")]
     rows += [row("preparation", "500 tasks", "ours", 100.0, 500), row("preparation", "8 tasks", "loop", 64.0, 8)]
     rows += [row("sampling", "1 tasks", name, ms) for name, ms in {"3 steps": 0.2, "fine-tuning": 10.0}.items()]
     for size, ms in {"8x16": 3.0, "128x16": 40.0}.items():
@@ -95,6 +96,7 @@ def test_report_from_a_record(tmp_path):
     section = report.whole(found)
     assert "| meta-step 32x16: at least 3 times vmap | 2.5 times | missed by 17 % |" in section
     assert "| meta-step 32x16: at least 4 times loop | 5 times | met |" in section
+    assert "| meta-step 32x20 depth 1: at least 3 times compiled | 3.5 times | met |" in section
     assert "| preparation 500 tasks: at least 30 times loop | 40 times | met |" in section
     assert "| 1 heads in 3 steps: at most 0.25 ms | 0.2 ms | met |" in section
     assert "| 1 heads in 3 steps: at least 60 times fine-tuning | 50 times | missed by 17 % |" in section
