@@ -19,7 +19,6 @@ import providers as P
 from mcdi_fast.report import machine
 
 _BUDGET_S = 1.0  # of timed rounds, a provider and size
-_AGAIN = 5  # calls in a turn, of which the last counts, as in training: the first finds caches and cores as the other left them
 _REST_S = 0.005  # OpenMP's threads spin for 1.5 ms behind a parallel operation, on cores that who comes next wants
 _peak: dict[str, float] = {}
 
@@ -84,15 +83,14 @@ def measure(benchmark, peak):
 
         def turn():
             time.sleep(_REST_S)
-            for _ in range(_AGAIN):
+            for _ in range(2):  # the second counts, of both: the first finds caches and cores as the other left them
                 start = time.perf_counter()
                 beside()
                 P.synchronize()
                 seconds = time.perf_counter() - start
             ours.append(seconds)
             time.sleep(_REST_S)
-            for _ in range(_AGAIN - 1 if once < 0.1 else 1):
-                call()
+            call()
 
         start = time.perf_counter()
         first = call()
