@@ -38,7 +38,7 @@ def main() -> None:
     figure = Figure(figsize=(17, 0.72 * len(rows) + 1), dpi=90, layout="constrained")
     ax = figure.subplots()
     for name, others in graph.items():
-        for other in others:
+        for other in sorted(others):  # the same picture from the same imports
             ax.plot(*zip(place[name], place[other], strict=True), color="0.85", lw=0.5, zorder=1)
     for name, (x, y) in place.items():
         part = name.split(".")[1]

@@ -99,7 +99,7 @@ def _times(a, number, table, matrices, out, space):
     if len(space):
         cpu_tiles.times(a, matrices[start:], out, False, space)
     else:
-        product(a, take_lines(matrices[start:], k, n)[0], out, 1, 0)
+        product(a, take_lines(matrices[start:], k, n)[0], out, 0)
 
 
 @compiled
@@ -189,9 +189,9 @@ def _sample(
 @compiled
 def _differ(a, b, out, step, whole):
     """Whether a row of a b has other bits in a product of fewer rows: of step, 2 step and so on. a [R, k], b [k, n], out and whole [R, n]."""
-    product(a, b, whole, 1, 0)
+    product(a, b, whole, 0)
     for count in range(max(step, 2), len(a), step):
-        product(a[:count], b, out[:count], 1, 0)
+        product(a[:count], b, out[:count], 0)
         for i in range(count):
             for j in range(out.shape[1]):
                 if out[i, j] != whole[i, j]:

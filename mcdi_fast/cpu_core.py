@@ -97,8 +97,8 @@ def _sgemm(typingctx, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c,
 
 
 @njit
-def product(a, b, out, alpha, beta):
-    """out = alpha a b + beta out, of matrices [m, k], [k, n], [m, n]; with beta = 0 out is only written.
+def product(a, b, out, beta):
+    """out = a b + beta out, of matrices [m, k], [k, n], [m, n]; with beta = 0 out is only written.
 
     Slices of columns will do, and of a and b transposed views.
     """
@@ -113,7 +113,7 @@ def product(a, b, out, alpha, beta):
         np.uint8(84 if across_b else 78),  # T, N
         np.uint8(84 if across_a else 78),
         np.int64(n), np.int64(m), np.int64(k),
-        _f32(alpha), b.ctypes.data, np.int64(ldb), a.ctypes.data, np.int64(lda),
+        _f32(1), b.ctypes.data, np.int64(ldb), a.ctypes.data, np.int64(lda),
         _f32(beta), out.ctypes.data, np.int64(ldc),
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def copy(x, out):
 
 @intrinsic
 def _pointer(typingctx, array, at):
-    """To an entry of a contiguous array."""
+    """To an entry of a contiguous array, whose strides it does not look at."""
 
     def codegen(context, builder, signature, values):
         return builder.gep(context.make_array(array)(context, builder, values[0]).data, [values[1]])
@@ -155,13 +155,13 @@ def _pointer(typingctx, array, at):
 
 @njit
 def bare(a):
-    """The same numbers, which the caller holds: views of it are made without counting them, 4 % of a small meta-step."""
+    """The same numbers of a contiguous array, which the caller holds: views of it are made without counting them, 4 % of a small meta-step."""
     return carray(_pointer(a, 0), a.shape)  # type: ignore[call-arg]
 
 
 @njit
 def matrix(flat, at, rows, columns):
-    """A view of flat from an entry on, which the caller holds."""
+    """A view [rows, columns] of a contiguous flat one from an entry on, which the caller holds."""
     return carray(_pointer(flat, at), (rows, columns))  # type: ignore[call-arg]
 
 

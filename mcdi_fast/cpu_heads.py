@@ -44,9 +44,9 @@ def _transpose(x, out):
 def _logits(theta, x, xt, out, keep):
     """out = theta x' + keep out."""
     if len(xt):
-        product(theta, xt, out, 1, keep)
+        product(theta, xt, out, keep)
     else:
-        product(theta, x.T, out, 1, keep)
+        product(theta, x.T, out, keep)
 
 
 @njit(**FAST)
@@ -105,7 +105,7 @@ def _adam(theta, gradient, decay, first, second, rate, root):
 @njit(**_REORDERED)
 def _by_products_of_rows(p, logits, offset, gram, length, theta, decay, slope):
     """slope [ways, rows] becomes X g'. Returns ||g||^2, or -1 where its terms cancel so far that it must be taken from g itself."""
-    product(p, gram, slope, 1, 0)
+    product(p, gram, slope, 0)
     square = size = 0.0
     for w in range(len(p)):
         error, row, apart, found = p[w], logits[w], offset[w], slope[w]
@@ -155,12 +155,12 @@ def _trajectories(
                     copy(features[version, b, i : i + 1], x[i : i + 1])
                 if len(base):  # theta (trust x)' + base x' are the logits of base + trust theta
                     copy(base[b], g)  # to where it lies alike for every task
-                    product(g, x.T, offset, 1, 0)
+                    product(g, x.T, offset, 0)
                     x *= trust[b]
                 if len(xt):
                     _transpose(x, xt)
                 if by_gram:
-                    product(x, xt, gram, 1, 0)
+                    product(x, xt, gram, 0)
                     for i in range(rows):
                         length[i] = math.sqrt(gram[i, i])
             copy(offset, logits)
@@ -171,7 +171,7 @@ def _trajectories(
                 square = _by_products_of_rows(p, logits, offset, gram, length, theta, decay, slope) if by_gram else -1.0
                 direct = square < 0
                 if direct:
-                    product(p, x, g, 1, 0)
+                    product(p, x, g, 0)
                     _add(decay, theta, g)
                     square = _square(g)
                     _logits(g, x, xt, slope, 0)
@@ -180,13 +180,13 @@ def _trajectories(
                 _errors(logits, labels[b], share, top, total, q)
                 # q x + decay (theta + c g)
                 if direct:
-                    product(q, x, g, 1, c * decay)
+                    product(q, x, g, c * decay)
                 else:
                     _add(c * decay, p, q)
-                    product(q, x, g, 1, 0)
+                    product(q, x, g, 0)
                     keep += c * decay * decay
             else:
-                product(p, x, g, 1, 0)
+                product(p, x, g, 0)
             _adam(theta, g, keep, mean, square_mean, _f32(scalars[step, 0]), _f32(1 / scalars[step, 1]))
             if (step + 1) % every == 0:
                 copy(theta, found[b, step // every])

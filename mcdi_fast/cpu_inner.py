@@ -54,7 +54,7 @@ def _product(a, b, out, add, space):
     if len(space) and cpu_tiles.worth(len(a), *b.shape):
         cpu_tiles.product(a, b, out, add, space)
     else:
-        product(a, b, out, _f32(1), _f32(1 if add else 0))
+        product(a, b, out, add)
 
 
 @njit
@@ -74,9 +74,9 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, out, add)
     if len(space):
         cpu_tiles.times(now, panels[p[_PANELS + side] :], out, add, space)
     elif side == _INTO:
-        product(now, weight, out, _f32(1), _f32(1 if add else 0))
+        product(now, weight, out, add)
     else:
-        product(now, weight.T, out, _f32(1), _f32(1 if add else 0))
+        product(now, weight.T, out, add)
     if r:
         _low_rank(p, side, rows, scores, space, tasks, r, out)
 
@@ -96,7 +96,7 @@ def _low_rank(p, side, rows, scores, space, tasks, r, out):
             if tiles:
                 cpu_tiles.times(then, packed, s, False, space)
             else:
-                product(then, now[mine].T, s, _f32(1), _f32(0))
+                product(then, now[mine].T, s, False)
             _product(s.T, values, out[mine], True, space)
 
 

@@ -27,6 +27,7 @@ from mcdi_fast.diffusion import InnerBatch
 from mcdi_fast.errors import McdiError
 
 ORACLES = ("reference", "vmap")
+_CROSSOVER = 1.2  # of torch's operations, for stacked_is_cheaper
 
 
 class Form(NamedTuple):
@@ -74,7 +75,7 @@ def inner_loop(
     forms = []
     for name, value in phi.items():
         rows = n if name == "in.condition" else s if name.endswith(".sample") else s * n
-        crossover = code.crossover(rows, precision) if code else 1.2
+        crossover = code.crossover(rows, precision) if code else _CROSSOVER
         forms.append(Form(rows, stacked_is_cheaper(value, k, rows, crossover) if stacked is None else stacked))
     return code.inner_loop(phi, batch, inner_lr, forms, precision) if code else _fused(phi, batch, inner_lr, forms)
 

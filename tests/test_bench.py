@@ -1,9 +1,13 @@
 """The benchmarks do not rot: every provider at a tiny size against its reference, untimed, and the report from a record."""
 
+import importlib.util
+import inspect
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -105,6 +109,48 @@ def test_report_from_a_record(tmp_path):
     readme = report.rewrite("README", f"a\n{report.BEGIN}\nold\n{report.END}\nb\n", section)
     assert "old" not in readme
     assert report.rewrite("README", readme, section) == readme
+
+
+def test_others_are_timed_in_turns_with_ours(monkeypatch):
+    """Half of the rounds at half the speed, of both: their ratio is untouched."""
+    clock, log = [0.0], []
+
+    class Benchmark:
+        extra_info: ClassVar[dict] = {}
+        stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+        def pedantic(self, run, setup, rounds, iterations, warmup_rounds):
+            for number in range(warmup_rounds + rounds):
+                setup()
+                start = clock[0]
+                run()
+                if number >= warmup_rounds:
+                    self.stats.stats.data.append(clock[0] - start)
+
+    def worker(name, seconds):
+        def run():
+            log.append(name)
+            clock[0] += seconds * (1 + len(log) // 30 % 2)
+
+        return run
+
+    spec = importlib.util.spec_from_file_location("bench_conftest", Path(P.__file__).with_name("conftest.py"))
+    harness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(harness)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=lambda _: None))
+    found, peak = Benchmark(), {"gflop_per_s": 1.0, "gb_per_s": 1.0}
+    timed = inspect.unwrap(harness.measure._get_wrapped_function())(found, peak)
+    timed(
+        worker("theirs", 0.03),
+        lambda _: None,
+        P.WORK["inner_loop"].work(TINY),
+        worker("ours", 0.01),
+        what="w",
+        provider="p",
+    )
+    assert found.extra_info["in_turns"] == pytest.approx(3)
+    assert found.extra_info["p80_ms"] > 1.9 * found.extra_info["p20_ms"]
+    assert log[2:] == ["ours", "ours", "theirs", "theirs"] * (len(log[2:]) // 4)
 
 
 def test_names_in_the_picture_do_not_meet():
