@@ -51,7 +51,7 @@ def best_seconds(run, repeats=10):
 
 @pytest.fixture(scope="session")
 def peak():
-    """GFLOP/s of a large sgemm and GB/s of a large copy, in this process and now; on a CPU with tile units of float32 products by them, in cache."""
+    """GFLOP/s of a large sgemm and GB/s of a large copy, in this process and now; on a CPU also of our own products, in cache."""
     if not _peak:
         side = 8192 if P.DEVICE == "cuda" else 1536
         a, b, out = (torch.randn(side, side, device=P.DEVICE) for _ in range(3))
@@ -59,9 +59,9 @@ def peak():
         source = torch.zeros(2**30 if P.DEVICE == "cuda" else 2**26, device=P.DEVICE)
         target = torch.empty_like(source)
         _peak["gb_per_s"] = 2 * source.nbytes / best_seconds(lambda: target.copy_(source)) / 1e9
-        run, flop = P.tile_products()
+        name, run, flop = P.own_products()
         if run:
-            _peak["tiles_gflop_per_s"] = flop / best_seconds(run) / 1e9
+            _peak[f"{name}_gflop_per_s"] = flop / best_seconds(run) / 1e9
     return _peak
 
 
@@ -111,8 +111,9 @@ def measure(benchmark, peak):
         gflops, gbs = amount.flop / median / 1e9, amount.bytes / median / 1e9
         shares = {"arithmetic": gflops / peak["gflop_per_s"], "memory": gbs / peak["gb_per_s"]}
         bound = max(shares, key=shares.__getitem__)
-        if "tiles_gflop_per_s" in peak and (labels.get("what"), labels.get("provider")) in P.BY_TILES:
-            benchmark.extra_info["share_of_tiles"] = gflops / peak["tiles_gflop_per_s"]
+        for name in ("tiles", "vectors"):
+            if f"{name}_gflop_per_s" in peak and (labels.get("what"), labels.get("provider")) in P.BY_OWN:
+                benchmark.extra_info[f"share_of_{name}"] = gflops / peak[f"{name}_gflop_per_s"]
         benchmark.extra_info.update(
             labels,
             device=P.DEVICE,

@@ -67,25 +67,34 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-# who multiplies on tile units, if there are any
-BY_TILES = ("meta-step", "ours"), ("sampling", "ours"), ("sampling", "3 steps")
+# who multiplies by what `own_products` times
+BY_OWN = ("meta-step", "ours"), ("sampling", "ours"), ("sampling", "3 steps")
 
 
-def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] | None, int]:
-    """Products of packed factors by all threads, each of its own in its cache, and their operations; None where there are no tile units."""
+def own_products(side: int = 256, times: int = 100) -> tuple[str, Callable[[], Any] | None, int]:
+    """Products by "tiles" (of a packed factor) or by "vectors", of all threads, each of its own in its cache, and their operations; "" where a
+    processor has neither."""
     if DEVICE == "cuda" or not OPTIONAL["numba"]:
-        return None, 0
-    from mcdi_fast import cpu_core, cpu_tiles
+        return "", None, 0
+    from mcdi_fast import cpu_core, cpu_tiles, cpu_vectors
 
-    if not cpu_tiles.available:
-        return None, 0
+    name = "tiles" if cpu_tiles.available else "vectors" if cpu_vectors.available else ""
+    if not name:
+        return "", None, 0
 
     @cpu_core.compiled
-    def multiply(a, b, right, out, space, times):
+    def by_tiles(a, b, right, out, space, times):
         cpu_tiles.prepare(space)
         cpu_tiles.pack(b.T, False, right, space)
         for _ in range(times):
             cpu_tiles.times(a, right, out, False, space)
+
+    @cpu_core.compiled
+    def by_vectors(a, b, right, out, space, times):
+        for _ in range(times):
+            cpu_vectors.product(a, b, out, 0)
+
+    multiply = {"tiles": by_tiles, "vectors": by_vectors}[name]
 
     a, b = (torch.randn(side, side).numpy() for _ in range(2))  # zeros would be quicker: they draw less power
 
@@ -94,7 +103,7 @@ def tile_products(side: int = 256, times: int = 100) -> tuple[Callable[[], Any] 
         multiply(a, b, right, out, cpu_core.aligned(cpu_tiles.workspace(side)), (end - first) * times)
 
     threads = torch.get_num_threads()
-    return lambda: cpu_core.by_threads(share, threads), 2 * side**3 * times * threads
+    return name, lambda: cpu_core.by_threads(share, threads), 2 * side**3 * times * threads
 
 
 # One meta-step

@@ -76,6 +76,10 @@ LINEAR_WITHIN = 1.2
 LATENCY_MS = {"cpu": {1: 0.25, 4: 0.6}, "cuda": {1: 0.25}}  # of so many heads in 3 steps
 FINETUNING = {1: 60.0, 600: 5.0}  # times it takes in 3 steps, by tasks
 SHARE = {"cpu": 0.7, "cuda": 0.6}  # of the sgemm floor, low-rank terms counted
+OWN = {  # our own products: what a share is of, and what the peak is of
+    "tiles": ("the tile units", "float32 by tile units"),
+    "vectors": ("our products", "our own products, in cache"),
+}
 PEAK = 0.6  # share of the sgemm peak, of many heads
 WHOLE = ("meta-step", "preparation", "sampling")  # rows of the table; single operations stay in the record
 
@@ -148,8 +152,9 @@ def speed_table(record: Record) -> list[str]:
             others = [name for name in names if name not in (*BASELINES, "ours")]
             cells.append(", ".join(f"{name} {_number(record.ratio(what, size, name))} x" for name in others))
             share = f"{100 * ours['share_of_peak']:.0f} %{' of a copy' * (ours['nearest_peak'] == 'memory')}"
-            if "share_of_tiles" in ours:
-                share += f", {100 * ours['share_of_tiles']:.0f} % of the tile units"
+            for name, (of, _) in OWN.items():
+                if f"share_of_{name}" in ours:
+                    share += f", {100 * ours[f'share_of_{name}']:.0f} % of {of}"
             rows.append([what, size, _number(ours["median_ms"]), *cells, share])
     return table("|size|ours, ms|loop|vmap|compiled|stacked|others|share of peak".split("|"), rows)
 
@@ -194,8 +199,12 @@ def _head(record: Record, link: str) -> str:
     m, peak = record.machine, record.peak
     head = f"{m['processor']}, {m.get('device', 'cpu')}, {m['threads']} threads, torch {m['torch']}, git {m['git']}"
     if peak:
-        tiles = f" {peak['tiles_gflop_per_s']:.0f} (float32 by tile units)," if "tiles_gflop_per_s" in peak else ""
-        head += f"; peaks measured in the same run {peak['gflop_per_s']:.0f} GFLOP/s (sgemm),{tiles} {peak['gb_per_s']:.1f} GB/s (copy)"
+        own = "".join(
+            f" {peak[f'{name}_gflop_per_s']:.0f} ({says}),"
+            for name, (_, says) in OWN.items()
+            if f"{name}_gflop_per_s" in peak
+        )
+        head += f"; peaks measured in the same run {peak['gflop_per_s']:.0f} GFLOP/s (sgemm),{own} {peak['gb_per_s']:.1f} GB/s (copy)"
     return f"{head} ([record]({link}bench/results/{record.path.name}))."
 
 

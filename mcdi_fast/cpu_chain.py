@@ -1,6 +1,6 @@
 """Chains on a CPU in compiled code (numba, the extra `cpu`): the steps of `denoiser.ChainDenoiser`, a share of the tasks a thread.
 
-Products are torch's own sgemm (cpu_core.py), and all of a task stays in a core's cache from its noise to its weights. Tasks share
+Products are those of cpu_core.py, and all of a task stays in a core's cache from its noise to its weights. Tasks share
 products of up to `_ROWS` rows, but do not meet: each one's result is the same to the bit whatever the others and the threads are. For a BLAS
 gives a row the same bits in a product of any number of rows from two on; one row alone is another routine, so none is left alone.
 `rows_alike` tries that for the very sizes. Where it does not hold tasks come one after the other, if their matrices fit the cache; if
@@ -8,7 +8,7 @@ they do not, results depend on the batch to rounding. Where the processor has ti
 (cpu_tiles.py), of whose rows none hears of another.
 
 The first call on a machine compiles, for some seconds; numba keeps the result beside this file or in the user's cache. Change this file with
-cpu_core.py, cpu_tiles.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
+cpu_core.py, cpu_vectors.py, cpu_tiles.py and cpu_noise.py, whose functions it compiles in: what is kept is made again when this file changes.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class PackedChain:
     """
 
     def __init__(self, generator: WeightGenerator, mask: Tensor | None, precision: str = DEFAULT_PRECISION):
-        """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is. precision: "ieee" for sgemm alone."""
+        """generator: on the CPU. mask: float32 [N, D], 0 for padding; None where none is. precision: "ieee" for none by tile units."""
         self._folded = folded = generator.folded()
         normalizers = [torch.stack([n.mean, n.std]) for n in (generator.condition_normalizer, generator.normalizer)]
         mask = torch.ones(1, folded.token_width, dtype=torch.float32, device="cpu") if mask is None else mask

@@ -1,8 +1,9 @@
-"""What compiled code on a CPU (numba, the extra `cpu`) is made of: torch's own matrix product, called without the interpreter, exp, and threads.
+"""What compiled code on a CPU (numba, the extra `cpu`) is made of: matrix products without the interpreter, exp, and threads.
 
 A product goes to the `sgemm` of the BLAS that torch brings, by its Fortran interface, which every BLAS has. Called from compiled code it takes
-less than a microsecond to start, and reaches 70 % of its peak with five rows and 90 % with eighty (docs/performance.md); through torch's operations
-five rows reach a sixth. Where torch has no such symbol to offer this module cannot be imported, and torch computes instead.
+less than a microsecond to start, and on Intel reaches 70 % of its peak with five rows and 90 % with eighty (docs/performance.md); through torch's
+operations five rows reach a sixth. On AMD it does not, and most products are our own (cpu_vectors.py). Where torch has no such symbol to offer this
+module cannot be imported, and torch computes instead.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from llvmlite import binding, ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from mcdi_fast import cpu_vectors
 
 _f32 = np.float32
 _SGEMM = "mcdi_fast_sgemm"
@@ -102,6 +105,9 @@ def product(a, b, out, beta):
 
     Slices of columns will do, and of a and b transposed views.
     """
+    if cpu_vectors.available and cpu_vectors.fit(a, b):
+        cpu_vectors.product(a, b, out, beta)
+        return
     m, n = out.shape
     k = a.shape[1]
     # a matrix in rows is its transpose in columns, so out' = b' a'

@@ -8,7 +8,8 @@ SAM asks for the logits of the perturbed head, X (theta + c g)' with c = rho / |
 X g' = (X X') P' + decay X theta' and ||g||^2 come from the products of the rows with each other, X X': where rows are fewer than half the features
 that spares two of a step's four products.
 
-The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py, whose functions it compiles in.
+The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py and
+cpu_vectors.py, whose functions it compiles in.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ it: c W = c phi + c c' (sum of the earlier gradients).
 
 Where the processor has tile units and `precision` allows for them, products are theirs (cpu_tiles.py); phi is packed once a call.
 
-The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py and cpu_tiles.py, whose functions it
-compiles in.
+The first call on a machine compiles, for some seconds; numba keeps the result. Change this file with cpu_core.py, cpu_vectors.py and cpu_tiles.py,
+whose functions it compiles in.
 """
 
 from __future__ import annotations
@@ -312,8 +312,8 @@ def _run(
 def crossover(rows: int, precision: str) -> float:
     """Of `inner.stacked_is_cheaper`, for so many rows of a task and step.
 
-    Measured on one thread (AVX512 and AMX), widths 64 to 256, K = 2, 3 and 5: by sgemm 0.55 to 0.65; by tile units the same from the rows on that
-    they take a task's products, 0.75 to 0.95 below, as the low-rank terms' scores are theirs before.
+    Measured on one thread of Intel and on two of AMD, widths 64 to 256, K = 2, 3 and 5: in float32 0.55 to 0.65; by tile units the same from the rows
+    on that they take a task's products, 0.75 to 0.95 below, as the low-rank terms' scores are theirs before.
     """
     return 0.9 if cpu_tiles.used(precision) and rows < cpu_tiles.ROWS else 0.6
 
@@ -365,7 +365,7 @@ def inner_loop(
 ) -> tuple[Parameters, Tensor]:
     """`inner.inner_loop` in float32 on a CPU, on as many threads as torch has.
 
-    forms: of each map of phi, in its order. precision: "ieee" for sgemm alone.
+    forms: of each map of phi, in its order. precision: "ieee" for none by tile units.
     """
     b, k, s, n, d = batch.x.shape
     chunk = max(1, _FEW_ROWS // (s * n))

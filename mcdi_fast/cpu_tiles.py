@@ -17,14 +17,13 @@ numba has no such operations, so they are assembly. Where it cannot be assembled
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
 from numba import njit, types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from mcdi_fast.cpu_assembly import assembly, compiled_for
 
 _PANEL = 32
 _FLOATS = _PANEL * _PANEL  # of memory, a panel
@@ -35,25 +34,15 @@ ROWS = 48
 """From which a product of a single task is worth packing both factors."""
 
 
-def _assembles() -> bool:
-    """Whether numba compiles for a processor with all that is assembled here. It keeps what it compiles by the same words."""
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    wanted = {"+amx-tile", "+amx-bf16", "+avx512f", "+avx512bw", "+avx512bf16"}
-    return triple.startswith("x86_64") and sys.platform == "linux" and wanted <= set(features.split(","))
-
-
 def _permitted() -> bool:
     """Linux lets a process use tiles once it has asked."""
     arch_prctl, request, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
-_assembled = _assembles()
+_assembled = compiled_for("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512bf16")
 available = _assembled and _permitted()
 """Whether this process may use the tile units."""
-
-if _assembled:
-    binding.initialize_native_asmparser()
 
 
 def used(precision: str) -> bool:
@@ -62,17 +51,8 @@ def used(precision: str) -> bool:
 
 
 def _assembly(text: str, count: int) -> Any:
-    """What an intrinsic of `count` integers returns: $0, $1 ... in the text. It may use r8 to r11, all vector registers and tiles."""
-    used = ["memory", "flags", "r8", "r9", "r10", "r11", "k1", "k2", "k3", "k4", *(f"xmm{n}" for n in range(32))]
-    constraints = ",".join(["r"] * count + [f"~{{{name}}}" for name in used])
-
-    def codegen(context, builder, signature, values):
-        if _assembled:
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count)
-            builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(values))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * count), codegen
+    """Of `count` integers."""
+    return assembly(text, [types.int64] * count, ("r8", "r9", "r10", "r11"), _assembled)
 
 
 # 1 to 16 rows of 32 columns to rows of a tile

@@ -61,8 +61,8 @@ def test_piece(name):
     assert work.bytes > 0
 
 
-def test_what_measures_the_peak_of_tile_units_runs():
-    run, operations = P.tile_products(side=32, times=1)
+def test_what_measures_the_peak_of_our_own_products_runs():
+    _, run, operations = P.own_products(side=32, times=1)
     if run is not None:
         run()
         assert operations == 2 * 32**3 * torch.get_num_threads()
