@@ -50,3 +50,35 @@ def assembly(text: str, kinds: Sequence[Any], scratch: Sequence[str], assembled:
         return context.get_dummy_value()
 
     return types.void(*kinds), codegen
+
+
+def transposition(rows: list[str]) -> list[str]:
+    """Of the 16 x 16 pairs of bfloat16, or float32, in zmm0 to 15, to rows in memory: exchanges of single ones, of two, then of lanes of four."""
+    lines = []
+    for row in range(0, 16, 2):
+        for half, to in (("l", 16 + row), ("h", 17 + row)):
+            lines.append(f"vpunpck{half}dq %zmm{row + 1}, %zmm{row}, %zmm{to}")
+    for group in range(0, 16, 4):  # register group + c then has, in lane l, column 4 l + c of the group's four rows
+        for side in range(2):
+            for half, to in (("l", group + 2 * side), ("h", group + 2 * side + 1)):
+                lines.append(f"vpunpck{half}qdq %zmm{18 + group + side}, %zmm{16 + group + side}, %zmm{to}")
+    even, odd = 0x88, 0xDD
+    for c in range(4):
+        for which, to in ((even, 16), (odd, 18)):
+            lines.append(f"vshufi32x4 $${which}, %zmm{4 + c}, %zmm{c}, %zmm{to}")
+            lines.append(f"vshufi32x4 $${which}, %zmm{12 + c}, %zmm{8 + c}, %zmm{to + 1}")
+        for which, of, column in ((even, 16, 0), (odd, 16, 8), (even, 18, 4), (odd, 18, 12)):
+            lines.append(f"vshufi32x4 $${which}, %zmm{of + 1}, %zmm{of}, %zmm20")
+            lines.append(f"vmovdqa64 %zmm20, {rows[column + c]}")
+    return lines
+
+
+def stack(count: int) -> Any:
+    """What an intrinsic returns that gives the address of so many float32 on the stack, from a cache line on, while its function runs."""
+
+    def codegen(context, builder, signature, values):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), count))
+        memory.align = 64
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return types.int64(), codegen

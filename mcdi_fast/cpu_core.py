@@ -105,7 +105,7 @@ def product(a, b, out, beta):
 
     Slices of columns will do, and of a and b transposed views.
     """
-    if cpu_vectors.available and cpu_vectors.fit(a, b):
+    if cpu_vectors.available:
         cpu_vectors.product(a, b, out, beta)
         return
     m, n = out.shape

@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from mcdi_fast.cpu_assembly import assembly, compiled_for
+from mcdi_fast.cpu_assembly import assembly, compiled_for, transposition
 
 _PANEL = 32
 _FLOATS = _PANEL * _PANEL  # of memory, a panel
@@ -121,27 +121,6 @@ jnz 1b
 """
 
 
-def _transposition() -> str:
-    """Of a tile's 16 x 16 pairs, where it lies: exchanges of single pairs, of two, then of lanes of four."""
-    lines = [f"vmovdqa64 {64 * row}($0), %zmm{row}" for row in range(16)]
-    for row in range(0, 16, 2):
-        for half, to in (("l", 16 + row), ("h", 17 + row)):
-            lines.append(f"vpunpck{half}dq %zmm{row + 1}, %zmm{row}, %zmm{to}")
-    for group in range(0, 16, 4):  # register group + c then has, in lane l, column 4 l + c of the group's four rows
-        for side in range(2):
-            for half, to in (("l", group + 2 * side), ("h", group + 2 * side + 1)):
-                lines.append(f"vpunpck{half}qdq %zmm{18 + group + side}, %zmm{16 + group + side}, %zmm{to}")
-    even, odd = 0x88, 0xDD
-    for c in range(4):
-        for which, to in ((even, 16), (odd, 18)):
-            lines.append(f"vshufi32x4 $${which}, %zmm{4 + c}, %zmm{c}, %zmm{to}")
-            lines.append(f"vshufi32x4 $${which}, %zmm{12 + c}, %zmm{8 + c}, %zmm{to + 1}")
-        for which, of, column in ((even, 16, 0), (odd, 16, 8), (even, 18, 4), (odd, 18, 12)):
-            lines.append(f"vshufi32x4 $${which}, %zmm{of + 1}, %zmm{of}, %zmm20")
-            lines.append(f"vmovdqa64 %zmm20, {64 * (column + c)}($0)")
-    return "\n".join(lines)
-
-
 def _multiplication(tall: bool, wide: bool) -> str:
     """Panels of the left factor at $0 times panels of the right one at $1, $2 of each, to the result at $3 of $4 bytes a row, added if $5.
 
@@ -186,7 +165,9 @@ def _pairs(typingctx, address, stride, rows, columns, out, order):
 
 @intrinsic
 def _transpose(typingctx, address):
-    return _assembly(_transposition(), 1)
+    rows = [f"{64 * row}($0)" for row in range(16)]  # where it lies
+    loads = [f"vmovdqa64 {at}, %zmm{row}" for row, at in enumerate(rows)]
+    return _assembly("\n".join([*loads, *transposition(rows)]), 1)
 
 
 @intrinsic

@@ -4,9 +4,9 @@ On an AMD EPYC (Zen 4) MKL's products copy both factors first, and reach 66 to 8
 they lie, and reach 80 to 98 and 90 (docs/performance.md).
 
 Where the right factor's rows are contiguous its columns fill the vectors, and each entry of the left factor is multiplied by a row of it
-(`_by_columns`): up to 12 rows and 32 columns of the result stay in registers. Where both factors are contiguous along what is summed, that fills
-the vectors (`_by_sums`), and those of up to 5 rows and 4 columns are added up at the end. Every entry is summed in the same order, wherever it lies:
-a row is the same to the bit in any company.
+(`_by_columns`): up to 12 rows and 32 columns of the result stay in registers. A transposed right factor is turned part by part on the way. Where both
+factors are contiguous along what is summed and few columns are wanted, that fills the vectors (`_by_sums`): up to 5 rows and 4 columns, added up at
+the end. Every entry is summed in the same order, wherever it lies: a row is the same to the bit in any company.
 """
 
 # numba gives an intrinsic its first argument
@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from mcdi_fast.cpu_assembly import assembly, compiled_for, processor
+from mcdi_fast.cpu_assembly import assembly, compiled_for, processor, stack, transposition
 
 _f32 = np.float32
 _ITEM = 4  # bytes of a float32
@@ -26,7 +26,8 @@ _LANES = 16  # float32 of a vector
 _HIGH, _WIDE = 12, 2 * _LANES  # rows and columns of a block of the result, by columns
 _SUMS_HIGH, _SUMS_WIDE = 5, 4  # and by sums
 _ALL = 0xFFFFFFFF
-_LARGE = 1 << 20  # numbers of a right factor; of four times as many a copy of its parts pays
+_DEEP = 256  # rows of a panel
+_LARGE = 1 << 21  # numbers of a right factor from which copies of its parts pay
 
 assembled = compiled_for("avx512f")
 available = assembled and processor().startswith("znver")
@@ -133,39 +134,112 @@ def _by_sums(typingctx, choice, left, left_row, rest, right, right_row, count, o
     return assembly(_BY_SUMS, _KINDS, _SCRATCH, assembled, listed=True)
 
 
-@njit
-def fit(a, b):
-    """Whether they multiply these: all but transposed by transposed, and no large right factor."""
-    return b.size <= _LARGE and (b.strides[1] == _ITEM or a.strides[1] == b.strides[0] == _ITEM)
+@intrinsic
+def _turn(typingctx, from_, row, rows, mask, to):
+    """Up to 16 rows of up to 16 float32 become as many columns of a panel."""
+    lines = ["mov $2, %rcx", "mov $0, %rax", "mov $3, %rdx", "kmovw %edx, %k1"]
+    for n in range(16):  # what is not read is garbage in columns that nobody reads
+        lines += [f"vmovups (%rax), %zmm{n} {{%k1}} {{z}}", "add $1, %rax", "dec %rcx", "jz 1f"]
+    lines += ["1:", *transposition([f"{4 * _WIDE * n}($4)" for n in range(16)])]
+    return assembly("\n".join(lines), [types.int64] * 5, _SCRATCH, assembled)
+
+
+@intrinsic
+def _copy(typingctx, from_, row, rows, mask, to):
+    """Some rows of up to 32 float32 become rows of a panel."""
+    lines = [
+        "mov $2, %rcx",
+        "mov $0, %rax",
+        "mov $3, %rdx",
+        "kmovd %edx, %k1",
+        "kshiftrd $$16, %k1, %k2",
+        "mov $4, %rdi",
+        "1:",
+    ]
+    for n in range(2):
+        lines += [f"vmovups {64 * n}(%rax), %zmm{n} {{%k{1 + n}}} {{z}}", f"vmovaps %zmm{n}, {64 * n}(%rdi)"]
+    lines += ["add $1, %rax", f"add $${4 * _WIDE}, %rdi", "dec %rcx", "jnz 1b"]
+    return assembly("\n".join(lines), [types.int64] * 5, _SCRATCH, assembled)
+
+
+@intrinsic
+def _panel(typingctx):
+    return stack(_DEEP * _WIDE)
 
 
 @njit
 def product(a, b, out, beta):
-    """out = a b + beta out, as `cpu_core.product`, of factors that `fit`."""
+    """out = a b + beta out, as `cpu_core.product`."""
+    (m, n), k, across = out.shape, a.shape[1], b.strides[1] != _ITEM
+    vectors, turned = (k + _LANES - 1) // _LANES, (n + _LANES - 1) // _LANES
     left, right, to = a.ctypes.data, b.ctypes.data, out.ctypes.data
-    if b.strides[1] == _ITEM:
-        _product_by_columns(
-            left, *a.strides, right, b.strides[0], to, out.strides[0], *out.shape, a.shape[1], _f32(beta)
-        )
+    left_row, left_column, out_row, beta = a.strides[0], a.strides[1], out.strides[0], _f32(beta)
+    # cycles of a row; to add a sum up costs two more. How many rows there are does not count, or the company would tell in the bits
+    if across and left_column == _ITEM and n * (vectors + 2) < k * turned:
+        _product_by_sums(left, left_row, right, b.strides[1], to, out_row, m, n, k, beta)
+    elif across or b.size > _LARGE:
+        right_row = b.strides[1] if across else b.strides[0]
+        _product_by_panels(left, left_row, left_column, right, right_row, across, to, out_row, m, n, k, beta)
     else:
-        _product_by_sums(
-            left, a.strides[0], right, b.strides[1], to, out.strides[0], *out.shape, a.shape[1], _f32(beta)
+        for j in range(0, n, _WIDE):
+            columns = min(_WIDE, n - j)
+            _strip(
+                left,
+                left_row,
+                left_column,
+                right + j * _ITEM,
+                b.strides[0],
+                to + j * _ITEM,
+                out_row,
+                m,
+                columns,
+                k,
+                beta,
+            )
+
+
+@njit
+def _strip(left, left_row, left_column, right, right_row, out, out_row, m, columns, k, beta):
+    """Up to 32 columns of the result. By addresses and bytes, as all below, so that it is compiled once."""
+    blocks, narrow, mask = (m + _HIGH - 1) // _HIGH, columns <= _LANES, _ALL >> (_WIDE - columns)
+    for block in range(blocks):
+        first = block * m // blocks
+        rows = (block + 1) * m // blocks - first
+        from_left, to = left + first * left_row, out + first * out_row
+        _by_columns(
+            2 * (_HIGH - rows) + narrow, from_left, left_row, left_column, right, right_row, k, to, out_row, mask, beta
         )
 
 
 @njit
-def _product_by_columns(left, left_row, left_column, right, right_row, out, out_row, m, n, k, beta):
-    """By addresses and bytes, so that it is compiled once."""
-    blocks = (m + _HIGH - 1) // _HIGH
-    for block in range(blocks):
-        first = block * m // blocks
-        rows = (block + 1) * m // blocks - first
-        for j in range(0, n, _WIDE):
-            columns = min(_WIDE, n - j)
-            choice = 2 * (_HIGH - rows) + (columns <= _LANES)
-            from_left, to, mask = left + first * left_row, out + first * out_row + j * _ITEM, _ALL >> (_WIDE - columns)
-            _by_columns(
-                choice, from_left, left_row, left_column, right + j * _ITEM, right_row, k, to, out_row, mask, beta
+def _product_by_panels(left, left_row, left_column, right, right_row, across, out, out_row, m, n, k, beta):
+    """Parts of the right factor, 32 columns of up to 256 rows, are copied, or turned, before they are used."""
+    panel: int = _panel()
+    for j in range(0, n, _WIDE):
+        columns = min(_WIDE, n - j)
+        for start in range(0, k, _DEEP):
+            deep = min(_DEEP, k - start)
+            if across:
+                for c in range(0, columns, _LANES):
+                    for i in range(0, deep, _LANES):
+                        part = right + (j + c) * right_row + (start + i) * _ITEM
+                        mask = 0xFFFF >> max(0, _LANES - (deep - i))
+                        _turn(part, right_row, min(_LANES, columns - c), mask, panel + (i * _WIDE + c) * _ITEM)
+            else:
+                _copy(right + start * right_row + j * _ITEM, right_row, deep, _ALL >> (_WIDE - columns), panel)
+            from_left, before = left + start * left_column, beta if start == 0 else _f32(1)
+            _strip(
+                from_left,
+                left_row,
+                left_column,
+                panel,
+                _WIDE * _ITEM,
+                out + j * _ITEM,
+                out_row,
+                m,
+                columns,
+                deep,
+                before,
             )
 
 
