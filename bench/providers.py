@@ -92,7 +92,7 @@ def own_products(side: int = 256, times: int = 100) -> tuple[str, Callable[[], A
     @cpu_core.compiled
     def by_vectors(a, b, right, out, space, times):
         for _ in range(times):
-            cpu_vectors.product(a, b, out, 0)
+            cpu_core.product(a, b, out, 0)
 
     multiply = {"tiles": by_tiles, "vectors": by_vectors}[name]
 

@@ -1,7 +1,8 @@
-"""Assembly in compiled code on a CPU (numba, the extra `cpu`): what neither numpy's operations nor LLVM's own choice give."""
+"""Assembly in compiled code on a CPU (numba, the extra `cpu`), for what LLVM's own choice would not do."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,23 +31,38 @@ def processor() -> str:
 def assembly(text: str, kinds: Sequence[Any], scratch: Sequence[str], assembled: bool, listed: bool = False) -> Any:
     """What an intrinsic of such arguments returns; nothing is done where it is not `assembled`.
 
-    text: $0, $1 ... are its arguments, or, `listed`, $0 is where they lie, eight bytes each. scratch: registers that it may use, besides vectors and
-    k1 to k4.
+    text: $0, $1 ... are its arguments, or, `listed`, $0 is where they lie, eight bytes each; then it is a function of its own, once for all callers.
+    scratch: registers that it may use, besides vectors and k1 to k4.
     """
     used = ["memory", "flags", *scratch, *(f"k{n}" for n in range(1, 5)), *(f"xmm{n}" for n in range(32))]
+    word, nothing = ir.IntType(64), ir.VoidType()
+
+    def inline(builder, given):
+        constraints = ",".join(["r"] * len(given) + [f"~{{{name}}}" for name in used])
+        builder.call(
+            ir.InlineAsm(ir.FunctionType(nothing, [word] * len(given)), text, constraints, side_effect=True), given
+        )
+
+    def function(module):
+        name = f"mcdi_fast_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if name not in module.globals:
+            made = ir.Function(module, ir.FunctionType(nothing, [word]), name)
+            made.linkage = "linkonce_odr"  # alike in all modules, of which one is kept
+            made.attributes.add("noinline")
+            builder = ir.IRBuilder(made.append_basic_block())
+            inline(builder, made.args)
+            builder.ret_void()
+        return module.globals[name]
 
     def codegen(context, builder, signature, values):
-        if assembled:
-            given = list(values)
-            if listed:
-                every = cgutils.alloca_once(builder, ir.IntType(64), len(given))
-                for number, value in enumerate(given):
-                    place = builder.gep(every, [ir.IntType(64)(number)])
-                    builder.store(value, builder.bitcast(place, value.type.as_pointer()))
-                given = [builder.ptrtoint(every, ir.IntType(64))]
-            constraints = ",".join(["r"] * len(given) + [f"~{{{name}}}" for name in used])
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(given))
-            builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), given)
+        if assembled and listed:
+            every = cgutils.alloca_once(builder, word, len(values))
+            for number, value in enumerate(values):
+                place = builder.gep(every, [word(number)])
+                builder.store(value, builder.bitcast(place, value.type.as_pointer()))
+            builder.call(function(builder.module), [builder.ptrtoint(every, word)])
+        elif assembled:
+            inline(builder, list(values))
         return context.get_dummy_value()
 
     return types.void(*kinds), codegen

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mcdi_fast.generator import WeightGenerator
 
 _f32 = np.float32
+_TILES = cpu_tiles.assembled  # a constant, by which numba leaves out what is not
 _IN_CACHE = 300_000  # numbers of the matrices of a step up to which a core's second-level cache holds them, 1.2 MB
 _ROWS = 80  # of tasks together: 600 heads of width 256 in 20 steps take 44 ms of one thread; one by one 53, by 40 rows 47, by 160 47
 _WORTH = 10_000_000  # multiplications that a share must have to be worth a thread: two heads in twenty steps
@@ -96,7 +97,7 @@ def _advance(columns, net, bias, told, mask, tokens, coefficients):
 def _times(a, number, table, matrices, out, space):
     """out = a times a matrix: on tile units where there is a workspace for them; then the matrices are packed."""
     k, n, start = table[number]
-    if len(space):
+    if _TILES and len(space):
         cpu_tiles.times(a, matrices[start:], out, False, space)
     else:
         product(a, take_lines(matrices[start:], k, n)[0], out, 0)
@@ -128,7 +129,7 @@ def _sample(
     _, tokens, d = weights.shape
     (depth, _, h), told = step_rows.shape, table[0, 0]
     units = depth * h
-    if len(space):
+    if _TILES and len(space):
         cpu_tiles.prepare(space)
     for first in range(0, len(weights), together):
         tasks = min(together, len(weights) - first)
@@ -213,7 +214,7 @@ def rows_alike(k: int, n: int, step: int, rows: int) -> bool:
 @compiled
 def _lay_out(matrix, out, space):
     """A matrix to rows that each begin a cache line, or to panels."""
-    if len(space):
+    if _TILES and len(space):
         cpu_tiles.prepare(space)
         cpu_tiles.pack(matrix.T, False, out, space)
     else:

@@ -30,6 +30,7 @@ _f32 = np.float32
 _SGEMM = "mcdi_fast_sgemm"
 _ITEM = 4  # bytes of a float32
 LINE = 16  # float32 in a cache line
+_VECTORS = cpu_vectors.available  # a constant, by which numba leaves out the other way
 
 FAST: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 """Options of `njit`. numpy's error model: a division that looks for zeros is not vectorised."""
@@ -105,23 +106,24 @@ def product(a, b, out, beta):
 
     Slices of columns will do, and of a and b transposed views.
     """
-    if cpu_vectors.available:
-        cpu_vectors.product(a, b, out, beta)
+    (m, n), (a_row, a_column), (b_row, b_column) = out.shape, a.strides, b.strides
+    left, right, to = a.ctypes.data, b.ctypes.data, out.ctypes.data
+    _product(left, a_row, a_column, right, b_row, b_column, to, out.strides[0], m, n, a.shape[1], _f32(beta))
+
+
+@njit
+def _product(a, a_row, a_column, b, b_row, b_column, out, out_row, m, n, k, beta):
+    """By addresses and strides, so that it is compiled once."""
+    if _VECTORS:
+        cpu_vectors.product_at(a, a_row, a_column, b, b_row, b_column, out, out_row, m, n, k, beta)
         return
-    m, n = out.shape
-    k = a.shape[1]
     # a matrix in rows is its transpose in columns, so out' = b' a'
-    across_a, across_b = a.strides[1] != _ITEM, b.strides[1] != _ITEM
-    lda = max(a.strides[1] // _ITEM, m) if across_a else max(a.strides[0] // _ITEM, k)
-    ldb = max(b.strides[1] // _ITEM, k) if across_b else max(b.strides[0] // _ITEM, n)
-    ldc = max(out.strides[0] // _ITEM, n)
-    _sgemm(  # type: ignore[call-arg]
-        np.uint8(84 if across_b else 78),  # T, N
-        np.uint8(84 if across_a else 78),
-        np.int64(n), np.int64(m), np.int64(k),
-        _f32(1), b.ctypes.data, np.int64(ldb), a.ctypes.data, np.int64(lda),
-        _f32(beta), out.ctypes.data, np.int64(ldc),
-    )  # fmt: skip
+    across_a, across_b = a_column != _ITEM, b_column != _ITEM
+    lda = max(a_column // _ITEM, m) if across_a else max(a_row // _ITEM, k)
+    ldb = max(b_column // _ITEM, k) if across_b else max(b_row // _ITEM, n)
+    trans_a, trans_b = np.uint8(84 if across_a else 78), np.uint8(84 if across_b else 78)  # T, N
+    ldc = max(out_row // _ITEM, n)
+    _sgemm(trans_b, trans_a, n, m, k, _f32(1), b, ldb, a, lda, beta, out, ldc)  # type: ignore[call-arg]
 
 
 @njit(inline="always")

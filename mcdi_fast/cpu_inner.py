@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _f32 = np.float32
 _FEW_ROWS = 160
+_TILES = cpu_tiles.assembled  # a constant, by which numba leaves out what is not
 
 # columns of a plan, a row a map; in and out, and their rows, are told apart by a side. Rows are kept of so many steps
 _IN, _OUT, _ROWS, _OWN, _STEPS, _PHI, _INPUTS, _GRADIENTS, _WEIGHT, _PANELS = range(10)
@@ -51,7 +52,7 @@ def _rows(p, side, rows, tasks, r):
 @njit
 def _product(a, b, out, add, space):
     """out = a b (+ out), on tile units where there is a workspace for them and they are quicker."""
-    if len(space) and cpu_tiles.worth(len(a), *b.shape):
+    if _TILES and len(space) and cpu_tiles.worth(len(a), *b.shape):
         cpu_tiles.product(a, b, out, add, space)
     else:
         product(a, b, out, add)
@@ -71,7 +72,7 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, out, add)
                 _product(now[mine], weight.T, out[mine], add, space)
         return
     weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])
-    if len(space):
+    if _TILES and len(space):
         cpu_tiles.times(now, panels[p[_PANELS + side] :], out, add, space)
     elif side == _INTO:
         product(now, weight, out, add)
@@ -85,15 +86,15 @@ def _through(p, side, phi, panels, rows, own, scores, space, tasks, r, out, add)
 def _low_rank(p, side, rows, scores, space, tasks, r, out):
     """out += (now before') values of the steps before r, of each task by itself. Scores are made transposed: `now` is packed once for all."""
     now, s = _rows(p, side, rows, tasks, r), matrix(scores, 0, p[_ROWS], p[_ROWS])
-    tiles = len(space) and cpu_tiles.worth_of_scores(p[_ROWS], p[_IN + side])
+    tiles = _TILES and len(space) and cpu_tiles.worth_of_scores(p[_ROWS], p[_IN + side])
     packed = space[cpu_tiles.workspace_of_left(p[_IN + side]) :]
     for t in range(tasks):
         mine = slice(t * p[_ROWS], (t + 1) * p[_ROWS])
-        if tiles:
+        if _TILES and tiles:
             cpu_tiles.pack(now[mine], False, packed, space)
         for before in range(min(r, p[_STEPS])):
             then, values = _rows(p, side, rows, tasks, before)[mine], _rows(p, 1 - side, rows, tasks, before)[mine]
-            if tiles:
+            if _TILES and tiles:
                 cpu_tiles.times(then, packed, s, False, space)
             else:
                 product(then, now[mine].T, s, False)
@@ -225,7 +226,7 @@ def _run(
     delta[:] = 0
     of_x, of_c, of_net = plan[0], plan[1], plan[-1]
     fan_sample = plan[3][_IN]
-    if len(space):
+    if _TILES and len(space):
         cpu_tiles.prepare(space)
         for p in plan:
             weight = matrix(phi, p[_PHI], p[_IN], p[_OUT])

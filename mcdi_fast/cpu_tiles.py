@@ -40,8 +40,8 @@ def _permitted() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
-_assembled = compiled_for("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512bf16")
-available = _assembled and _permitted()
+assembled = compiled_for("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512bf16")
+available = assembled and _permitted()
 """Whether this process may use the tile units."""
 
 
@@ -52,7 +52,7 @@ def used(precision: str) -> bool:
 
 def _assembly(text: str, count: int) -> Any:
     """Of `count` integers."""
-    return assembly(text, [types.int64] * count, ("r8", "r9", "r10", "r11"), _assembled)
+    return assembly(text, [types.int64] * count, ("r8", "r9", "r10", "r11"), assembled)
 
 
 # 1 to 16 rows of 32 columns to rows of a tile

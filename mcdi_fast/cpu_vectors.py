@@ -168,34 +168,19 @@ def _panel(typingctx):
 
 
 @njit
-def product(a, b, out, beta):
-    """out = a b + beta out, as `cpu_core.product`."""
-    (m, n), k, across = out.shape, a.shape[1], b.strides[1] != _ITEM
-    vectors, turned = (k + _LANES - 1) // _LANES, (n + _LANES - 1) // _LANES
-    left, right, to = a.ctypes.data, b.ctypes.data, out.ctypes.data
-    left_row, left_column, out_row, beta = a.strides[0], a.strides[1], out.strides[0], _f32(beta)
+def product_at(left, left_row, left_column, right, right_row, right_column, out, out_row, m, n, k, beta):
+    """out [m, n] = left [m, k] right [k, n] + beta out, as `cpu_core.product`; by addresses, and bytes from row to row and from column to column."""
+    across, vectors, turned = right_column != _ITEM, (k + _LANES - 1) // _LANES, (n + _LANES - 1) // _LANES
     # cycles of a row; to add a sum up costs two more. How many rows there are does not count, or the company would tell in the bits
     if across and left_column == _ITEM and n * (vectors + 2) < k * turned:
-        _product_by_sums(left, left_row, right, b.strides[1], to, out_row, m, n, k, beta)
-    elif across or b.size > _LARGE:
-        right_row = b.strides[1] if across else b.strides[0]
-        _product_by_panels(left, left_row, left_column, right, right_row, across, to, out_row, m, n, k, beta)
+        _product_by_sums(left, left_row, right, right_column, out, out_row, m, n, k, beta)
+    elif across or k * n > _LARGE:
+        step = right_column if across else right_row
+        _product_by_panels(left, left_row, left_column, right, step, across, out, out_row, m, n, k, beta)
     else:
         for j in range(0, n, _WIDE):
-            columns = min(_WIDE, n - j)
-            _strip(
-                left,
-                left_row,
-                left_column,
-                right + j * _ITEM,
-                b.strides[0],
-                to + j * _ITEM,
-                out_row,
-                m,
-                columns,
-                k,
-                beta,
-            )
+            columns, by = min(_WIDE, n - j), j * _ITEM
+            _strip(left, left_row, left_column, right + by, right_row, out + by, out_row, m, columns, k, beta)
 
 
 @njit

@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
+from numba import njit
 from test_cpu_tiles import matrix
 
 from mcdi_fast import cpu_vectors
-from mcdi_fast.cpu_vectors import product
+
+
+@njit
+def product(a, b, out, beta):
+    left, right = (a.ctypes.data, *a.strides), (b.ctypes.data, *b.strides)
+    cpu_vectors.product_at(*left, *right, out.ctypes.data, out.strides[0], *out.shape, a.shape[1], beta)
+
 
 pytestmark = pytest.mark.skipif(not cpu_vectors.assembled, reason="no AVX512 here")
 
