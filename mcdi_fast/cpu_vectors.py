@@ -1,7 +1,7 @@
 """Float32 products by AVX512 in assembly, for compiled code (numba, the extra `cpu`), where torch's BLAS is not at home.
 
-On an AMD EPYC (Zen 4) MKL's products copy both factors first, and reach 66 to 88 % of the peak with many rows, 33 with five. These read factors where
-they lie, and reach 80 to 98 and 90 (docs/performance.md).
+On an AMD EPYC (Zen 4) MKL's products copy both factors first, and reach 66 to 88 % of the peak with many rows, 40 with five. These read factors where
+they lie, and reach 86 to 97 and 91 (docs/performance.md).
 
 Where the right factor's rows are contiguous its columns fill the vectors, and each entry of the left factor is multiplied by a row of it
 (`_by_columns`): up to 12 rows and 32 columns of the result stay in registers. A transposed right factor is turned part by part on the way. Where both
@@ -29,7 +29,7 @@ _ALL = 0xFFFFFFFF
 _DEEP = 256  # rows of a panel
 _LARGE = 1 << 21  # numbers of a right factor from which copies of its parts pay
 
-assembled = compiled_for("avx512f")
+assembled = compiled_for("avx512f", "avx512bw")
 available = assembled and processor().startswith("znver")
 """Whether products are theirs: measured on Zen 4, whose like Zen 5 is. On Intel's processors MKL is at home."""
 
@@ -41,6 +41,7 @@ _REST = _LEFT_COLUMN  # by sums
 _KINDS = [types.int64] * _BETA + [types.float32]
 _POINTERS = "r8", "r9", "r10", "r11"
 _SCRATCH = "rax", "rcx", "rdx", "rsi", "rdi", *_POINTERS
+_FEW = "rax", "rcx", "rdx", "rdi"  # where arguments need registers too
 
 
 def _field(number: int) -> str:
@@ -141,7 +142,7 @@ def _turn(typingctx, from_, row, rows, mask, to):
     for n in range(16):  # what is not read is garbage in columns that nobody reads
         lines += [f"vmovups (%rax), %zmm{n} {{%k1}} {{z}}", "add $1, %rax", "dec %rcx", "jz 1f"]
     lines += ["1:", *transposition([f"{4 * _WIDE * n}($4)" for n in range(16)])]
-    return assembly("\n".join(lines), [types.int64] * 5, _SCRATCH, assembled)
+    return assembly("\n".join(lines), [types.int64] * 5, _FEW, assembled)
 
 
 @intrinsic
@@ -159,7 +160,7 @@ def _copy(typingctx, from_, row, rows, mask, to):
     for n in range(2):
         lines += [f"vmovups {64 * n}(%rax), %zmm{n} {{%k{1 + n}}} {{z}}", f"vmovaps %zmm{n}, {64 * n}(%rdi)"]
     lines += ["add $1, %rax", f"add $${4 * _WIDE}, %rdi", "dec %rcx", "jnz 1b"]
-    return assembly("\n".join(lines), [types.int64] * 5, _SCRATCH, assembled)
+    return assembly("\n".join(lines), [types.int64] * 5, _FEW, assembled)
 
 
 @intrinsic
