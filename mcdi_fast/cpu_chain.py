@@ -314,8 +314,8 @@ class PackedChain:
         constants = *self._given, plan.table, plan.matrices, self._step_rows, steps.numpy(), coefficients.numpy()
 
         def some(first: int, end: int) -> None:
-            many = max(2, min(plan.together, end - first))
-            size = lines(many * plan.scratch + SCRATCH)
+            many = min(plan.together, end - first)
+            size = lines(max(2, many) * plan.scratch + SCRATCH)  # one has a second row beside it
             memory = kept(size + plan.space)
             memory, space = memory[:size], memory[size:]
             _sample(keys[first:end], given[first:end], *constants, many, memory, space, weights[first:end])
