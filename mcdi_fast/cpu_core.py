@@ -102,7 +102,7 @@ def _sgemm(typingctx, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c,
 
 @njit
 def product(a, b, out, beta):
-    """out = a b + beta out, of matrices [m, k], [k, n], [m, n]; with beta = 0 out is only written.
+    """out = a b + beta out, of matrices [m, k], [k, n], [m, n] of at least one number; with beta = 0 out is only written.
 
     Slices of columns will do, and of a and b transposed views.
     """

@@ -1,7 +1,7 @@
 """Float32 products by AVX512 in assembly, for compiled code (numba, the extra `cpu`), where torch's BLAS is not at home.
 
-On an AMD EPYC (Zen 4) MKL's products copy both factors first, and reach 66 to 88 % of the peak with many rows, 40 with five. These read factors where
-they lie, and reach 86 to 97 and 91 (docs/performance.md).
+On an AMD EPYC (Zen 4) MKL's products copy both factors first, and reach 75 to 86 % of the peak with many rows, 39 with five. These read factors where
+they lie, and reach 89 to 95 and 91 (docs/performance.md).
 
 Where the right factor's rows are contiguous its columns fill the vectors, and each entry of the left factor is multiplied by a row of it
 (`_by_columns`): up to 12 rows and 32 columns of the result stay in registers. A transposed right factor is turned part by part on the way. Where both
@@ -137,7 +137,7 @@ def _by_sums(typingctx, choice, left, left_row, rest, right, right_row, count, o
 
 @intrinsic
 def _turn(typingctx, from_, row, rows, mask, to):
-    """Up to 16 rows of up to 16 float32 become as many columns of a panel."""
+    """Up to 16 rows of up to 16 float32, so many bytes apart, become as many columns of a panel at the address `to`."""
     lines = ["mov $2, %rcx", "mov $0, %rax", "mov $3, %rdx", "kmovw %edx, %k1"]
     for n in range(16):  # what is not read is garbage in columns that nobody reads
         lines += [f"vmovups (%rax), %zmm{n} {{%k1}} {{z}}", "add $1, %rax", "dec %rcx", "jz 1f"]
@@ -147,7 +147,7 @@ def _turn(typingctx, from_, row, rows, mask, to):
 
 @intrinsic
 def _copy(typingctx, from_, row, rows, mask, to):
-    """Some rows of up to 32 float32 become rows of a panel."""
+    """Rows of up to 32 float32 become rows of a panel; as `_turn`."""
     lines = [
         "mov $2, %rcx",
         "mov $0, %rax",
@@ -165,6 +165,7 @@ def _copy(typingctx, from_, row, rows, mask, to):
 
 @intrinsic
 def _panel(typingctx):
+    """The address of memory for one."""
     return stack(_DEEP * _WIDE)
 
 

@@ -162,6 +162,24 @@ def test_a_task_is_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads
             assert torch.equal(found, whole[rows])
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_how_many_tasks_come_together(alike, monkeypatch):
+    """As many as there are, or one, where a BLAS does not round rows alike; this one may, so the bits would not tell."""
+    together, sample = [], cpu_chain._sample
+    monkeypatch.setattr(cpu_chain, "rows_alike", lambda *shape: alike)
+    monkeypatch.setattr(cpu_chain, "_sample", lambda *given: together.append(given[-4]) or sample(*given))
+    set_threads(monkeypatch, 1)
+    for tasks in (1, 2, 9):
+        run(
+            parameters(11, 3, 6, 24, 2),
+            make_schedule(6, 3),
+            list(range(tasks)),
+            torch.randn(tasks, 5, 3),
+            precision="ieee",
+        )
+    assert together == ([1, 2, 9] if alike else [1, 1, 1])
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_tasks_of_one_row_and_those_of_large_matrices_too(tokens, poisoned, monkeypatch):
     """Where rows are alike: these are together wherever they are not."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
+from test_cpu_core import check_product, matrix, products
 from test_inner import random_case
 
 from mcdi_fast.inner import inner_loop
@@ -41,38 +41,14 @@ def nudged(value, seed):
     return value * (1 + sign * 2.0**-16)
 
 
-def matrix(draw, rows, columns, extra, turned=False):
-    """A view of a larger one, or the transpose of such."""
-    if turned:
-        return matrix(draw, columns, rows, extra).T
-    return draw.standard_normal((rows, columns + extra)).astype(np.float32)[:, extra // 2 : extra // 2 + columns]
-
-
 @needs_tiles
 @settings(deadline=None, max_examples=200)
-@given(
-    st.tuples(*[st.integers(1, 100)] * 3),
-    st.tuples(*[st.booleans()] * 2),
-    st.integers(0, 3),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
-def test_product_of_any_views(shape, turned, extra, add, seed):
-    (m, k, n), draw = shape, np.random.default_rng(seed)
-    a, b, out = (
-        matrix(draw, m, k, extra, turned[0]), matrix(draw, k, n, extra, turned[1]), matrix(draw, m, n, extra)
-    )  # fmt: skip
-    expected = a.astype(np.float64) @ b.astype(np.float64) + add * out.astype(np.float64)
-    size = abs(a).astype(np.float64) @ abs(b)
-    around = out.base.copy() if extra else None
-    rounding = 2.0**-23 * (k + 2) * (size + add * abs(out))
-    if not add:
-        out[:] = np.nan
-    product(a, b, out, add, poisoned(k, n))
-    assert (abs(out - expected) <= 3 * 2.0**-16 * size + rounding).all()  # what of hi and lo is left out; float32 sums
-    if extra:
-        around[:, extra // 2 : extra // 2 + n] = out
-        assert np.array_equal(out.base, around)  # what stands beside it is untouched
+@products(100, [0.0, 1.0])
+def test_product_of_any_views(shape, turned, extra, beta, seed):
+    def by_tiles(a, b, out, beta):
+        product(a, b, out, bool(beta), poisoned(*b.shape))
+
+    check_product(by_tiles, shape, turned, extra, beta, seed, left_out=3 * 2.0**-16)  # what hi and lo do not hold
 
 
 @needs_tiles

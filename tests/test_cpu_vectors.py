@@ -4,13 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 pytest.importorskip("numba")
 
 from numba import njit
-from test_cpu_tiles import matrix
+from test_cpu_core import check_product, matrix, products
 
 from mcdi_fast import cpu_vectors
 
@@ -25,33 +24,9 @@ pytestmark = pytest.mark.skipif(not cpu_vectors.assembled, reason="no AVX512 her
 
 
 @settings(deadline=None, max_examples=300)
-@given(
-    st.tuples(*[st.integers(1, 70)] * 3),
-    st.tuples(*[st.booleans()] * 2),
-    st.integers(0, 3),
-    st.sampled_from([0.0, -0.0, 1.0, -0.5]),
-    st.integers(0, 2**31),
-)
+@products(70, [0.0, -0.0, 1.0, -0.5])
 def test_product_of_any_views(shape, turned, extra, beta, seed):
-    (m, k, n), draw = shape, np.random.default_rng(seed)
-    a, b, out = (
-        matrix(draw, m, k, extra, turned[0]), matrix(draw, k, n, extra, turned[1]), matrix(draw, m, n, extra)
-    )  # fmt: skip
-    for view in (a, b):  # what stands beside a factor is read by nobody
-        if extra:
-            beside = view.copy()
-            (view.base if view.base.base is None else view.base.base)[:] = np.nan
-            view[:] = beside
-    expected = a.astype(np.float64) @ b.astype(np.float64) + beta * out.astype(np.float64)
-    size = abs(a).astype(np.float64) @ abs(b) + abs(beta * out)
-    around = out.base.copy() if extra else None
-    if beta == 0:
-        out[:] = np.nan
-    product(a, b, out, np.float32(beta))
-    assert (abs(out - expected) <= 2.0**-23 * (k + 2) * size).all()
-    if extra:
-        around[:, extra // 2 : extra // 2 + n] = out
-        assert np.array_equal(out.base, around)  # what stands beside it is untouched
+    check_product(product, shape, turned, extra, beta, seed)
 
 
 def test_all_blocks_of_the_result():
@@ -103,10 +78,6 @@ def test_a_factor_that_is_not_finite_is_not_left_out():
 
 def test_factors_of_many_parts():
     """Panels are 256 rows deep, and a right factor above two million numbers is copied to such."""
-    draw = np.random.default_rng(0)
-    for (m, k, n), ways in {(30, 600, 70): (False, True), (13, 2100, 1003): (False,)}.items():
-        for turned, across in itertools.product((False, True), ways):
-            a, b, out = matrix(draw, m, k, 1, turned), matrix(draw, k, n, 1, across), matrix(draw, m, n, 1)
-            expected = a.astype(np.float64) @ b + out
-            product(a, b, out, np.float32(1))
-            assert (abs(out - expected) <= 2.0**-23 * (k + 2) * (abs(a) @ abs(b) + 1)).all()
+    for shape, ways in {(30, 600, 70): (False, True), (13, 2100, 1003): (False,)}.items():
+        for turned in itertools.product((False, True), ways):
+            check_product(product, shape, turned, 1, -0.5, 0)
